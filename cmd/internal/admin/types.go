@@ -85,6 +85,15 @@ type LeaveRequest struct {
 	Force  bool   `json:"force,omitempty"`
 }
 
+// LeaveResult is the answer.
+type LeaveResult struct {
+	Member string   `json:"member"`           // the cluster's name
+	State  string   `json:"state"`            // left, or proposed when neither the member nor its sponsor said it
+	Told   []string `json:"told,omitempty"`   // members that know
+	Untold []string `json:"untold,omitempty"` // members that could not be reached and will learn it from the others
+	Note   string   `json:"note,omitempty"`   // what a person should do now
+}
+
 // Clusters is GET /v1/clusters.
 type Clusters struct {
 	Mesh     string    `json:"mesh"`
@@ -201,7 +210,16 @@ type ProxyConfig struct {
 	NACK  string `json:"nack,omitempty"`
 }
 
-// Explanation is GET /v1/explain?from=ns/name&to=…&path=…&header=….
+// ExplainRequest is POST /v1/explain: a call to explain.
+type ExplainRequest struct {
+	From    string            `json:"from"` // workload: service account or service, "namespace/name"
+	To      string            `json:"to"`   // service or authority: "payments", "shop/payments", "payments.shop:8080"
+	Path    string            `json:"path,omitempty"`
+	Method  string            `json:"method,omitempty"`
+	Headers map[string]string `json:"headers,omitempty"`
+}
+
+// Explanation is the answer.
 type Explanation struct {
 	OK      bool           `json:"ok"`
 	Summary string         `json:"summary"` // OK or FAILS, and why, in a sentence
@@ -319,6 +337,7 @@ type DrillCovered struct {
 // Drill is a drill and its report, as far as it has come.
 type Drill struct {
 	ID        string        `json:"id"`
+	Cluster   string        `json:"cluster"` // where it was started
 	Spec      DrillSpec     `json:"spec"`
 	State     string        `json:"state"`             // running, healing, done, aborted, stopped
 	Verdict   string        `json:"verdict,omitempty"` // PASSED or FAILED, once over

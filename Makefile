@@ -1,0 +1,76 @@
+# Hanse. `make help` lists what there is. Everything needs only Go; tools are built into bin/tools at fixed versions.
+
+STATICCHECK_VERSION := v0.8.2
+VERSION  ?= v0.1.0
+LDFLAGS  := -s -w -X github.com/hanse-mesh/hanse/cmd/internal/daemon.Version=$(VERSION)
+GO       := go
+PROGRAMS := hanse hansed hanse-proxy echo
+
+export CGO_ENABLED ?=
+
+.PHONY: all
+all: build
+
+.PHONY: help
+help: ## List the targets
+	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build hanse, hansed, hanse-proxy (and the sample workload echo) into bin/
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(addprefix ./cmd/,$(PROGRAMS))
+
+.PHONY: demo
+demo: build ## Three clusters on this machine: join, call, refuse, drill; then stay up
+	bin/hanse demo
+
+.PHONY: demo-check
+demo-check: build ## The same without staying: one JSON document, exit 0 only if all was observed
+	bin/hanse demo --exit -o json
+
+.PHONY: test
+test: lint ## Vet, staticcheck and all tests, with -race
+	$(GO) test -race -shuffle=on -timeout 20m ./...
+
+.PHONY: lint
+lint: bin/tools/staticcheck-$(STATICCHECK_VERSION) ## gofmt, vet and staticcheck
+	@test -z "$$(gofmt -l cmd discovery docs federation identity proxy deploy test)" || { gofmt -l cmd discovery docs federation identity proxy deploy test; echo "run gofmt -w on these"; exit 1; }
+	$(GO) vet ./...
+	bin/tools/staticcheck-$(STATICCHECK_VERSION) ./...
+
+bin/tools/staticcheck-$(STATICCHECK_VERSION):
+	@mkdir -p bin/tools
+	GOBIN=$(CURDIR)/bin/tools $(GO) install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
+	@mv bin/tools/staticcheck $@
+
+.PHONY: soak
+soak: build ## The long runs: full-length timers with real processes (about an hour); the log is kept in bin/soak.log
+	HANSE_SOAK=1 $(GO) test -timeout 3h -v -run Soak ./test/... 2>&1 | tee bin/soak.log
+
+.PHONY: fuzz
+fuzz: ## Each fuzz target for 30 s
+	@for p in $$($(GO) list ./...); do \
+	  for f in $$($(GO) test -list '^Fuzz' $$p 2>/dev/null | grep '^Fuzz'); do \
+	    echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime 30s $$p || exit 1; done; done
+
+.PHONY: bench-federation
+bench-federation: ## Sync, flap and latency figures of the federation layer
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./federation/...
+
+.PHONY: bench
+bench: ## All micro benchmarks
+	$(GO) test -run '^$$' -bench . ./discovery/... ./identity/... ./proxy/...
+
+.PHONY: docs
+docs: ## Regenerate docs/cli from the commands
+	$(GO) run ./cmd/hanse docs docs/cli
+
+.PHONY: generate
+generate: ## Regenerate protobuf code (needs protoc, protoc-gen-go v1.36.12, protoc-gen-go-grpc v1.6.1)
+	@for f in $$(find discovery federation cmd -name '*.proto'); do \
+	  d=$$(dirname $$f); echo $$f; \
+	  protoc -I $$d --go_out=$$d --go_opt=paths=source_relative --go-grpc_out=$$d --go-grpc_opt=paths=source_relative $$f || exit 1; done
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf bin .demo

@@ -1,0 +1,503 @@
+package drill
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-multierror"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/xdspb"
+)
+
+// ErrNotFound is returned for a drill that does not exist.
+var ErrNotFound = errors.New("no such drill")
+
+// Lease is how long an executor obeys without a renewal; Renew is how often it is renewed.
+const (
+	Lease = 15 * time.Second
+	Renew = 5 * time.Second
+)
+
+// settle is how long after healing the engine still listens, so that the report can tell when traffic came back.
+const settle = 20 * time.Second
+
+// kept is how many ended drills stay readable.
+const kept = 100
+
+// Store keeps drills over restarts of the control plane. Keys are drill IDs.
+type Store interface {
+	Put(ctx context.Context, id string, value []byte) error
+	Delete(ctx context.Context, id string) error
+	List(ctx context.Context) (map[string][]byte, error)
+}
+
+// ControlPlane is what the two modes that no sidecar executes do to the control plane itself.
+type ControlPlane interface {
+	// Silence makes it answer nobody for d, or until Heal.
+	Silence(d time.Duration)
+	// CutFederation drops the links to all peers for d, or until Heal.
+	CutFederation(d time.Duration)
+	Heal()
+}
+
+// Config of an Engine. All fields are required but Log.
+type Config struct {
+	Self         string // name of this cluster
+	Store        Store
+	ControlPlane ControlPlane
+	View         func() *discovery.Clusterset
+	// ReportEvery asks the proxies for load reports at that interval; 0 goes back to the default.
+	ReportEvery func(time.Duration)
+	// FaultsChanged is called after what Faults answers has changed.
+	FaultsChanged func()
+	Now           func() time.Time // monotonic
+	Log           *slog.Logger
+}
+
+// Engine runs the drills of one control plane.
+type Engine struct {
+	cfg Config
+
+	wake chan struct{}
+
+	mu      sync.Mutex
+	drills  map[string]*run // guarded by mu
+	history history         // guarded by mu
+	renewal uint64          // guarded by mu
+}
+
+// run is one drill. Its fields are guarded by Engine.mu.
+type run struct {
+	drill    admin.Drill
+	guard    Guard
+	start    time.Time
+	heal     time.Time // zero while it runs
+	services map[discovery.Name]bool
+	targets  map[string]bool
+	hits     map[string][]uint32 // workload IP → target ports
+	over     bool                // the report is final
+	changed  chan struct{}       // closed at the next change
+}
+
+// New returns an Engine. Run must be called for drills to end.
+func New(cfg Config) *Engine {
+	return &Engine{cfg: cfg, wake: make(chan struct{}, 1), drills: map[string]*run{}}
+}
+
+// Run resumes what a restart interrupted, renews, watches guards and heals. It returns after ctx ends.
+func (e *Engine) Run(ctx context.Context) error {
+	if err := e.load(ctx); err != nil {
+		return err
+	}
+	tick := time.NewTicker(250 * time.Millisecond)
+	defer tick.Stop()
+	lastRenew := e.cfg.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-e.wake:
+			lastRenew = e.cfg.Now()
+			e.renew()
+		case <-tick.C:
+			if now := e.cfg.Now(); now.Sub(lastRenew) >= Renew {
+				lastRenew = now
+				e.renew()
+			}
+		}
+		e.step(ctx)
+	}
+}
+
+// load reads the drills of an earlier life. One that was running is over: its executors healed when its lease ran out.
+func (e *Engine) load(ctx context.Context) error {
+	stored, err := e.cfg.Store.List(ctx)
+	if err != nil {
+		return fmt.Errorf("read drills: %w", err)
+	}
+	var faults *multierror.Error
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for id, b := range stored {
+		if e.drills[id] != nil {
+			continue // started in this life, while this was being read
+		}
+		r := &run{over: true, changed: make(chan struct{})}
+		if err := json.Unmarshal(b, &r.drill); err != nil {
+			faults = multierror.Append(faults, fmt.Errorf("decode drill %s: %w", id, err))
+			continue
+		}
+		r.start = r.drill.Started
+		if r.drill.State == "running" || r.drill.State == "healing" {
+			r.drill.State, r.drill.Verdict = "aborted", "FAILED"
+			r.drill.Reason = "the control plane restarted during the drill; sidecars healed when its lease ended"
+			now := e.cfg.Now()
+			r.drill.Ended = &now
+		}
+		e.drills[id] = r
+	}
+	if faults.ErrorOrNil() != nil {
+		e.cfg.Log.Warn("some stored drills cannot be read and are left out", "err", faults)
+	}
+	return nil
+}
+
+// Start begins a drill. spec must be complete (Complete). Only one drill may hit an endpoint at a time.
+func (e *Engine) Start(ctx context.Context, spec admin.DrillSpec) (string, error) {
+	guard, err := ParseGuard(spec.AbortIf)
+	if err != nil {
+		return "", err
+	}
+	cs := e.cfg.View()
+	id := newID()
+	r := &run{
+		guard: guard, start: e.cfg.Now(), changed: make(chan struct{}),
+		targets: map[string]bool{}, hits: map[string][]uint32{},
+		drill: admin.Drill{ID: id, Spec: spec, State: "running", Started: e.cfg.Now(), Success: 1},
+	}
+	r.aim(spec, cs)
+	sidecar := spec.Mode != SilenceControlPlane && spec.Mode != CutFederation
+	if sidecar && len(r.targets) == 0 {
+		return "", fmt.Errorf("nothing to drill: no endpoint of %s matches", scopeText(spec.Scope))
+	}
+
+	e.mu.Lock()
+	for _, o := range e.drills {
+		if o.drill.State != "running" {
+			continue
+		}
+		overlap := !sidecar && (o.drill.Spec.Mode == SilenceControlPlane || o.drill.Spec.Mode == CutFederation)
+		for t := range r.targets {
+			overlap = overlap || o.targets[t]
+		}
+		if overlap {
+			e.mu.Unlock()
+			return "", fmt.Errorf("drill %s already hits part of this: stop it first (hanse drill stop %s)", o.drill.ID, o.drill.ID)
+		}
+	}
+	e.drills[id] = r
+	b, err := json.Marshal(r.drill)
+	e.mu.Unlock()
+	if err == nil {
+		err = e.cfg.Store.Put(ctx, id, b)
+	}
+	if err != nil {
+		e.mu.Lock()
+		delete(e.drills, id)
+		e.mu.Unlock()
+		return "", fmt.Errorf("store drill %s: %w", id, err)
+	}
+	switch spec.Mode {
+	case SilenceControlPlane:
+		e.cfg.ControlPlane.Silence(seconds(spec.For))
+	case CutFederation:
+		e.cfg.ControlPlane.CutFederation(seconds(spec.For))
+	}
+	e.cfg.ReportEvery(time.Second)
+	e.cfg.Log.Info("drill started", "drill", id, "mode", spec.Mode, "scope", scopeText(spec.Scope), "for", seconds(spec.For))
+	e.kick()
+	return id, nil
+}
+
+// aim finds out what is hit.
+func (r *run) aim(spec admin.DrillSpec, cs *discovery.Clusterset) {
+	for name, svc := range cs.Local.Services {
+		for _, ep := range svc.Endpoints {
+			if !Hits(spec, name, ep) {
+				continue
+			}
+			if r.services == nil {
+				r.services = map[discovery.Name]bool{}
+			}
+			r.services[name] = true
+			r.targets[ep.ID] = true
+			ip := ep.Address.String()
+			for _, port := range ep.Ports {
+				if !slices.Contains(r.hits[ip], uint32(port)) {
+					r.hits[ip] = append(r.hits[ip], uint32(port))
+				}
+			}
+			slices.Sort(r.hits[ip])
+			r.drill.Executors = append(r.drill.Executors, ip)
+		}
+	}
+	slices.Sort(r.drill.Executors)
+	r.drill.Executors = slices.Compact(r.drill.Executors)
+}
+
+// Stop heals a running drill early.
+func (e *Engine) Stop(id string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r, ok := e.drills[id]
+	if !ok {
+		return fmt.Errorf("drill %s: %w", id, ErrNotFound)
+	}
+	if r.drill.State == "running" {
+		e.endLocked(r, "stopped", "stopped by hand")
+	}
+	return nil
+}
+
+// Get returns a drill as it stands, and a channel that is closed at its next change. final is true once its report is.
+func (e *Engine) Get(id string) (d admin.Drill, changed <-chan struct{}, final bool, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r, ok := e.drills[id]
+	if !ok {
+		return admin.Drill{}, nil, false, fmt.Errorf("drill %s: %w", id, ErrNotFound)
+	}
+	return r.drill, r.changed, r.over, nil
+}
+
+// List returns all drills, the newest first.
+func (e *Engine) List() []admin.Drill {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	out := make([]admin.Drill, 0, len(e.drills))
+	for _, r := range e.drills {
+		out = append(out, r.drill)
+	}
+	slices.SortFunc(out, func(a, b admin.Drill) int { return b.Started.Compare(a.Started) })
+	return out
+}
+
+// Observe takes in what proxies report.
+func (e *Engine) Observe(samples []Sample) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, s := range samples {
+		e.history.add(s)
+	}
+}
+
+// Faults answers which faults are in force for the sidecar of these workload IPs; gateway asks for the cluster's gateways, which a
+// black hole of the whole cluster hits too.
+func (e *Engine) Faults(workloadIPs []string, gateway bool) *xdspb.Faults {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := e.cfg.Now()
+	out := &xdspb.Faults{}
+	ids := sortedKeys(e.drills)
+	for _, id := range ids {
+		r := e.drills[id]
+		if r.drill.State != "running" {
+			continue
+		}
+		spec := r.drill.Spec
+		left := r.start.Add(seconds(spec.For)).Sub(now)
+		if left <= 0 {
+			continue
+		}
+		f := &xdspb.Fault{
+			Drill: id, Mode: spec.Mode, Share: 100, Renewal: e.renewal,
+			End: durationpb.New(left), Lease: durationpb.New(Lease), Report: durationpb.New(time.Second),
+		}
+		switch spec.Mode {
+		case Slow:
+			f.Latency, f.Share = durationpb.New(seconds(spec.Latency)), spec.Scope.Share
+		case Errors:
+			f.Status, f.Share = uint32(spec.Status), spec.Scope.Share
+		}
+		if gateway {
+			s := spec.Scope
+			if spec.Mode == Blackhole && s.Service == "" && s.Zone == "" && s.Region == "" && s.Share >= 100 {
+				out.Faults = append(out.Faults, f)
+			}
+			continue
+		}
+		for _, ip := range workloadIPs {
+			f.Ports = append(f.Ports, r.hits[ip]...)
+		}
+		if len(f.Ports) > 0 {
+			slices.Sort(f.Ports)
+			f.Ports = slices.Compact(f.Ports)
+			out.Faults = append(out.Faults, f)
+		}
+	}
+	return out
+}
+
+func (e *Engine) kick() {
+	select {
+	case e.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (e *Engine) renew() {
+	e.mu.Lock()
+	running := false
+	for _, r := range e.drills {
+		running = running || r.drill.State == "running"
+	}
+	if running {
+		e.renewal++
+	}
+	e.mu.Unlock()
+	if running {
+		e.cfg.FaultsChanged()
+	}
+}
+
+// step moves every drill on: guard, end, report.
+func (e *Engine) step(ctx context.Context) {
+	now := e.cfg.Now()
+	type saved struct {
+		id string
+		b  []byte
+	}
+	var save []saved
+	active, ended := false, false
+	e.mu.Lock()
+	for id, r := range e.drills {
+		if r.over {
+			continue
+		}
+		active = true
+		switch {
+		case r.drill.State == "running" && now.Sub(r.start) >= seconds(r.drill.Spec.For):
+			e.endLocked(r, "done", "")
+			ended = true
+		case r.drill.State == "running":
+			if why := r.guard.Tripped(r.recent(&e.history, now)); why != "" {
+				e.endLocked(r, "aborted", "the guard tripped: "+why)
+				ended = true
+			}
+		}
+		samples := e.history.between(r.start.Add(-baseline), now)
+		report(&r.drill, samples, moments{start: r.start, heal: r.heal, now: now, services: r.services, targets: r.targets})
+		r.drill.Missing = silent(samples, r, now)
+		if !r.heal.IsZero() && (now.Sub(r.heal) > settle || r.drill.Return != nil && now.Sub(r.heal) > seconds(*r.drill.Return)+5*time.Second || r.drill.Calls == 0 && now.Sub(r.heal) > 3*time.Second) {
+			r.finish()
+			if b, err := json.Marshal(r.drill); err == nil {
+				save = append(save, saved{id, b})
+			}
+		}
+		close(r.changed)
+		r.changed = make(chan struct{})
+	}
+	drop := e.oldLocked()
+	e.mu.Unlock()
+
+	for _, s := range save {
+		if err := e.cfg.Store.Put(ctx, s.id, s.b); err != nil {
+			e.cfg.Log.Warn("report of a drill was not stored", "drill", s.id, "err", err)
+		}
+	}
+	for _, id := range drop {
+		if err := e.cfg.Store.Delete(ctx, id); err != nil {
+			e.cfg.Log.Warn("old drill was not deleted", "drill", id, "err", err)
+		}
+	}
+	if ended {
+		e.cfg.FaultsChanged()
+	}
+	if len(save) > 0 && !e.anyActive() || !active {
+		e.cfg.ReportEvery(0)
+	}
+}
+
+func (e *Engine) anyActive() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, r := range e.drills {
+		if !r.over {
+			return true
+		}
+	}
+	return false
+}
+
+// recent adds up the last guardWindow of what the drill's services were called.
+func (r *run) recent(h *history, now time.Time) Totals {
+	var t Totals
+	for _, s := range h.between(latest(r.start, now.Add(-guardWindow)), now) {
+		if r.services == nil || r.services[s.Service] {
+			t.add(s)
+		}
+	}
+	return t
+}
+
+// silent names callers that reported before the drill and not during it.
+func silent(samples []Sample, r *run, now time.Time) []string {
+	before, during := map[string]bool{}, map[string]bool{}
+	for _, s := range samples {
+		if s.Time.Before(r.start) {
+			before[s.Caller] = true
+		} else {
+			during[s.Caller] = true
+		}
+	}
+	var out []string
+	if now.Sub(r.start) > 10*time.Second {
+		for _, c := range sortedKeys(before) {
+			if !during[c] {
+				out = append(out, c)
+			}
+		}
+	}
+	return out
+}
+
+// endLocked removes the fault; the report follows when traffic has settled.
+func (e *Engine) endLocked(r *run, verdict, reason string) {
+	r.heal = e.cfg.Now()
+	r.drill.State = "healing"
+	r.drill.Verdict, r.drill.Reason = verdict, reason
+	if m := r.drill.Spec.Mode; m == SilenceControlPlane || m == CutFederation {
+		e.cfg.ControlPlane.Heal()
+	}
+	e.cfg.Log.Info("drill healed", "drill", r.drill.ID, "why", verdict, "reason", reason)
+	e.kick()
+}
+
+// finish gives the verdict. A drill passes if it ran to its end, or was stopped, without its guard having tripped.
+func (r *run) finish() {
+	r.over = true
+	r.drill.State = r.drill.Verdict // done, aborted or stopped
+	r.drill.Verdict = "PASSED"
+	if r.drill.State == "aborted" {
+		r.drill.Verdict = "FAILED"
+	}
+	ended := r.heal
+	r.drill.Ended = &ended
+}
+
+// oldLocked forgets the oldest ended drills above kept and returns their IDs.
+func (e *Engine) oldLocked() []string {
+	if len(e.drills) <= kept {
+		return nil
+	}
+	ids := sortedKeys(e.drills)
+	slices.SortFunc(ids, func(a, b string) int { return e.drills[a].drill.Started.Compare(e.drills[b].drill.Started) })
+	var drop []string
+	for _, id := range ids {
+		if len(e.drills) <= kept {
+			break
+		}
+		if e.drills[id].over {
+			delete(e.drills, id)
+			drop = append(drop, id)
+		}
+	}
+	return drop
+}
+
+func newID() string {
+	var b [3]byte
+	rand.Read(b[:])
+	return "d-" + hex.EncodeToString(b[:])
+}

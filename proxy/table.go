@@ -48,13 +48,13 @@ type Route struct {
 	DirectStatus   int // answer at once with this status, e.g. 500 where a rule has no valid backend
 	Rewrite        Rewrite
 	Backends       []Backend
-	Mirror         *Backend
+	Mirror         *Backend      // Weight is the percentage of requests to copy
 	RequestTimeout time.Duration // 0: none
 	TryTimeout     time.Duration // 0: none
 	Retry          Retry
 }
 
-// Match holds if all parts hold. The zero Match is every request.
+// Match holds if all parts hold. The zero Match is every request. Regular expressions are made by CompileWhole.
 type Match struct {
 	PathExact  string
 	PathPrefix string // by path element
@@ -175,6 +175,7 @@ type Endpoint struct {
 	Weight    uint32
 	Suspect   bool // its cluster's control plane is silent
 	Draining  bool
+	Unhealthy bool   // the control plane says not to use it
 	Reason    string // why it has this level, for explain
 }
 
@@ -239,6 +240,15 @@ type Fault struct {
 	End     time.Duration // from receipt: heal by itself then
 	Lease   time.Duration // from receipt: heal unless renewed (a new Fault of the same drill); 0: none
 	Report  time.Duration // interval of load reports while the drill runs
+
+	Received time.Time // when this proxy received the order, with monotonic clock
+	Renewal  uint64    // grows with each order of the drill's owner
+}
+
+// Active reports whether the fault is to be obeyed at now: neither over, nor without renewal for its lease.
+func (f *Fault) Active(now time.Time) bool {
+	age := now.Sub(f.Received)
+	return age < f.End && (f.Lease == 0 || age < f.Lease)
 }
 
 // FaultMode says what a fault does.

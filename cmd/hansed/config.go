@@ -1,0 +1,238 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/hashicorp/go-multierror"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"sigs.k8s.io/yaml"
+)
+
+// Config is hansed's configuration file. Durations are Go's ("1h", "90s"). Paths are relative to the file.
+type Config struct {
+	Cluster     string            `json:"cluster"`     // this cluster's name in the mesh, a DNS label
+	TrustDomain string            `json:"trustDomain"` // its own; never another cluster's
+	Mesh        string            `json:"mesh"`        // name of the mesh, for people; the first cluster's counts
+	Region      string            `json:"region"`
+	Network     string            `json:"network"`  // endpoints of other networks are reached through gateways; default: the cluster's name
+	Gateways    []string          `json:"gateways"` // ip:port of this cluster's gateways, as other clusters dial them
+	Labels      map[string]string `json:"labels"`   // of this member, for audiences
+
+	DataDir   string `json:"dataDir"`   // etcd, keys, bundles; 0700
+	ConfigDir string `json:"configDir"` // directory of Kubernetes YAML that is watched; optional
+	Socket    string `json:"socket"`    // hanse's Unix socket; default DATADIR/hansed.sock
+
+	Federation Federation `json:"federation"`
+	Identity   Identity   `json:"identity"`
+	XDS        Listen     `json:"xds"`
+	Bundle     Listen     `json:"bundleEndpoint"`
+	Remote     Listen     `json:"remoteAdmin"` // off unless an address is given
+	Admin      Listen     `json:"admin"`       // metrics and debug; loopback only
+	Etcd       Etcd       `json:"etcd"`
+	Log        Log        `json:"log"`
+
+	// Timers are shortened by tests; production leaves them alone.
+	Timers Timers `json:"timers"`
+}
+
+// Listen is one listener.
+type Listen struct {
+	Listen string `json:"listen"`
+}
+
+// Federation is the listener for other clusters.
+type Federation struct {
+	Listen    string   `json:"listen"`
+	Advertise []string `json:"advertise"` // host:port as other clusters dial it; default: listen, unless that is unspecified
+}
+
+// Identity is the SPIRE Server API and the lives of what it signs.
+type Identity struct {
+	Listen   string   `json:"listen"`
+	X509Life Duration `json:"x509Life"`
+	JWTLife  Duration `json:"jwtLife"`
+	RootLife Duration `json:"rootLife"`
+}
+
+// Etcd is where state lives: embedded, unless endpoints are given.
+type Etcd struct {
+	Endpoints  []string `json:"endpoints"`
+	Prefix     string   `json:"prefix"`
+	CertFile   string   `json:"certFile"`
+	KeyFile    string   `json:"keyFile"`
+	CAFile     string   `json:"caFile"`
+	QuotaBytes int64    `json:"quotaBytes"` // embedded; default 2 GiB for own and for imports
+}
+
+// Log is where and how much.
+type Log struct {
+	Level string `json:"level"` // debug, info (default), warn, error
+}
+
+// Timers of the federation layer. Zero is the default of the protocol.
+type Timers struct {
+	Suspect     Duration `json:"suspect"`     // silence until a peer is suspect; 20s
+	Recover     Duration `json:"recover"`     // answers until it is fresh again; 10s
+	Probe       Duration `json:"probe"`       // between probes; 5s
+	ExportDelay Duration `json:"exportDelay"` // debounce of exports; 100ms
+}
+
+// Duration reads "90s" from YAML.
+type Duration struct{ time.Duration }
+
+// UnmarshalJSON reads a duration string.
+func (d *Duration) UnmarshalJSON(b []byte) error {
+	s := string(bytes.Trim(b, `"`))
+	v, err := time.ParseDuration(s)
+	if err != nil {
+		return fmt.Errorf("duration %s: want a number with a unit, such as 90s or 1h30m", b)
+	}
+	d.Duration = v
+	return nil
+}
+
+const maxConfigSize = 1 << 20
+
+// LoadConfig reads and checks a file. Every fault is in the error.
+func LoadConfig(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxConfigSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	if len(b) > maxConfigSize {
+		return nil, fmt.Errorf("%s: larger than 1 MiB", path)
+	}
+	c := &Config{}
+	if err := yaml.UnmarshalStrict(b, c); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	dir := filepath.Dir(path)
+	for _, p := range []*string{&c.DataDir, &c.ConfigDir, &c.Socket, &c.Etcd.CertFile, &c.Etcd.KeyFile, &c.Etcd.CAFile} {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	c.fill()
+	if err := c.Validate(); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+func (c *Config) fill() {
+	c.Network = cmp.Or(c.Network, c.Cluster)
+	c.Mesh = cmp.Or(c.Mesh, "hanse")
+	if c.DataDir != "" {
+		c.Socket = cmp.Or(c.Socket, filepath.Join(c.DataDir, "hansed.sock"))
+	}
+	c.Federation.Listen = cmp.Or(c.Federation.Listen, ":7443")
+	c.Identity.Listen = cmp.Or(c.Identity.Listen, ":7444")
+	c.XDS.Listen = cmp.Or(c.XDS.Listen, ":7445")
+	c.Bundle.Listen = cmp.Or(c.Bundle.Listen, ":7446")
+	c.Admin.Listen = cmp.Or(c.Admin.Listen, "127.0.0.1:7440")
+	c.Log.Level = cmp.Or(c.Log.Level, "info")
+	def := func(d *Duration, v time.Duration) { d.Duration = cmp.Or(d.Duration, v) }
+	def(&c.Identity.X509Life, time.Hour)
+	def(&c.Identity.JWTLife, 5*time.Minute)
+	def(&c.Identity.RootLife, 7*24*time.Hour)
+	def(&c.Timers.Suspect, 20*time.Second)
+	def(&c.Timers.Recover, 10*time.Second)
+	def(&c.Timers.Probe, 5*time.Second)
+	def(&c.Timers.ExportDelay, 100*time.Millisecond)
+	c.Etcd.QuotaBytes = cmp.Or(c.Etcd.QuotaBytes, 2<<30)
+	if len(c.Federation.Advertise) == 0 {
+		if h, _, err := net.SplitHostPort(c.Federation.Listen); err == nil {
+			if a, err := netip.ParseAddr(h); err == nil && !a.IsUnspecified() {
+				c.Federation.Advertise = []string{c.Federation.Listen}
+			}
+		}
+	}
+}
+
+var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+// Validate reports every fault together.
+func (c *Config) Validate() error {
+	var faults *multierror.Error
+	bad := func(field, format string, args ...any) {
+		faults = multierror.Append(faults, fmt.Errorf("%s: %s", field, fmt.Sprintf(format, args...)))
+	}
+	if !dnsLabel.MatchString(c.Cluster) {
+		bad("cluster", "%q is not a DNS label (lower-case letters, digits and -, at most 63)", c.Cluster)
+	}
+	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil {
+		bad("trustDomain", "%q: %v", c.TrustDomain, err)
+	}
+	if c.DataDir == "" {
+		bad("dataDir", "missing: say where etcd and keys are kept")
+	}
+	for i, g := range c.Gateways {
+		if a, err := netip.ParseAddrPort(g); err != nil || a.Addr().IsUnspecified() {
+			bad(fmt.Sprintf("gateways[%d]", i), "%q is not an ip:port that other clusters can dial", g)
+		}
+	}
+	for _, l := range []struct{ field, addr string }{
+		{"federation.listen", c.Federation.Listen}, {"identity.listen", c.Identity.Listen}, {"xds.listen", c.XDS.Listen},
+		{"bundleEndpoint.listen", c.Bundle.Listen}, {"admin.listen", c.Admin.Listen}, {"remoteAdmin.listen", c.Remote.Listen},
+	} {
+		if l.addr == "" && l.field == "remoteAdmin.listen" {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(l.addr); err != nil {
+			bad(l.field, "%q is not host:port", l.addr)
+		}
+	}
+	if h, _, err := net.SplitHostPort(c.Admin.Listen); err == nil {
+		if a, err := netip.ParseAddr(h); (err != nil || !a.IsLoopback()) && h != "localhost" {
+			bad("admin.listen", "%q is not a loopback address: metrics and debug are for this machine only", c.Admin.Listen)
+		}
+	}
+	for i, a := range c.Federation.Advertise {
+		if h, _, err := net.SplitHostPort(a); err != nil || h == "" {
+			bad(fmt.Sprintf("federation.advertise[%d]", i), "%q is not host:port", a)
+		}
+	}
+	if c.Identity.RootLife.Duration < 4*c.Identity.X509Life.Duration {
+		bad("identity.rootLife", "%s is less than four times x509Life (%s): a root must outlive what it signs by two rotations", c.Identity.RootLife, c.Identity.X509Life)
+	}
+	if c.Identity.X509Life.Duration < time.Second || c.Identity.JWTLife.Duration < time.Second {
+		bad("identity", "lives under 1s")
+	}
+	if (c.Etcd.CertFile == "") != (c.Etcd.KeyFile == "") {
+		bad("etcd", "certFile and keyFile go together")
+	}
+	switch c.Log.Level {
+	case "debug", "info", "warn", "error":
+	default:
+		bad("log.level", "%q: want debug, info, warn or error", c.Log.Level)
+	}
+	if faults.ErrorOrNil() == nil {
+		return nil
+	}
+	faults.ErrorFormat = func(errs []error) string {
+		s := fmt.Sprintf("%d faults:", len(errs))
+		for _, e := range errs {
+			s += "\n  " + e.Error()
+		}
+		return s
+	}
+	if len(faults.Errors) == 1 {
+		return errors.Unwrap(faults)
+	}
+	return faults
+}

@@ -1,0 +1,68 @@
+package spireapi
+
+import (
+	"sync"
+	"time"
+)
+
+// limiter is a token bucket per source address. It remembers at most maxSources; beyond that, all new ones share one.
+type limiter struct {
+	// read-only
+	rate  float64 // per second
+	burst float64
+	now   func() time.Time
+
+	mu      sync.Mutex
+	buckets map[string]*bucket // guarded by mu
+}
+
+type bucket struct {
+	level float64
+	at    time.Time
+}
+
+const maxSources = 4096
+
+func newLimiter(rate float64, burst int, now func() time.Time) *limiter {
+	return &limiter{rate: rate, burst: float64(burst), now: now, buckets: map[string]*bucket{}}
+}
+
+// allow takes one from the bucket of source.
+func (l *limiter) allow(source string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.now()
+	b := l.buckets[source]
+	if b == nil {
+		if len(l.buckets) >= maxSources {
+			l.dropFull(now)
+		}
+		if len(l.buckets) >= maxSources {
+			source = ""
+		}
+		if b = l.buckets[source]; b == nil {
+			b = &bucket{level: l.burst, at: now}
+			l.buckets[source] = b
+		}
+	}
+	b.level = l.levelAt(b, now)
+	b.at = now
+	if b.level < 1 {
+		return false
+	}
+	b.level--
+	return true
+}
+
+func (l *limiter) levelAt(b *bucket, now time.Time) float64 {
+	return min(l.burst, b.level+max(now.Sub(b.at).Seconds(), 0)*l.rate)
+}
+
+// dropFull forgets the buckets that say nothing.
+func (l *limiter) dropFull(now time.Time) {
+	for k, b := range l.buckets {
+		if l.levelAt(b, now) >= l.burst {
+			delete(l.buckets, k)
+		}
+	}
+}

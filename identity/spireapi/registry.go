@@ -1,0 +1,348 @@
+package spireapi
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hanse-mesh/hanse/identity"
+)
+
+// KV keeps agents and entries. attest.Memory is one that lasts as long as the process.
+type KV interface {
+	// Put stores value under key.
+	Put(ctx context.Context, key string, value []byte) error
+	// Delete removes key, if it is there.
+	Delete(ctx context.Context, key string) error
+	// List returns all keys that begin with prefix, and their values.
+	List(ctx context.Context, prefix string) (map[string][]byte, error)
+}
+
+const (
+	agentPrefix = "agents/"  // + the agent's SPIFFE ID
+	entryPrefix = "entries/" // + the entry's ID
+)
+
+// agentRecord is immutable once it is in a registry.
+type agentRecord struct {
+	ID          string           `json:"id"`
+	Type        string           `json:"type"` // of attestation
+	Serial      string           `json:"serial"`
+	Expires     int64            `json:"expires"`              // Unix seconds
+	NewSerial   string           `json:"new_serial,omitempty"` // renewed, not used yet
+	NewExpires  int64            `json:"new_expires,omitempty"`
+	Banned      bool             `json:"banned,omitempty"`
+	CanReattest bool             `json:"can_reattest,omitempty"`
+	Selectors   []selectorRecord `json:"selectors,omitempty"`
+}
+
+type selectorRecord struct {
+	Type  string `json:"type"`
+	Value string `json:"value"`
+}
+
+func (a *agentRecord) selectors() []*types.Selector {
+	var out []*types.Selector
+	for _, s := range a.Selectors {
+		out = append(out, &types.Selector{Type: s.Type, Value: s.Value})
+	}
+	return out
+}
+
+// entryRecord is immutable once it is in a registry.
+type entryRecord struct {
+	*types.Entry
+	spiffeID, parentID spiffeid.ID
+	// federateAll: the entry came with an agent token and federates with every related trust domain.
+	federateAll bool
+}
+
+func (e *entryRecord) expired(now time.Time) bool {
+	return e.ExpiresAt != 0 && e.ExpiresAt <= now.Unix()
+}
+
+type entryValue struct {
+	Entry       []byte `json:"entry"` // protobuf spire.api.types.Entry
+	FederateAll bool   `json:"federate_all,omitempty"`
+}
+
+// registry is the agents and entries of a trust domain: a copy in memory of what the KV holds, written through.
+type registry struct {
+	kv KV
+	td spiffeid.TrustDomain
+
+	write sync.Mutex // serialises writers, over the KV too
+
+	mu       sync.RWMutex
+	agents   map[string]*agentRecord // guarded by mu, written under write
+	entries  map[string]*entryRecord // guarded by mu, written under write
+	byParent map[string][]string     // guarded by mu: parent ID → entry IDs, sorted
+}
+
+func newRegistry(kv KV, td spiffeid.TrustDomain) *registry {
+	return &registry{kv: kv, td: td}
+}
+
+func (r *registry) load(ctx context.Context) error {
+	r.write.Lock()
+	defer r.write.Unlock()
+	agentValues, err := r.kv.List(ctx, agentPrefix)
+	if err != nil {
+		return err
+	}
+	entryValues, err := r.kv.List(ctx, entryPrefix)
+	if err != nil {
+		return err
+	}
+	agents := map[string]*agentRecord{}
+	for key, value := range agentValues {
+		a := new(agentRecord)
+		if err := json.Unmarshal(value, a); err != nil {
+			return fmt.Errorf("decode %s: %w", key, err)
+		}
+		agents[a.ID] = a
+	}
+	entries := map[string]*entryRecord{}
+	byParent := map[string][]string{}
+	for key, value := range entryValues {
+		e, err := decodeEntry(value)
+		if err != nil {
+			return fmt.Errorf("decode %s: %w", key, err)
+		}
+		entries[e.Id] = e
+		byParent[e.parentID.String()] = append(byParent[e.parentID.String()], e.Id)
+	}
+	for _, ids := range byParent {
+		slices.Sort(ids)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.agents, r.entries, r.byParent = agents, entries, byParent
+	return nil
+}
+
+func decodeEntry(value []byte) (*entryRecord, error) {
+	var v entryValue
+	if err := json.Unmarshal(value, &v); err != nil {
+		return nil, err
+	}
+	p := new(types.Entry)
+	if err := proto.Unmarshal(v.Entry, p); err != nil {
+		return nil, err
+	}
+	return newEntryRecord(p, v.FederateAll)
+}
+
+func (r *registry) counts() (agents, entries int) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return len(r.agents), len(r.entries)
+}
+
+func (r *registry) agent(id string) *agentRecord {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.agents[id]
+}
+
+func (r *registry) allAgents() []*agentRecord {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return slices.SortedFunc(maps.Values(r.agents), func(a, b *agentRecord) int { return strings.Compare(a.ID, b.ID) })
+}
+
+// updateAgent stores what f makes of a copy of the agent, or of a new one.
+func (r *registry) updateAgent(ctx context.Context, id string, f func(next *agentRecord) error) (*agentRecord, error) {
+	r.write.Lock()
+	defer r.write.Unlock()
+	next := &agentRecord{ID: id}
+	if cur := r.agent(id); cur != nil {
+		c := *cur
+		next = &c
+	}
+	if err := f(next); err != nil {
+		return nil, err
+	}
+	value, err := json.Marshal(next)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.kv.Put(ctx, agentPrefix+id, value); err != nil {
+		return nil, fmt.Errorf("store agent %s: %w", id, err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.agents[id] = next
+	return next, nil
+}
+
+func (r *registry) deleteAgent(ctx context.Context, id string) error {
+	r.write.Lock()
+	defer r.write.Unlock()
+	if err := r.kv.Delete(ctx, agentPrefix+id); err != nil {
+		return fmt.Errorf("delete agent %s: %w", id, err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.agents, id)
+	return nil
+}
+
+func (r *registry) entry(id string) *entryRecord {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.entries[id]
+}
+
+func (r *registry) allEntries() []*entryRecord {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return slices.SortedFunc(maps.Values(r.entries), func(a, b *entryRecord) int { return strings.Compare(a.Id, b.Id) })
+}
+
+// similar returns the entry with the same SPIFFE ID, parent and selectors.
+func (r *registry) similar(e *entryRecord) *entryRecord {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, id := range r.byParent[e.parentID.String()] {
+		if x := r.entries[id]; x.spiffeID == e.spiffeID && sameSet(selectorStrings(x.Selectors), selectorStrings(e.Selectors)) {
+			return x
+		}
+	}
+	return nil
+}
+
+// putEntry stores what f decides on, given the present entry of that ID (nil if there is none). f may refuse.
+func (r *registry) putEntry(ctx context.Context, id string, f func(cur *entryRecord) (*entryRecord, error)) (*entryRecord, error) {
+	r.write.Lock()
+	defer r.write.Unlock()
+	cur := r.entry(id)
+	next, err := f(cur)
+	if err != nil {
+		return nil, err
+	}
+	p, err := proto.Marshal(next.Entry)
+	if err != nil {
+		return nil, err
+	}
+	value, err := json.Marshal(entryValue{Entry: p, FederateAll: next.federateAll})
+	if err != nil {
+		return nil, err
+	}
+	if err := r.kv.Put(ctx, entryPrefix+id, value); err != nil {
+		return nil, fmt.Errorf("store entry %s: %w", id, err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.unlink(cur)
+	r.entries[id] = next
+	parent := next.parentID.String()
+	ids := append(slices.Clone(r.byParent[parent]), id)
+	slices.Sort(ids)
+	r.byParent[parent] = ids
+	return next, nil
+}
+
+func (r *registry) deleteEntry(ctx context.Context, id string) (bool, error) {
+	r.write.Lock()
+	defer r.write.Unlock()
+	cur := r.entry(id)
+	if cur == nil {
+		return false, nil
+	}
+	if err := r.kv.Delete(ctx, entryPrefix+id); err != nil {
+		return false, fmt.Errorf("delete entry %s: %w", id, err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.unlink(cur)
+	delete(r.entries, id)
+	return true, nil
+}
+
+// unlink takes e out of byParent. The caller holds mu.
+func (r *registry) unlink(e *entryRecord) {
+	if e == nil {
+		return
+	}
+	parent := e.parentID.String()
+	ids := slices.DeleteFunc(slices.Clone(r.byParent[parent]), func(id string) bool { return id == e.Id })
+	if len(ids) == 0 {
+		delete(r.byParent, parent)
+		return
+	}
+	r.byParent[parent] = ids
+}
+
+// isAdmin reports whether an entry makes id an administrator.
+func (r *registry) isAdmin(id spiffeid.ID, now time.Time) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, e := range r.entries {
+		if e.Admin && e.spiffeID == id && !e.expired(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// authorized returns the entries that an agent may have SVIDs of, sorted by ID: those below its own ID, below the
+// aliases that its selectors give it (entries below the server's ID), and below those entries in turn.
+func (r *registry) authorized(a *agentRecord, now time.Time) []*entryRecord {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	have := selectorStrings(a.selectors())
+	parents := []string{a.ID}
+	for _, id := range r.byParent[identity.SPIREServerID(r.td).String()] {
+		if e := r.entries[id]; !e.expired(now) && subset(selectorStrings(e.Selectors), have) {
+			parents = append(parents, e.spiffeID.String())
+		}
+	}
+	visited := map[string]bool{}
+	out := map[string]*entryRecord{}
+	for len(parents) > 0 {
+		parent := parents[0]
+		parents = parents[1:]
+		if visited[parent] {
+			continue
+		}
+		visited[parent] = true
+		for _, id := range r.byParent[parent] {
+			e := r.entries[id]
+			if e.expired(now) {
+				continue
+			}
+			out[id] = e
+			parents = append(parents, e.spiffeID.String())
+		}
+	}
+	return slices.SortedFunc(maps.Values(out), func(a, b *entryRecord) int { return strings.Compare(a.Id, b.Id) })
+}
+
+func selectorStrings(s []*types.Selector) []string {
+	var out []string
+	for _, x := range s {
+		out = append(out, x.Type+":"+x.Value)
+	}
+	return out
+}
+
+func subset(part, whole []string) bool {
+	for _, x := range part {
+		if !slices.Contains(whole, x) {
+			return false
+		}
+	}
+	return true
+}
+
+func sameSet(a, b []string) bool { return subset(a, b) && subset(b, a) }

@@ -1,0 +1,369 @@
+package spireapi
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/identity/attest"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/ca"
+)
+
+// Config of a Server. Authority, Bundles, Tokens and KV are required.
+type Config struct {
+	Authority *ca.Authority
+	Bundles   *bundle.Store // federated bundles and relations
+	Tokens    *attest.Tokens
+	KV        KV // agents and entries
+
+	// OwnBundle is the bundle of the whole trust domain, with the roots of every replica. Default: Authority.Bundle.
+	OwnBundle func() *spiffebundle.Bundle
+	// Refresh pulls the bundle of a related trust domain from its endpoint, for RefreshBundle. May be nil.
+	Refresh func(ctx context.Context, td spiffeid.TrustDomain) error
+
+	AgentLife        time.Duration // of an agent's SVID, default 1 h
+	AttestsPerSecond float64       // per source address, default 20
+	AttestBurst      int           // default 100
+
+	Now        func() time.Time
+	Log        *slog.Logger
+	Registerer prometheus.Registerer // may be nil
+}
+
+// Server is the SPIRE Server API of one replica.
+type Server struct {
+	// read-only after New
+	cfg    Config
+	td     spiffeid.TrustDomain
+	log    *slog.Logger
+	src    *identity.Source // presents <td>/spire/server
+	reg    *registry
+	limit  *limiter
+	attest *prometheus.CounterVec
+
+	mu   sync.Mutex
+	seen map[string]activity // guarded by mu; by agent ID
+}
+
+// activity is what an agent has loaded.
+type activity struct {
+	at     time.Time // of its last call
+	loaded map[spiffeid.TrustDomain]loaded
+}
+
+type loaded struct {
+	sequence uint64
+	since    time.Time
+}
+
+// New loads the agents and entries from cfg.KV and builds a Server.
+func New(ctx context.Context, cfg Config) (*Server, error) {
+	if cfg.AgentLife <= 0 {
+		cfg.AgentLife = time.Hour
+	}
+	if cfg.AttestsPerSecond <= 0 {
+		cfg.AttestsPerSecond = 20
+	}
+	if cfg.AttestBurst <= 0 {
+		cfg.AttestBurst = 100
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.OwnBundle == nil {
+		cfg.OwnBundle = cfg.Authority.Bundle
+	}
+	s := &Server{
+		cfg:   cfg,
+		td:    cfg.Authority.TrustDomain(),
+		log:   cfg.Log,
+		src:   identity.NewSource(),
+		limit: newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
+		seen:  map[string]activity{},
+		attest: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, error)."}, []string{"result"}),
+	}
+	s.reg = newRegistry(cfg.KV, s.td)
+	if err := s.Reload(ctx); err != nil {
+		return nil, err
+	}
+	svid, err := cfg.Authority.NewSVID(identity.SPIREServerID(s.td), 0)
+	switch {
+	case err == nil:
+		s.src.SetSVID(svid)
+	case !errors.Is(err, ca.ErrNotActive): // a joining replica gets its SVID when Run sees its root active
+		return nil, fmt.Errorf("serve SPIRE Server API of %s: %w", s.td, err)
+	}
+	if cfg.Registerer != nil {
+		for _, c := range []prometheus.Collector{s.attest,
+			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "hanse_identity_agents", Help: "Attested agents."},
+				func() float64 { agents, _ := s.reg.counts(); return float64(agents) }),
+			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "hanse_identity_entries", Help: "Registration entries."},
+				func() float64 { _, entries := s.reg.counts(); return float64(entries) }),
+		} {
+			if err := cfg.Registerer.Register(c); err != nil {
+				return nil, fmt.Errorf("register metrics: %w", err)
+			}
+		}
+	}
+	return s, nil
+}
+
+// Run keeps the server's own SVID and forgets expired agents and tokens, until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	var err error
+	wg.Go(func() {
+		err = s.cfg.Authority.RunSVID(ctx, identity.SPIREServerID(s.td), 0, s.src)
+	})
+	ticker := time.NewTicker(10 * time.Minute)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			wg.Wait()
+			return err
+		case <-ticker.C:
+			if err := errors.Join(s.cfg.Tokens.Sweep(ctx), s.sweepAgents(ctx)); err != nil {
+				s.log.Warn("cannot forget expired agents and tokens; tried again later", "error", err)
+			}
+		}
+	}
+}
+
+// Reload reads all agents and entries again. Call it when another replica has changed the KV.
+func (s *Server) Reload(ctx context.Context) error {
+	if err := s.reg.load(ctx); err != nil {
+		return fmt.Errorf("load agents and entries of %s: %w", s.td, err)
+	}
+	return nil
+}
+
+// RegisterAgent registers the services for the TLS port (7444), where TLSConfig must be in use.
+func (s *Server) RegisterAgent(r grpc.ServiceRegistrar) { s.register(r, false) }
+
+// RegisterAdmin registers the services for a Unix socket whose permissions admit administrators only: every caller is one.
+func (s *Server) RegisterAdmin(r grpc.ServiceRegistrar) { s.register(r, true) }
+
+func (s *Server) register(r grpc.ServiceRegistrar, local bool) {
+	svc := service{Server: s, local: local}
+	agentv1.RegisterAgentServer(r, &agentService{service: svc})
+	svidv1.RegisterSVIDServer(r, &svidService{service: svc})
+	entryv1.RegisterEntryServer(r, &entryService{service: svc})
+	bundlev1.RegisterBundleServer(r, &bundleService{service: svc})
+	trustdomainv1.RegisterTrustDomainServer(r, &trustDomainService{service: svc})
+}
+
+// TLSConfig presents spiffe://<td>/spire/server, which stock agents insist on, and asks for a certificate. One that is
+// given must be of this trust domain and verify; agents attest without one. Session tickets are off.
+func (s *Server) TLSConfig() *tls.Config {
+	cfg := identity.ServerTLS(s.src, identity.AuthorizeAny(), "h2")
+	cfg.ClientAuth = tls.RequestClientCert
+	cfg.VerifyConnection = func(state tls.ConnectionState) error {
+		if len(state.PeerCertificates) == 0 {
+			return nil
+		}
+		if _, _, err := x509svid.Verify(state.PeerCertificates, s.cfg.OwnBundle(), x509svid.WithTime(s.cfg.Now())); err != nil {
+			return fmt.Errorf("verify caller: %w", err)
+		}
+		return nil
+	}
+	return cfg
+}
+
+// Missing names the agents that were heard of in the last 30 s and have not loaded the bundle of td with at least that
+// sequence, or did so less than one sync interval (5 s) ago: what a stock agent fetches it hands on within that time.
+func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
+	now := s.cfg.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []string
+	for id, a := range s.seen {
+		if now.Sub(a.at) > 30*time.Second {
+			continue
+		}
+		if l, ok := a.loaded[td]; !ok || l.sequence < sequence || now.Sub(l.since) < 5*time.Second {
+			out = append(out, id)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// noteLoaded remembers that the calling agent, if it is one, was given a bundle.
+func (s *service) noteLoaded(ctx context.Context, td spiffeid.TrustDomain, sequence uint64) {
+	a, err := s.agent(ctx)
+	if err != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	act := s.seen[a.ID]
+	if l := act.loaded[td]; l.sequence != sequence {
+		if act.loaded == nil {
+			act.loaded = map[spiffeid.TrustDomain]loaded{}
+		}
+		act.loaded[td] = loaded{sequence: sequence, since: s.cfg.Now()}
+		s.seen[a.ID] = act
+	}
+}
+
+// service is what the five services share.
+type service struct {
+	*Server
+	local bool // every caller is an administrator
+}
+
+// callerCert is the verified certificate of the caller, nil without one.
+func callerCert(ctx context.Context) *x509.Certificate {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.PeerCertificates) == 0 {
+		return nil
+	}
+	return info.State.PeerCertificates[0]
+}
+
+// callerID checks the caller's certificate again, since connections outlive both certificates and roots.
+func (s *service) callerID(ctx context.Context) (spiffeid.ID, *x509.Certificate, error) {
+	cert := callerCert(ctx)
+	if cert == nil {
+		return spiffeid.ID{}, nil, status.Error(codes.Unauthenticated, "the caller presented no certificate")
+	}
+	id, err := x509svid.IDFromCert(cert)
+	if err != nil {
+		return spiffeid.ID{}, nil, status.Errorf(codes.Unauthenticated, "the caller's certificate: %v", err)
+	}
+	if s.cfg.Now().After(cert.NotAfter) {
+		return spiffeid.ID{}, nil, denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "the SVID of %s has expired", id)
+	}
+	for _, root := range s.cfg.OwnBundle().X509Authorities() {
+		if string(root.SubjectKeyId) == string(cert.AuthorityKeyId) {
+			return id, cert, nil
+		}
+	}
+	return spiffeid.ID{}, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "the root that signed the SVID of %s is not trusted any more", id)
+}
+
+// admin refuses everybody but administrators.
+func (s *service) admin(ctx context.Context) error {
+	if s.local {
+		return nil
+	}
+	id, _, err := s.callerID(ctx)
+	if err != nil {
+		return err
+	}
+	if identity.IsAdminID(s.td, id) || s.reg.isAdmin(id, s.cfg.Now()) {
+		return nil
+	}
+	return status.Errorf(codes.PermissionDenied, "%s is not an administrator", id)
+}
+
+// agent returns the calling agent, which must be attested and present its active SVID, or the one just renewed, which
+// becomes active by this.
+func (s *service) agent(ctx context.Context) (*agentRecord, error) {
+	id, cert, err := s.callerID(ctx)
+	if err != nil {
+		return nil, err
+	}
+	a := s.reg.agent(id.String())
+	switch {
+	case a == nil:
+		return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested", id)
+	case a.Banned:
+		return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", id)
+	}
+	switch serial := cert.SerialNumber.String(); serial {
+	case a.Serial:
+	case a.NewSerial:
+		if a, err = s.reg.updateAgent(ctx, a.ID, func(n *agentRecord) error {
+			if n.NewSerial == serial {
+				n.Serial, n.Expires, n.NewSerial, n.NewExpires = n.NewSerial, n.NewExpires, "", 0
+			}
+			return nil
+		}); err != nil {
+			return nil, s.internal("activate agent SVID", err)
+		}
+	default:
+		return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "the SVID of agent %s is not its active one", id)
+	}
+	s.mu.Lock()
+	act := s.seen[a.ID]
+	act.at = s.cfg.Now()
+	s.seen[a.ID] = act
+	s.mu.Unlock()
+	return a, nil
+}
+
+func denied(reason types.PermissionDeniedDetails_Reason, format string, args ...any) error {
+	st := status.Newf(codes.PermissionDenied, format, args...)
+	if with, err := st.WithDetails(&types.PermissionDeniedDetails{Reason: reason}); err == nil {
+		st = with
+	}
+	return st.Err()
+}
+
+// internal logs what went wrong here and keeps it from the caller.
+func (s *Server) internal(what string, err error) error {
+	s.log.Error("cannot serve the SPIRE Server API", "what", what, "error", err)
+	return status.Errorf(codes.Internal, "%s: internal error, see the server's log", what)
+}
+
+func invalid(format string, args ...any) error {
+	return status.Errorf(codes.InvalidArgument, format, args...)
+}
+
+// statusOf is the part of a batch's answer that stands for err.
+func statusOf(err error) *types.Status {
+	if err == nil {
+		return &types.Status{Code: int32(codes.OK), Message: "OK"}
+	}
+	st := status.Convert(err)
+	return &types.Status{Code: int32(st.Code()), Message: st.Message()}
+}
+
+func remoteHost(ctx context.Context) string {
+	p, ok := peer.FromContext(ctx)
+	if !ok || p.Addr == nil {
+		return ""
+	}
+	host, _, err := net.SplitHostPort(p.Addr.String())
+	if err != nil {
+		return p.Addr.String()
+	}
+	return host
+}

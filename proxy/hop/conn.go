@@ -1,0 +1,55 @@
+package hop
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+// meteredConn notes when the last byte came, below TLS.
+type meteredConn struct {
+	net.Conn
+	lastRead atomic.Int64 // Unix nanoseconds
+	read     atomic.Uint64
+	written  atomic.Uint64
+}
+
+func (c *meteredConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.lastRead.Store(time.Now().UnixNano())
+		c.read.Add(uint64(n))
+	}
+	return n, err
+}
+
+func (c *meteredConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.written.Add(uint64(n))
+	return n, err
+}
+
+// verifyNow checks a chain again as a bundle change demands. An expired SVID alone does not fail here: its streams may go on,
+// and expiry refuses new ones.
+func verifyNow(bundles x509bundle.Source, chain []*x509.Certificate, now time.Time) error {
+	at := now
+	if last := chain[0].NotAfter.Add(-time.Second); last.Before(at) {
+		at = last
+	}
+	_, _, err := x509svid.Verify(chain, bundles, x509svid.WithTime(at))
+	return err
+}
+
+// expiry is the earlier end of own and peer's SVID.
+func expiry(own time.Time, state tls.ConnectionState) time.Time {
+	peer := state.PeerCertificates[0].NotAfter
+	if own.IsZero() || peer.Before(own) {
+		return peer
+	}
+	return own
+}

@@ -1,0 +1,425 @@
+package hop_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/proxytest"
+)
+
+const payments = "/ns/shop/sa/payments"
+
+// serve starts a Server on loopback and returns the Peer to dial, and what stops it.
+func serve(t *testing.T, src *identity.Source, h http.Handler, change ...func(*hop.ServerConfig)) (hop.Peer, *hop.Server, func()) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := hop.ServerConfig{Source: src, Handler: h, DrainTimeout: 2 * time.Second}
+	for _, f := range change {
+		f(&cfg)
+	}
+	s := hop.NewServer(cfg)
+	svid, err := src.GetX509SVID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := run(t, func(ctx context.Context) error { return s.Serve(ctx, ln) })
+	return hop.Peer{ID: "e1", Address: netip.MustParseAddrPort(ln.Addr().String()), SNI: "e1.endpoint.hanse", SPIFFEID: svid.ID.String()}, s, stop
+}
+
+func run(t *testing.T, f func(context.Context) error) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := f(ctx); err != nil {
+			t.Errorf("run: %v", err)
+		}
+	}()
+	var once sync.Once
+	stop = func() { once.Do(func() { cancel(); <-done }) }
+	t.Cleanup(stop)
+	return stop
+}
+
+func client(t *testing.T, src *identity.Source, change ...func(*hop.ClientConfig)) *hop.Client {
+	t.Helper()
+	cfg := hop.ClientConfig{Source: src, ConnectTimeout: 3 * time.Second}
+	for _, f := range change {
+		f(&cfg)
+	}
+	c := hop.NewClient(cfg)
+	run(t, c.Run)
+	return c
+}
+
+func request(t *testing.T, method, path string, body io.Reader) *http.Request {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "https://payments.shop.svc.clusterset.local:8080"+path, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return req
+}
+
+func whoCalls(w http.ResponseWriter, r *http.Request) {
+	c, _ := hop.CallerOf(r.Context())
+	fmt.Fprint(w, c.ID)
+}
+
+func TestRequestCarriesTheCallersID(t *testing.T) {
+	west, east := proxytest.NewDomain(t, "west.test"), proxytest.NewDomain(t, "east.test")
+	peer, _, _ := serve(t, east.Source(payments, west), http.HandlerFunc(whoCalls))
+	c := client(t, west.Source("/ns/shop/sa/frontend", east))
+	for range 3 {
+		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, _ := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if got := string(b); got != "spiffe://west.test/ns/shop/sa/frontend" {
+			t.Errorf("caller %q", got)
+		}
+	}
+	if n := len(c.Connections()); n != 1 {
+		t.Errorf("%d connections, want one shared", n)
+	}
+}
+
+func TestRefusedIdentities(t *testing.T) {
+	west, east, other := proxytest.NewDomain(t, "west.test"), proxytest.NewDomain(t, "east.test"), proxytest.NewDomain(t, "other.test")
+	served := false
+	peer, _, _ := serve(t, east.Source(payments, west), http.HandlerFunc(func(http.ResponseWriter, *http.Request) { served = true }))
+	impostor := peer
+	impostor.SPIFFEID = "spiffe://east.test/ns/shop/sa/catalog"
+	for name, tc := range map[string]struct {
+		src  *identity.Source
+		peer hop.Peer
+	}{
+		"not federated with the server": {other.Source("/ns/shop/sa/frontend", east), peer},
+		"server not federated with us":  {west.Source("/ns/shop/sa/frontend"), peer},
+		"server is somebody else":       {west.Source("/ns/shop/sa/frontend", east), impostor},
+		"no SVID":                       {identity.NewSource(), peer},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := client(t, tc.src).RoundTrip(tc.peer, request(t, "GET", "/", nil))
+			var e *hop.Error
+			if !errors.As(err, &e) || e.Stage != hop.StageHandshake || e.Sent {
+				t.Errorf("error %v, want one of the handshake with nothing sent", err)
+			}
+		})
+	}
+	if served {
+		t.Error("the handler was called")
+	}
+}
+
+// TestDistrust: open streams end and no new ones begin as soon as the peer's bundle is gone, on either side.
+func TestDistrust(t *testing.T) {
+	for _, side := range []string{"client", "server"} {
+		t.Run(side, func(t *testing.T) {
+			west, east := proxytest.NewDomain(t, "west.test"), proxytest.NewDomain(t, "east.test")
+			clientSrc, serverSrc := west.Source("/ns/shop/sa/frontend", east), east.Source(payments, west)
+			peer, _, _ := serve(t, serverSrc, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				_ = http.NewResponseController(w).Flush()
+				<-r.Context().Done()
+			}))
+			c := client(t, clientSrc)
+			resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if side == "client" {
+				clientSrc.SetBundles(proxytest.Bundles(west))
+			} else {
+				serverSrc.SetBundles(proxytest.Bundles(east))
+			}
+			if _, err := io.ReadAll(resp.Body); err == nil {
+				t.Error("the open stream ended cleanly")
+			}
+			if _, err := c.RoundTrip(peer, request(t, "GET", "/", nil)); err == nil {
+				t.Error("a new stream was opened")
+			}
+		})
+	}
+}
+
+// TestRotation: a new SVID of the same ID leaves the connection; another ID never shares it.
+func TestRotation(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(whoCalls))
+	src := d.Source("/ns/shop/sa/frontend")
+	c := client(t, src)
+	call := func() string {
+		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(resp.Body)
+		return string(b)
+	}
+	call()
+	src.SetSVID(d.SVID("/ns/shop/sa/frontend", time.Hour))
+	call()
+	if n := len(c.Connections()); n != 1 {
+		t.Errorf("%d connections after rotation, want 1", n)
+	}
+	src.SetSVID(d.SVID("/ns/shop/sa/other", time.Hour))
+	if got := call(); got != "spiffe://west.test/ns/shop/sa/other" {
+		t.Errorf("caller %q after the identity changed", got)
+	}
+}
+
+// TestExpiry: no stream is opened on a connection whose SVID has expired, and open ones go on.
+func TestExpiry(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).Flush()
+		_, _ = io.Copy(w, r.Body)
+	}))
+	src := d.Source("/ns/shop/sa/frontend")
+	src.SetSVID(d.SVID("/ns/shop/sa/frontend", 1500*time.Millisecond))
+	c := client(t, src)
+	pr, pw := io.Pipe()
+	resp, err := c.RoundTrip(peer, request(t, "POST", "/", pr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := c.Connections()[0]
+	src.SetSVID(d.SVID("/ns/shop/sa/frontend", time.Hour))
+	time.Sleep(time.Until(first.Expires) + 50*time.Millisecond)
+	second, err := c.RoundTrip(peer, request(t, "POST", "/", strings.NewReader("new")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = second.Body.Close()
+	if n := len(c.Connections()); n != 2 {
+		t.Errorf("%d connections, want the old one and a new one", n)
+	}
+	_, _ = io.WriteString(pw, "still open")
+	_ = pw.Close()
+	if b, err := io.ReadAll(resp.Body); err != nil || string(b) != "still open" {
+		t.Errorf("old stream gave %q, %v", b, err)
+	}
+}
+
+// hole is a connection that can stop carrying bytes without closing.
+type hole struct {
+	net.Conn
+	shut chan struct{}
+}
+
+func (h hole) Read(p []byte) (int, error) {
+	n, err := h.Conn.Read(p)
+	select {
+	case <-h.shut:
+		if err == nil {
+			return h.Read(p)
+		}
+	default:
+	}
+	return n, err
+}
+
+func (h hole) Write(p []byte) (int, error) {
+	select {
+	case <-h.shut:
+		return len(p), nil
+	default:
+		return h.Conn.Write(p)
+	}
+}
+
+func TestBlackHoleIsFoundByPing(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	shut := make(chan struct{})
+	entered := make(chan struct{})
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/hang" {
+			close(entered)
+			<-r.Context().Done()
+		}
+	}), func(c *hop.ServerConfig) { c.Wrap = func(n net.Conn) net.Conn { return hole{n, shut} } })
+	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) {
+		c.PingAfter, c.DeadAfter = 50*time.Millisecond, 150*time.Millisecond
+	})
+	go func() { <-entered; close(shut) }()
+	_, err := c.RoundTrip(peer, request(t, "GET", "/hang", nil))
+	if !errors.Is(err, hop.ErrDead) || !hop.Sent(err) {
+		t.Errorf("error %v, want ErrDead of a request that was sent", err)
+	}
+}
+
+// TestLongSilenceIsNotDeath: an application may take its time as long as the peer answers PINGs.
+func TestLongSilenceIsNotDeath(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(300 * time.Millisecond)
+		fmt.Fprint(w, "late")
+	}))
+	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) {
+		c.PingAfter, c.DeadAfter = 20*time.Millisecond, 100*time.Millisecond
+	})
+	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+}
+
+// TestDrain: GOAWAY lets open streams finish, and later ones fail as not sent.
+func TestDrain(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	entered, leave := make(chan struct{}), make(chan struct{})
+	peer, _, stop := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		close(entered)
+		<-leave
+		fmt.Fprint(w, "finished")
+	}))
+	c := client(t, d.Source("/ns/shop/sa/frontend"))
+	type result struct {
+		body string
+		err  error
+	}
+	got := make(chan result, 1)
+	go func() {
+		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		if err != nil {
+			got <- result{err: err}
+			return
+		}
+		b, err := io.ReadAll(resp.Body)
+		got <- result{string(b), err}
+	}()
+	<-entered
+	stopped := make(chan struct{})
+	go func() { stop(); close(stopped) }()
+	for c.Connections()[0].Draining || usable(c) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	if _, err := c.RoundTrip(peer, request(t, "GET", "/", nil)); err == nil || hop.Sent(err) {
+		t.Errorf("a request during drain: %v, want a failure with nothing sent", err)
+	}
+	close(leave)
+	if r := <-got; r.err != nil || r.body != "finished" {
+		t.Errorf("open stream gave %q, %v", r.body, r.err)
+	}
+	<-stopped
+}
+
+func usable(c *hop.Client) bool {
+	for _, conn := range c.Connections() {
+		if !conn.GoneAway {
+			return true
+		}
+	}
+	return false
+}
+
+// TestStreamHalfClose: each direction of a CONNECT stream ends on its own, in either order, bytes equal.
+func TestStreamHalfClose(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	up, down := bytes.Repeat([]byte("upward "), 50_000), bytes.Repeat([]byte("downward "), 50_000)
+	for _, first := range []string{"client", "server"} {
+		t.Run(first+" ends first", func(t *testing.T) {
+			received := make(chan []byte, 1)
+			peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Method != http.MethodConnect || r.Host != "payments.shop.svc.clusterset.local:5432" {
+					w.WriteHeader(http.StatusMisdirectedRequest)
+					return
+				}
+				s, err := hop.Accept(w, r, nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				send := func() {
+					_, _ = s.Write(down)
+					_ = s.CloseWrite()
+				}
+				if first == "server" {
+					send()
+				}
+				b, err := io.ReadAll(s)
+				if err != nil {
+					t.Error(err)
+				}
+				received <- b
+				if first == "client" {
+					send()
+				}
+			}))
+			c := client(t, d.Source("/ns/shop/sa/frontend"))
+			s, err := c.Open(t.Context(), peer, "payments.shop.svc.clusterset.local:5432", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			send := func() {
+				_, _ = s.Write(up)
+				_ = s.CloseWrite()
+			}
+			if first == "client" {
+				send()
+			}
+			b, err := io.ReadAll(s)
+			if err != nil || !bytes.Equal(b, down) {
+				t.Errorf("client read %d bytes, %v", len(b), err)
+			}
+			if first == "server" {
+				send()
+			}
+			if got := <-received; !bytes.Equal(got, up) {
+				t.Errorf("server read %d bytes", len(got))
+			}
+			var status *hop.StatusError
+			if _, err := c.Open(t.Context(), peer, "other:1", nil); !errors.As(err, &status) || status.Status != http.StatusMisdirectedRequest {
+				t.Errorf("wrong authority: %v", err)
+			}
+		})
+	}
+}
+
+// TestDeadGatewayIsPassedOver: the other gateway is used, and an endpoint's fault is not blamed on a gateway.
+func TestDeadGatewayIsPassedOver(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(whoCalls))
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := netip.MustParseAddrPort(ln.Addr().String())
+	_ = ln.Close()
+	peer.Gateways = []netip.AddrPort{dead, peer.Address} // a gateway splices; the endpoint itself looks the same
+	for range 4 {
+		c := client(t, d.Source("/ns/shop/sa/frontend"))
+		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+	}
+	peer.Gateways = []netip.AddrPort{dead}
+	_, err = client(t, d.Source("/ns/shop/sa/frontend")).RoundTrip(peer, request(t, "GET", "/", nil))
+	var e *hop.Error
+	if !errors.As(err, &e) || e.Stage != hop.StageGateway {
+		t.Errorf("error %v, want one of the gateway", err)
+	}
+}

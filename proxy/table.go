@@ -238,7 +238,8 @@ type Fault struct {
 	Status  int           // Errors
 	Ports   []uint16      // the workload's target ports; empty is all
 	End     time.Duration // from receipt: heal by itself then
-	Lease   time.Duration // from receipt: heal unless renewed (a new Fault of the same drill); 0: none
+	Lease   time.Duration // from receipt: heal unless renewed (the same drill with another Renewal); 0: none
+	Renewal uint64        // grows with each sending
 	Report  time.Duration // interval of load reports while the drill runs
 
 	Received time.Time // when this proxy received the order, with monotonic clock

@@ -1,0 +1,126 @@
+package xdsgen
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"github.com/hanse-mesh/hanse/discovery"
+)
+
+// callee is one port of a service as one cluster's workloads call it.
+type callee struct {
+	name      discovery.Name
+	authority string
+	port      discovery.Port
+	local     bool // …svc.cluster.local: this cluster's own endpoints only
+	ports     []discovery.Port
+	affinity  string
+	policy    *discovery.TrafficPolicy // never nil; the zero policy is the default
+	parts     []part
+}
+
+// part is what one cluster contributes to a callee.
+type part struct {
+	member    *discovery.Member // nil: this cluster
+	cluster   string
+	region    string
+	gateways  []netip.AddrPort
+	portName  string
+	noPort    bool // this cluster's service lacks the port
+	endpoints []*discovery.Endpoint
+	plaintext bool // endpoints without identity may be used
+}
+
+// state is Fresh for this cluster, and for a member that nothing is known of: silence is not absence.
+func (p *part) state() discovery.PeerState {
+	if p.member == nil {
+		return discovery.Fresh
+	}
+	return cmp.Or(p.member.State, discovery.Fresh)
+}
+
+// PlaintextAnnotation on a Service with the value "true" permits calls to its endpoints that have no identity, from within
+// this cluster.
+const PlaintextAnnotation = "hanse.mesh/plaintext"
+
+// lookup finds what an authority names. Only the canonical form, "name.namespace.svc.clusterset.local:port" or
+// "….svc.cluster.local:port", is a resource name. The error says why there is nothing to call.
+func (v *View) lookup(authority string) (*callee, error) {
+	n, number, local, ok := discovery.ParseAuthority(authority)
+	if !ok || number == 0 || authority != authorityOf(n, number, local) {
+		return nil, fmt.Errorf("%q is not of the form name.namespace.%s:port", authority, discovery.ClustersetDomain)
+	}
+	c := &callee{name: n, authority: authority, local: local, policy: v.Set.Local.TrafficPolicy[n]}
+	if c.policy == nil {
+		c.policy = &discovery.TrafficPolicy{}
+	}
+	own, imp := v.Set.Local.Services[n], v.Set.Imports[n]
+	switch {
+	case local && own == nil:
+		return nil, fmt.Errorf("cluster %s has no service %s", v.Set.Local.Self.Cluster, n)
+	case local, imp == nil && own != nil: // a service that nobody exports is callable within its cluster by both names
+		c.ports, c.affinity = own.Ports, own.Affinity
+		c.parts = []part{v.ownPart(own, number)}
+	case imp == nil:
+		return nil, fmt.Errorf("no cluster exports a service %s, and cluster %s has none", n, v.Set.Local.Self.Cluster)
+	default:
+		c.ports, c.affinity = imp.Ports, imp.Affinity
+		for i := range imp.From {
+			c.parts = append(c.parts, v.importedPart(&imp.From[i], own, number))
+		}
+	}
+	p := portNumber(c.ports, number)
+	if p == nil {
+		return nil, fmt.Errorf("service %s has no TCP port %d", n, number)
+	}
+	c.port = *p
+	return c, nil
+}
+
+func authorityOf(n discovery.Name, port uint16, local bool) string {
+	if local {
+		return n.Name + "." + n.Namespace + "." + discovery.ClusterDomain + ":" + strconv.Itoa(int(port))
+	}
+	return n.Authority(port)
+}
+
+func portNumber(ports []discovery.Port, number uint16) *discovery.Port {
+	i := slices.IndexFunc(ports, func(p discovery.Port) bool { return p.Number == number && !p.UDP })
+	if i < 0 {
+		return nil
+	}
+	return &ports[i]
+}
+
+func (v *View) ownPart(s *discovery.Service, number uint16) part {
+	self := &v.Set.Local.Self
+	p := part{cluster: self.Cluster, region: self.Region, gateways: self.Gateways, endpoints: s.Endpoints,
+		plaintext: s.Annotations[PlaintextAnnotation] == "true"}
+	p.setPort(s.Ports, number)
+	return p
+}
+
+func (v *View) importedPart(from *discovery.ImportedFrom, own *discovery.Service, number uint16) part {
+	if from.Member == v.Set.Local.Self.Cluster && own != nil {
+		return v.ownPart(own, number) // the Snapshot is at least as new as the merge
+	}
+	p := part{cluster: from.Member, endpoints: from.Endpoints, member: v.Set.Members[from.Member]}
+	if p.member != nil {
+		p.region, p.gateways = p.member.Region, p.member.Gateways
+	} else if from.Member != v.Set.Local.Self.Cluster {
+		p.member = &discovery.Member{Name: from.Member}
+	}
+	p.setPort(from.Ports, number)
+	return p
+}
+
+func (p *part) setPort(ports []discovery.Port, number uint16) {
+	if port := portNumber(ports, number); port != nil {
+		p.portName = port.Name
+	} else {
+		p.noPort = true
+	}
+}

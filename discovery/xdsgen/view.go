@@ -1,0 +1,190 @@
+package xdsgen
+
+import (
+	"maps"
+	"net/netip"
+	"reflect"
+	"slices"
+
+	"github.com/hanse-mesh/hanse/discovery"
+)
+
+// Kind is what a viewer is able to read.
+type Kind string
+
+// Kinds.
+const (
+	Sidecar Kind = "sidecar"
+	Gateway Kind = "gateway"
+	GRPC    Kind = "grpc" // a gRPC library: the subset of gRFC A27 and after
+)
+
+// Viewer is who looks at the mesh: everything that a resource may depend on beside the View. Identity is verified by the
+// server, the locality and network are what the viewer claims.
+type Viewer struct {
+	ID          string       `json:"id"` // unique; chooses the subset of endpoints
+	Cluster     string       `json:"cluster"`
+	Namespace   string       `json:"namespace"` // of its SPIFFE ID
+	Region      string       `json:"region,omitempty"`
+	Zone        string       `json:"zone,omitempty"`
+	Network     string       `json:"network,omitempty"`
+	Kind        Kind         `json:"kind"`
+	SPIFFEID    string       `json:"spiffeID"`
+	WorkloadIPs []netip.Addr `json:"workloadIPs,omitempty"`
+}
+
+// Callers counts the proxies that call a service, by where they are. A service that is missing here has unknown callers.
+type Callers map[discovery.Name]map[discovery.Locality]int
+
+// View is a Clusterset with the indexes that resources are made from.
+type View struct {
+	Set     *discovery.Clusterset
+	Callers Callers // may be nil
+
+	routes  map[discovery.Name][]*discovery.Route // by parent
+	parents map[discovery.Name][]discovery.Name   // parents of the routes that name this service as a backend
+	hosts   map[netip.Addr][]discovery.Name       // own services with an endpoint at the address, sorted
+}
+
+// NewView indexes a Clusterset.
+func NewView(set *discovery.Clusterset, callers Callers) *View {
+	v, _ := (&View{Set: &discovery.Clusterset{Local: &discovery.Snapshot{}}}).Next(set, callers)
+	return v
+}
+
+// Changes says what a View may show differently from the one before. It may name more than what changed, never less.
+type Changes struct {
+	All      bool                        // members, trust or this cluster itself
+	Access   bool                        // access policies
+	Services map[discovery.Name]struct{} // whose ports, endpoints, routes or policy changed, or whose routes lead to such
+	Hosts    map[netip.Addr]struct{}     // whose own endpoints changed
+}
+
+// Next returns the View of set, and how it differs from v. Objects that are the same pointer are taken as unchanged.
+func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes) {
+	old := v.Set
+	ch := &Changes{
+		All:      !reflect.DeepEqual(old.Local.Self, set.Local.Self) || !sameMembers(old.Members, set.Members) || !sameKeys(old.Trusted, set.Trusted),
+		Access:   !slices.Equal(old.Local.Access, set.Local.Access),
+		Services: make(map[discovery.Name]struct{}),
+		Hosts:    make(map[netip.Addr]struct{}),
+	}
+	mark := func(n discovery.Name) { ch.Services[n] = struct{}{} }
+	var moved []discovery.Name // own services whose endpoints may have changed
+	diff(old.Local.Services, set.Local.Services, func(n discovery.Name) { mark(n); moved = append(moved, n) })
+	diff(old.Imports, set.Imports, mark)
+	diff(old.Local.TrafficPolicy, set.Local.TrafficPolicy, mark)
+	for n := range callers {
+		if !maps.Equal(callers[n], v.Callers[n]) {
+			mark(n)
+		}
+	}
+	next := &View{Set: set, Callers: callers, routes: v.routes, parents: v.parents, hosts: v.hosts}
+	if !slices.Equal(old.Local.Routes, set.Local.Routes) || next.routes == nil {
+		next.indexRoutes()
+		diffRoutes(old.Local.Routes, set.Local.Routes, mark)
+	}
+	for n := range maps.Clone(ch.Services) {
+		for _, p := range next.parents[n] {
+			mark(p)
+		}
+	}
+	next.indexHosts(old.Local.Services, moved, ch.Hosts)
+	return next, ch
+}
+
+// diff calls changed for every key whose value differs.
+func diff[K comparable, V comparable](old, next map[K]V, changed func(K)) {
+	for k, n := range next {
+		if o, ok := old[k]; !ok || o != n {
+			changed(k)
+		}
+	}
+	for k := range old {
+		if _, ok := next[k]; !ok {
+			changed(k)
+		}
+	}
+}
+
+func diffRoutes(old, next []*discovery.Route, changed func(discovery.Name)) {
+	seen := make(map[*discovery.Route]int, len(old)+len(next))
+	for _, r := range old {
+		seen[r] |= 1
+	}
+	for _, r := range next {
+		seen[r] |= 2
+	}
+	for r, in := range seen {
+		if in == 3 {
+			continue
+		}
+		for _, p := range r.Parents {
+			changed(p.Service)
+		}
+	}
+}
+
+// sameMembers ignores since when a state lasts, and addresses that only control planes use.
+func sameMembers(a, b map[string]*discovery.Member) bool {
+	return maps.EqualFunc(a, b, func(x, y *discovery.Member) bool {
+		return x == y || x.State == y.State && x.Network == y.Network && x.Region == y.Region &&
+			x.TrustDomain == y.TrustDomain && slices.Equal(x.Gateways, y.Gateways)
+	})
+}
+
+func sameKeys(a, b map[string]uint64) bool {
+	return maps.EqualFunc(a, b, func(uint64, uint64) bool { return true })
+}
+
+func (v *View) indexRoutes() {
+	v.routes = make(map[discovery.Name][]*discovery.Route)
+	v.parents = make(map[discovery.Name][]discovery.Name)
+	for _, r := range v.Set.Local.Routes {
+		for _, p := range r.Parents {
+			if !slices.Contains(v.routes[p.Service], r) {
+				v.routes[p.Service] = append(v.routes[p.Service], r)
+			}
+			for _, rule := range r.Rules {
+				for _, b := range rule.Backends {
+					if !slices.Contains(v.parents[b.Service], p.Service) {
+						v.parents[b.Service] = append(v.parents[b.Service], p.Service)
+					}
+				}
+			}
+		}
+	}
+}
+
+// indexHosts brings hosts up to date for the services that moved, and notes the addresses concerned.
+func (v *View) indexHosts(old map[discovery.Name]*discovery.Service, moved []discovery.Name, touched map[netip.Addr]struct{}) {
+	if len(moved) == 0 && v.hosts != nil {
+		return
+	}
+	hosts := make(map[netip.Addr][]discovery.Name, len(v.hosts))
+	maps.Copy(hosts, v.hosts)
+	for _, n := range moved {
+		if s := old[n]; s != nil {
+			for _, e := range s.Endpoints {
+				touched[e.Address] = struct{}{}
+				rest := slices.DeleteFunc(slices.Clone(hosts[e.Address]), func(o discovery.Name) bool { return o == n })
+				if len(rest) == 0 {
+					delete(hosts, e.Address)
+				} else {
+					hosts[e.Address] = rest
+				}
+			}
+		}
+		s := v.Set.Local.Services[n]
+		if s == nil {
+			continue
+		}
+		for _, e := range s.Endpoints {
+			touched[e.Address] = struct{}{}
+			if i, found := slices.BinarySearchFunc(hosts[e.Address], n, discovery.Name.Compare); !found {
+				hosts[e.Address] = slices.Insert(slices.Clone(hosts[e.Address]), i, n)
+			}
+		}
+	}
+	v.hosts = hosts
+}

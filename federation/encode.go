@@ -1,0 +1,322 @@
+package federation
+
+import (
+	"cmp"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/federation/federationpb"
+)
+
+// Bounds of exports. Encode refuses what it would not itself decode.
+const (
+	MaxValue     = 256 << 10               // bytes of one object
+	MaxPorts     = 256                     // of a service
+	MaxSlot      = 64                      // endpoints of a slot
+	MaxSlots     = 4096                    // of a service
+	MaxEndpoints = (slotTarget) * MaxSlots // of a service
+	slotTarget   = 48                      // endpoints that Encode aims at
+)
+
+// Fault is one object that could not be exported or imported. Its last good state stays in force.
+type Fault struct {
+	Member string // name of the exporter; empty for an own export
+	Scope  string
+	Key    string
+	Reason string
+}
+
+// Error returns the fault as one sentence.
+func (f Fault) Error() string {
+	if f.Member == "" {
+		return fmt.Sprintf("export %s in scope %s: %s", f.Key, f.Scope, f.Reason)
+	}
+	return fmt.Sprintf("import %s in scope %s from cluster %s: %s", f.Key, f.Scope, f.Member, f.Reason)
+}
+
+// Exports is what a cluster exports, as keys and values. It is immutable.
+type Exports struct {
+	Scopes    map[string]map[string][]byte // values by scope and key
+	Audience  map[string][]string          // member names by scope; empty is every member
+	Services  int
+	Endpoints int
+
+	services map[discovery.Name]*exported
+}
+
+// exported is one service as it was last encoded.
+type exported struct {
+	source    *discovery.Service // from which it was encoded; nil after Restore
+	scope     string
+	audience  []string
+	since     time.Time
+	slots     map[string]int // by endpoint ID
+	endpoints int
+	values    map[string][]byte // by key
+}
+
+// Since returns the export time of a service, which was set when it was first exported.
+func (e *Exports) Since(n discovery.Name) time.Time {
+	if e == nil || e.services[n] == nil {
+		return time.Time{}
+	}
+	return e.services[n].since
+}
+
+// Readable returns the scopes that a member of this name may read, sorted.
+func (e *Exports) Readable(member string) []string {
+	var scopes []string
+	for scope, audience := range e.Audience {
+		if len(audience) == 0 || slices.Contains(audience, member) {
+			scopes = append(scopes, scope)
+		}
+	}
+	slices.Sort(scopes)
+	return scopes
+}
+
+// Restore reads a cluster's own exports back from its store, so that the next Encode keeps slots and export times. What does not
+// decode is left out and encoded anew.
+func Restore(scopes map[string]map[string][]byte) *Exports {
+	e := &Exports{services: map[discovery.Name]*exported{}}
+	for scope, keys := range scopes {
+		for key, value := range keys {
+			n, slot, err := ParseKey(key)
+			if err != nil {
+				continue
+			}
+			x := e.services[n]
+			if x == nil {
+				x = &exported{scope: scope, slots: map[string]int{}}
+				e.services[n] = x
+			}
+			if slot < 0 {
+				var pb federationpb.Service
+				if proto.Unmarshal(value, &pb) == nil {
+					x.since = fromMillis(pb.ExportedUnixMs)
+				}
+				continue
+			}
+			var pb federationpb.Slot
+			if proto.Unmarshal(value, &pb) == nil {
+				for _, ep := range pb.Endpoints {
+					x.slots[hex.EncodeToString(ep.Id)] = slot
+				}
+			}
+		}
+	}
+	return e
+}
+
+// Encode turns the exported services of a Snapshot into keys and values. prev (may be nil) is the result before: an endpoint keeps
+// its slot, a service its export time (now, if the source gives none), and a service that cannot be encoded its last good state,
+// with a Fault. Endpoints without mTLS are of no use elsewhere and are left out.
+func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fault) {
+	if prev == nil {
+		prev = &Exports{}
+	}
+	next := &Exports{
+		Scopes:   map[string]map[string][]byte{AllScope: {}},
+		Audience: map[string][]string{AllScope: nil},
+		services: map[discovery.Name]*exported{},
+	}
+	var faults []Fault
+	for name, svc := range s.Services {
+		if svc.Export == nil {
+			continue
+		}
+		old := prev.services[name]
+		x := old
+		if old == nil || old.source != svc {
+			var err error
+			if x, err = encodeService(s.Self.TrustDomain, svc, old, now); err != nil {
+				faults = append(faults, Fault{Scope: AudienceScope(svc.Export.Audience), Key: ServiceKey(name), Reason: err.Error()})
+				if x = old; x == nil || x.source == nil {
+					continue
+				}
+			}
+		}
+		next.services[name] = x
+		next.Services++
+		next.Endpoints += x.endpoints
+		if next.Scopes[x.scope] == nil {
+			next.Scopes[x.scope], next.Audience[x.scope] = map[string][]byte{}, x.audience
+		}
+		for k, v := range x.values {
+			next.Scopes[x.scope][k] = v
+		}
+	}
+	slices.SortFunc(faults, func(a, b Fault) int { return cmp.Compare(a.Key, b.Key) })
+	return next, faults
+}
+
+func encodeService(trustDomain string, svc *discovery.Service, old *exported, now time.Time) (*exported, error) {
+	x := &exported{
+		source: svc, scope: AudienceScope(svc.Export.Audience), audience: svc.Export.Audience,
+		since: svc.Export.Created, slots: map[string]int{}, values: map[string][]byte{},
+	}
+	if x.since.IsZero() {
+		if x.since = now; old != nil && !old.since.IsZero() {
+			x.since = old.since
+		}
+	}
+	if _, _, err := ParseKey(ServiceKey(svc.Name)); err != nil {
+		return nil, err
+	}
+	if len(svc.Ports) > MaxPorts {
+		return nil, fmt.Errorf("%d ports, at most %d can be exported", len(svc.Ports), MaxPorts)
+	}
+	pb := &federationpb.Service{Headless: svc.Headless, SessionAffinity: affinity(svc.Affinity), ExportedUnixMs: toMillis(x.since)}
+	for _, p := range svc.Ports {
+		pb.Ports = append(pb.Ports, &federationpb.Port{Name: p.Name, Number: uint32(p.Number), Protocol: string(p.Protocol), Udp: p.UDP})
+	}
+	if err := x.put(ServiceKey(svc.Name), pb); err != nil {
+		return nil, err
+	}
+
+	var endpoints []*discovery.Endpoint
+	for _, ep := range svc.Endpoints {
+		if ep.Transport == discovery.Plaintext {
+			continue
+		}
+		if !strings.HasPrefix(ep.SPIFFEID, "spiffe://"+trustDomain+"/") {
+			return nil, fmt.Errorf("endpoint %s has SPIFFE ID %q: only IDs of trust domain %s can be exported", ep.ID, ep.SPIFFEID, trustDomain)
+		}
+		endpoints = append(endpoints, ep)
+	}
+	if len(endpoints) > MaxEndpoints {
+		return nil, fmt.Errorf("%d endpoints, at most %d can be exported", len(endpoints), MaxEndpoints)
+	}
+	slots := assign(endpoints, old)
+	for slot, eps := range slots {
+		if len(eps) == 0 {
+			continue
+		}
+		pb, err := encodeSlot(eps)
+		if err != nil {
+			return nil, err
+		}
+		if err := x.put(SlotKey(svc.Name, slot), pb); err != nil {
+			return nil, err
+		}
+		for _, ep := range eps {
+			x.slots[ep.ID] = slot
+		}
+	}
+	x.endpoints = len(endpoints)
+	return x, nil
+}
+
+func (x *exported) put(key string, m proto.Message) error {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", key, err)
+	}
+	if len(b) > MaxValue {
+		return fmt.Errorf("%s is %d bytes, at most %d can be exported", key, len(b), MaxValue)
+	}
+	x.values[key] = b
+	return nil
+}
+
+// assign puts every endpoint into a slot: the one it had, else the emptiest of as many as are needed.
+func assign(endpoints []*discovery.Endpoint, old *exported) [][]*discovery.Endpoint {
+	slots := make([][]*discovery.Endpoint, (len(endpoints)+slotTarget-1)/slotTarget)
+	var fresh []*discovery.Endpoint
+	for _, ep := range endpoints {
+		slot, known := 0, false
+		if old != nil {
+			slot, known = old.slots[ep.ID]
+		}
+		if !known || slot >= MaxSlots {
+			fresh = append(fresh, ep)
+			continue
+		}
+		for slot >= len(slots) {
+			slots = append(slots, nil)
+		}
+		slots[slot] = append(slots[slot], ep)
+	}
+	for _, ep := range fresh {
+		emptiest := 0
+		for i := range slots {
+			if len(slots[i]) < len(slots[emptiest]) {
+				emptiest = i
+			}
+		}
+		slots[emptiest] = append(slots[emptiest], ep)
+	}
+	for _, eps := range slots {
+		slices.SortFunc(eps, func(a, b *discovery.Endpoint) int { return cmp.Compare(a.ID, b.ID) })
+	}
+	return slots
+}
+
+func encodeSlot(endpoints []*discovery.Endpoint) (*federationpb.Slot, error) {
+	pb := &federationpb.Slot{}
+	profiles := map[string]uint32{}
+	for _, ep := range endpoints {
+		id, err := hex.DecodeString(ep.ID)
+		if err != nil || len(id) != 16 {
+			return nil, fmt.Errorf("endpoint ID %q is not 32 hex digits", ep.ID)
+		}
+		p := &federationpb.Profile{
+			HopPort: uint32(ep.HopPort), Transport: string(ep.Transport), SpiffeId: ep.SPIFFEID,
+			Region: ep.Locality.Region, Zone: ep.Locality.Zone, Network: ep.Network,
+		}
+		for name, number := range ep.Ports {
+			p.Ports = append(p.Ports, &federationpb.TargetPort{Name: name, Number: uint32(number)})
+		}
+		slices.SortFunc(p.Ports, func(a, b *federationpb.TargetPort) int { return cmp.Compare(a.Name, b.Name) })
+		key := profileKey(p)
+		i, ok := profiles[key]
+		if !ok {
+			i = uint32(len(pb.Profiles))
+			profiles[key] = i
+			pb.Profiles = append(pb.Profiles, p)
+		}
+		pb.Endpoints = append(pb.Endpoints, &federationpb.Endpoint{
+			Id: id, Address: ep.Address.Unmap().AsSlice(), Profile: i, Hostname: ep.Hostname,
+			Weight: ep.Weight, NotReady: !ep.Ready, Draining: ep.Draining,
+		})
+	}
+	return pb, nil
+}
+
+// profileKey tells profiles apart; no field may contain the separator's byte in a valid export.
+func profileKey(p *federationpb.Profile) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d\x00%s\x00%s\x00%s\x00%s\x00%s", p.HopPort, p.Transport, p.SpiffeId, p.Region, p.Zone, p.Network)
+	for _, t := range p.Ports {
+		fmt.Fprintf(&b, "\x00%s\x00%d", t.Name, t.Number)
+	}
+	return b.String()
+}
+
+// affinity is session affinity as it is compared and sent: "None" is the default and the same as "".
+func affinity(s string) string {
+	if s == "None" {
+		return ""
+	}
+	return s
+}
+
+func toMillis(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMilli()
+}
+
+func fromMillis(ms int64) time.Time {
+	if ms <= 0 {
+		return time.Time{}
+	}
+	return time.UnixMilli(ms).UTC()
+}

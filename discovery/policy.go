@@ -69,6 +69,8 @@ type Filters struct {
 	Redirect *Redirect   `json:"redirect,omitempty"`
 	Rewrite  *Rewrite    `json:"rewrite,omitempty"`
 	Mirror   *Backend    `json:"mirror,omitempty"`
+
+	MirrorPercent float64 `json:"mirrorPercent,omitempty"` // of requests; 0 is all of them
 }
 
 // HeaderEdits are applied in the order Set, Add, Remove.

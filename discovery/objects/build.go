@@ -1,0 +1,523 @@
+package objects
+
+import (
+	"cmp"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	mcsv1alpha1 "sigs.k8s.io/mcs-api/pkg/apis/v1alpha1"
+
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/v1alpha1"
+	"github.com/hanse-mesh/hanse/identity"
+)
+
+// Input is all that Build looks at.
+type Input struct {
+	Self     discovery.Self
+	Set      *Set
+	State    *State        // of the Build before, or as persisted; nil at the very first
+	Now      time.Time     // for objects that carry no creationTimestamp and are new
+	NewID    func() string // 32 hex digits for a new endpoint; nil is RandomID
+	Complete bool          // every source has been read whole
+}
+
+// RandomID returns 128 random bits as 32 hex digits.
+func RandomID() string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails (crypto/rand)
+	return hex.EncodeToString(b[:])
+}
+
+// Build makes the Snapshot of in.Set, and the State for the next Build. The objects must have passed Validate. An object
+// that does not fit with the others (or the cluster) is left out, whole or in the part that the fault names, and the rest
+// stands. Services whose objects did not change since in.State are the same pointers as before.
+func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
+	if in.State == nil {
+		in.State = &State{}
+	}
+	if in.NewID == nil {
+		in.NewID = RandomID
+	}
+	b := &builder{Input: in, byKind: map[string][]Object{}, next: &State{created: map[Key]time.Time{}, services: map[discovery.Name]*serviceState{}}}
+	b.next.self = place{in.Self.Cluster, in.Self.TrustDomain, in.Self.Network, in.Self.Region}
+	for k, o := range in.Set.objects {
+		b.byKind[k.Kind] = append(b.byKind[k.Kind], o)
+	}
+	for _, objs := range b.byKind {
+		slices.SortFunc(objs, func(x, y Object) int { return x.Name().Compare(y.Name()) })
+	}
+	snap := &discovery.Snapshot{Self: in.Self, Complete: in.Complete}
+	snap.Services = b.services()
+	snap.Routes = b.routes(snap.Services)
+	snap.TrafficPolicy = b.trafficPolicies()
+	snap.Access = b.accessPolicies(snap.Services)
+	snap.Peers = b.peers()
+	snap.TrustDomains = b.trustDomains()
+
+	b.next.revision = in.State.revision
+	if !sameState(in.State, b.next) {
+		b.next.revision++
+	}
+	sortFaults(b.faults)
+	return snap, b.next, b.faults
+}
+
+func sortFaults(faults []*Fault) {
+	slices.SortStableFunc(faults, func(x, y *Fault) int {
+		return cmp.Or(cmp.Compare(x.File, y.File), cmp.Compare(x.Line, y.Line), cmp.Compare(x.Object, y.Object), cmp.Compare(x.Field, y.Field))
+	})
+}
+
+// builder is one Build.
+type builder struct {
+	Input
+	byKind map[string][]Object // sorted by name
+	next   *State
+	faults []*Fault
+}
+
+// all calls f for each object of a kind, by name.
+func all[T any](b *builder, kind string, f func(Object, T)) {
+	for _, o := range b.byKind[kind] {
+		f(o, o.Value.(T))
+	}
+}
+
+func faultOf(o Object, field string, value any, reason string, args ...any) *Fault {
+	c := checker{object: o}
+	c.add(field, value, reason, args...)
+	return c.faults[0]
+}
+
+func (b *builder) fault(o Object, field string, value any, reason string, args ...any) {
+	b.faults = append(b.faults, faultOf(o, field, value, reason, args...))
+}
+
+// created returns when o was created: as it says, else when it was first seen. Whole seconds, as Kubernetes keeps them.
+func (b *builder) created(o Object) time.Time {
+	if t := o.Value.GetCreationTimestamp(); !t.IsZero() {
+		return t.UTC()
+	}
+	t, ok := b.State.created[o.Key()]
+	if !ok {
+		t = b.Now.UTC().Truncate(time.Second)
+	}
+	b.next.created[o.Key()] = t
+	return t
+}
+
+func (b *builder) services() map[discovery.Name]*discovery.Service {
+	slicesOf := map[discovery.Name][]Object{}
+	all(b, "EndpointSlice", func(o Object, s *discoveryv1.EndpointSlice) {
+		n := discovery.Name{Namespace: s.Namespace, Name: s.Labels[discoveryv1.LabelServiceName]}
+		slicesOf[n] = append(slicesOf[n], o)
+	})
+	exports := map[discovery.Name]Object{}
+	all(b, "ServiceExport", func(o Object, _ *mcsv1alpha1.ServiceExport) { exports[o.Name()] = o })
+
+	services := map[discovery.Name]*discovery.Service{}
+	all(b, "Service", func(o Object, s *corev1.Service) {
+		export, exported := exports[o.Name()]
+		if s.Spec.Type == corev1.ServiceTypeExternalName {
+			if exported {
+				b.fault(export, "metadata.name", s.Name, "Service %s is an ExternalName, which cannot be exported (MCS InvalidServiceType)", o.Name())
+			}
+			delete(slicesOf, o.Name())
+			delete(exports, o.Name())
+			return
+		}
+		in := inputs{service: s}
+		for _, so := range slicesOf[o.Name()] {
+			in.slices = append(in.slices, so.Value.(*discoveryv1.EndpointSlice))
+		}
+		if exported {
+			in.export = &discovery.Export{Created: b.created(export), Audience: audience(export.Value.GetAnnotations()[AnnotationAudience])}
+		}
+		was := b.State.services[o.Name()]
+		if was == nil || was.result == nil || !was.inputs.equal(&in) || b.State.self != b.next.self {
+			was = b.service(o, slicesOf[o.Name()], in, was)
+		}
+		b.next.services[o.Name()] = was
+		b.faults = append(b.faults, was.faults...)
+		services[o.Name()] = was.result
+		delete(slicesOf, o.Name())
+		delete(exports, o.Name())
+	})
+	for n, orphans := range slicesOf {
+		for _, o := range orphans {
+			b.fault(o, "metadata.labels["+discoveryv1.LabelServiceName+"]", n.Name, "there is no Service %s; its endpoints are not used", n)
+		}
+	}
+	for n, o := range exports {
+		b.created(o) // the export is older than its Service
+		b.fault(o, "metadata.name", n.Name, "there is no Service %s to export (MCS NoService)", n)
+	}
+	return services
+}
+
+// service builds one service anew; was holds the IDs of its endpoints, or is nil.
+func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *serviceState) *serviceState {
+	s := in.service
+	svc := &discovery.Service{
+		Name:        o.Name(),
+		Headless:    s.Spec.ClusterIP == corev1.ClusterIPNone,
+		Affinity:    string(s.Spec.SessionAffinity),
+		Labels:      s.Labels,
+		Annotations: s.Annotations,
+		Endpoints:   []*discovery.Endpoint{},
+		Export:      in.export,
+	}
+	ips := s.Spec.ClusterIPs
+	if len(ips) == 0 && s.Spec.ClusterIP != "" {
+		ips = []string{s.Spec.ClusterIP}
+	}
+	for _, ip := range ips {
+		if a, err := netip.ParseAddr(ip); err == nil {
+			svc.ClusterIPs = append(svc.ClusterIPs, a)
+		}
+	}
+	for _, p := range s.Spec.Ports {
+		svc.Ports = append(svc.Ports, discovery.Port{Name: p.Name, Number: uint16(p.Port),
+			Protocol: AppProtocol(p.AppProtocol, p.Name), UDP: p.Protocol == corev1.ProtocolUDP})
+	}
+
+	e := &endpointBuilder{builder: b, service: svc, ids: map[string]string{}, pods: map[string]discoveryv1.AddressType{}}
+	if was != nil {
+		e.known = was.ids
+	}
+	prefer := discoveryv1.AddressTypeIPv4
+	if len(s.Spec.IPFamilies) > 0 {
+		prefer = discoveryv1.AddressType(s.Spec.IPFamilies[0])
+	}
+	slices.SortStableFunc(sliceObjects, func(x, y Object) int { // the preferred family first
+		rank := func(o Object) int {
+			if o.Value.(*discoveryv1.EndpointSlice).AddressType == prefer {
+				return 0
+			}
+			return 1
+		}
+		return cmp.Compare(rank(x), rank(y))
+	})
+	for _, so := range sliceObjects {
+		e.slice(so, so.Value.(*discoveryv1.EndpointSlice))
+	}
+	slices.SortFunc(svc.Endpoints, func(x, y *discovery.Endpoint) int { return cmp.Compare(x.ID, y.ID) })
+	if was != nil && reflect.DeepEqual(was.result, svc) { // rewritten, but the same
+		svc = was.result
+	}
+	return &serviceState{ids: e.ids, inputs: in, result: svc, faults: e.faults}
+}
+
+// endpointBuilder collects the endpoints of one service.
+type endpointBuilder struct {
+	*builder
+	service *discovery.Service
+	known   map[string]string                  // IDs so far by endpointKey
+	ids     map[string]string                  // IDs from now on
+	pods    map[string]discoveryv1.AddressType // by UID of the targetRef: the address family that it is used with
+	faults  []*Fault
+}
+
+func (e *endpointBuilder) slice(o Object, s *discoveryv1.EndpointSlice) {
+	fault := func(field string, value any, reason string, args ...any) {
+		e.faults = append(e.faults, faultOf(o, field, value, reason, args...))
+	}
+	proto := discovery.Endpoint{
+		Transport: discovery.Transport(cmp.Or(s.Annotations[AnnotationTransport], string(discovery.Hop))),
+		Locality:  discovery.Locality{Cluster: e.Self.Cluster, Region: cmp.Or(s.Annotations[AnnotationRegion], e.Self.Region)},
+		Network:   e.Self.Network,
+		HopPort:   number[uint16](s.Annotations[AnnotationHopPort]),
+		Weight:    number[uint32](s.Annotations[AnnotationWeight]),
+		Ports:     map[string]uint16{},
+	}
+	if proto.Transport != discovery.Plaintext {
+		account := cmp.Or(s.Annotations[AnnotationServiceAccount], "default")
+		td, err := spiffeid.TrustDomainFromString(e.Self.TrustDomain)
+		if err != nil {
+			fault("", nil, "the cluster's trust domain %q is none: %s", e.Self.TrustDomain, err)
+			return
+		}
+		id, err := identity.WorkloadID(td, s.Namespace, account)
+		if err != nil {
+			fault("metadata.annotations["+AnnotationServiceAccount+"]", account, "makes no SPIFFE ID: %s", err)
+			return
+		}
+		proto.SPIFFEID = id.String()
+	}
+	if proto.Transport != discovery.Hop {
+		proto.HopPort = 0
+	}
+	for i, p := range s.Ports {
+		name := deref(p.Name, "")
+		if !slices.ContainsFunc(e.service.Ports, func(sp discovery.Port) bool { return sp.Name == name }) {
+			fault(fmt.Sprintf("ports[%d].name", i), name, "Service %s has no port of this name; it has %s", e.service.Name, portNames(e.service.Ports))
+			continue
+		}
+		proto.Ports[name] = uint16(deref(p.Port, 0))
+	}
+	if len(proto.Ports) == 0 && len(e.service.Ports) > 0 {
+		return
+	}
+	for i := range s.Endpoints {
+		e.endpoint(s.AddressType, proto, &s.Endpoints[i])
+	}
+}
+
+func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.Endpoint, from *discoveryv1.Endpoint) {
+	if from.TargetRef != nil && from.TargetRef.UID != "" { // a dual-stack pod is in a slice of each family: one endpoint
+		uid := string(from.TargetRef.UID)
+		if was, ok := e.pods[uid]; ok && was != family {
+			return
+		}
+		e.pods[uid] = family
+	}
+	if len(from.Addresses) == 0 {
+		return
+	}
+	a, err := netip.ParseAddr(from.Addresses[0])
+	if err != nil {
+		return
+	}
+	ep.Address = a
+	ep.Hostname = deref(from.Hostname, "")
+	ep.Locality.Zone = deref(from.Zone, "")
+	ep.Ready = deref(from.Conditions.Ready, true)
+	serving := deref(from.Conditions.Serving, ep.Ready)
+	ep.Draining = deref(from.Conditions.Terminating, false) && serving
+
+	key := endpointKey(&ep)
+	if _, twice := e.ids[key]; twice { // while slices are rewritten an endpoint may be in two (KEP-752)
+		return
+	}
+	id, ok := e.known[key]
+	if !ok {
+		id = e.NewID()
+	}
+	ep.ID, e.ids[key] = id, id
+	e.service.Endpoints = append(e.service.Endpoints, &ep)
+}
+
+// endpointKey tells the workloads of one service apart: "address|hop port|hostname|port name=target port,…". A workload
+// that keeps it keeps its ID.
+func endpointKey(e *discovery.Endpoint) string {
+	var k strings.Builder
+	k.WriteString(e.Address.String())
+	k.WriteByte('|')
+	k.WriteString(strconv.Itoa(int(e.HopPort)))
+	k.WriteByte('|')
+	k.WriteString(e.Hostname)
+	k.WriteByte('|')
+	names := make([]string, 0, 4)
+	for n := range e.Ports {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	for i, n := range names {
+		if i > 0 {
+			k.WriteByte(',')
+		}
+		k.WriteString(n)
+		k.WriteByte('=')
+		k.WriteString(strconv.Itoa(int(e.Ports[n])))
+	}
+	return k.String()
+}
+
+// number reads an annotation that Validate accepted; "" is 0.
+func number[T uint16 | uint32](s string) T {
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err != nil {
+		return 0
+	}
+	return T(n)
+}
+
+func portNames(ports []discovery.Port) string {
+	var names []string
+	for _, p := range ports {
+		names = append(names, fmt.Sprintf("%q (%d)", p.Name, p.Number))
+	}
+	return strings.Join(names, ", ")
+}
+
+// AppProtocol says what is spoken on a Service's port: appProtocol decides (the Kubernetes names kubernetes.io/h2c, /ws and
+// /wss, or a bare protocol); without it the port's name up to the first "-", as Istio and Linkerd users write it
+// ("grpc-api"). Anything else, also a port without either, is TCP: carried as it is, without routes.
+func AppProtocol(appProtocol *string, portName string) discovery.AppProtocol {
+	word := ""
+	if appProtocol != nil && *appProtocol != "" {
+		word = strings.TrimPrefix(strings.ToLower(*appProtocol), "kubernetes.io/")
+	} else {
+		word, _, _ = strings.Cut(strings.ToLower(portName), "-")
+	}
+	if strings.HasPrefix(strings.ToLower(portName), "grpc-web") && word == "grpc" {
+		word = "http" // gRPC-Web is HTTP for everyone but the browser and the server
+	}
+	switch word {
+	case "http", "http1", "ws", "grpc-web":
+		return discovery.HTTP
+	case "http2", "h2c":
+		return discovery.HTTP2
+	case "grpc":
+		return discovery.GRPC
+	}
+	return discovery.TCP
+}
+
+func (b *builder) trafficPolicies() map[discovery.Name]*discovery.TrafficPolicy {
+	policies := map[discovery.Name]*discovery.TrafficPolicy{}
+	objs := b.byAge("TrafficPolicy")
+	for _, o := range objs {
+		p := o.Value.(*v1alpha1.TrafficPolicy)
+		for i, ref := range p.Spec.TargetRefs {
+			service := discovery.Name{Namespace: p.Namespace, Name: ref.Name}
+			if was, taken := policies[service]; taken {
+				b.fault(o, fmt.Sprintf("spec.targetRefs[%d]", i), ref.Name,
+					"TrafficPolicy %s, which is older, already targets this Service and stays in force", was.Name)
+				continue
+			}
+			policies[service] = trafficPolicy(p, service)
+		}
+	}
+	return policies
+}
+
+// byAge returns the objects of a kind, oldest first, ties by name (Gateway API conflict resolution).
+func (b *builder) byAge(kind string) []Object {
+	objs := slices.Clone(b.byKind[kind])
+	times := make(map[Key]time.Time, len(objs))
+	for _, o := range objs {
+		times[o.Key()] = b.created(o)
+	}
+	slices.SortStableFunc(objs, func(x, y Object) int { return times[x.Key()].Compare(times[y.Key()]) })
+	return objs
+}
+
+func trafficPolicy(p *v1alpha1.TrafficPolicy, service discovery.Name) *discovery.TrafficPolicy {
+	s := &p.Spec
+	out := &discovery.TrafficPolicy{
+		Name:         discovery.Name{Namespace: p.Namespace, Name: p.Name},
+		Service:      service,
+		Mode:         discovery.LocalityMode(cmp.Or(s.Locality.Mode, string(discovery.ModeFailover))),
+		LoadBalancer: s.LoadBalancer.Type,
+		HashHeader:   s.LoadBalancer.HashHeader,
+		Timeout:      validDuration(s.Timeouts.Request),
+		ConnTimeout:  validDuration(s.Timeouts.Connect),
+		MaxRequests:  uint32(deref(s.MaxRequests, 0)),
+	}
+	for _, m := range s.Locality.Order {
+		out.Order = append(out.Order, discovery.LocalityMatch(m))
+	}
+	for _, w := range s.Locality.Weights {
+		out.Weights = append(out.Weights, discovery.LocalityWeight{LocalityMatch: discovery.LocalityMatch(w.LocalityMatch), Weight: uint32(w.Weight)})
+	}
+	if o := s.OutlierDetection; o != nil {
+		out.Outlier = &discovery.OutlierDetection{
+			ConsecutiveErrors: uint32(deref(o.ConsecutiveErrors, 0)),
+			Interval:          validDuration(o.Interval),
+			BaseEjection:      validDuration(o.BaseEjectionTime),
+			MaxEjection:       validDuration(o.MaxEjectionTime),
+			MaxPercent:        uint32(deref(o.MaxEjectionPercent, 0)),
+		}
+	}
+	if r := s.RetryBudget; r != nil {
+		out.RetryBudget = &discovery.RetryBudget{Percent: uint32(deref(r.Percent, 20)), MinConcurrency: uint32(deref(r.MinConcurrency, 3))}
+	}
+	return out
+}
+
+// validDuration reads a duration that Validate accepted.
+func validDuration(d *gatewayv1.Duration) time.Duration {
+	v, err := parseDuration(d)
+	if err != nil {
+		return 0
+	}
+	return v
+}
+
+func (b *builder) accessPolicies(services map[discovery.Name]*discovery.Service) []*discovery.AccessPolicy {
+	var policies []*discovery.AccessPolicy
+	all(b, "AccessPolicy", func(o Object, p *v1alpha1.AccessPolicy) {
+		out := &discovery.AccessPolicy{
+			Name:  o.Name(),
+			Deny:  p.Spec.Action == v1alpha1.ActionDeny,
+			Audit: p.Spec.Mode == v1alpha1.ModeAudit,
+			Rules: []discovery.AccessRule{},
+		}
+		for i, ref := range p.Spec.TargetRefs {
+			n := discovery.Name{Namespace: p.Namespace, Name: ref.Name}
+			out.Services = append(out.Services, n)
+			if services[n] == nil {
+				b.fault(o, fmt.Sprintf("spec.targetRefs[%d].name", i), ref.Name, "there is no Service %s in this cluster to protect", n)
+			}
+		}
+		slices.SortFunc(out.Services, discovery.Name.Compare)
+		for _, r := range p.Spec.Rules {
+			rule := discovery.AccessRule{From: r.From, Methods: r.Methods, Paths: r.Paths}
+			for _, port := range r.Ports {
+				rule.Ports = append(rule.Ports, uint16(port))
+			}
+			out.Rules = append(out.Rules, rule)
+		}
+		policies = append(policies, out)
+	})
+	return policies
+}
+
+func (b *builder) peers() map[string]*discovery.Peer {
+	peers := map[string]*discovery.Peer{}
+	all(b, "Peer", func(o Object, p *v1alpha1.Peer) {
+		if p.Name == b.Self.Cluster {
+			b.fault(o, "metadata.name", p.Name, "is this cluster itself; a Peer is another member")
+			return
+		}
+		peers[p.Name] = &discovery.Peer{
+			Name:          p.Name,
+			Introductions: p.Spec.Introductions,
+			Namespaces:    p.Spec.Import.Namespaces,
+			SPIFFEIDs:     p.Spec.Import.SPIFFEIDs,
+			Disabled:      p.Spec.Disabled,
+			Labels:        p.Labels,
+		}
+	})
+	return peers
+}
+
+func (b *builder) trustDomains() []*discovery.FederatedTrustDomain {
+	var domains []*discovery.FederatedTrustDomain
+	named := map[string]Object{}
+	for _, o := range b.byAge("ClusterFederatedTrustDomain") {
+		s := o.Value.(*v1alpha1.ClusterFederatedTrustDomain).Spec
+		if s.TrustDomain == b.Self.TrustDomain {
+			b.fault(o, "spec.trustDomain", s.TrustDomain, "is this cluster's own trust domain")
+			continue
+		}
+		if was, dup := named[s.TrustDomain]; dup {
+			b.fault(o, "spec.trustDomain", s.TrustDomain, "%s, which is older, already names it and stays in force", was.Key())
+			continue
+		}
+		named[s.TrustDomain] = o
+		domains = append(domains, &discovery.FederatedTrustDomain{
+			Name:        o.Value.GetName(),
+			TrustDomain: s.TrustDomain,
+			EndpointURL: s.BundleEndpointURL,
+			Profile:     s.BundleEndpointProfile.Type,
+			EndpointID:  s.BundleEndpointProfile.EndpointSPIFFEID,
+			Bundle:      s.TrustDomainBundle,
+		})
+	}
+	slices.SortFunc(domains, func(x, y *discovery.FederatedTrustDomain) int { return cmp.Compare(x.Name, y.Name) })
+	return domains
+}

@@ -1,0 +1,131 @@
+package objects
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"github.com/hanse-mesh/hanse/discovery"
+)
+
+// State is what Build must remember between Snapshots: the random IDs of endpoints, and when objects first appeared that
+// carry no creationTimestamp. It is never changed; Build returns the next one. Persist its JSON whenever Revision changes,
+// so that a restart changes nothing.
+type State struct {
+	revision uint64
+	created  map[Key]time.Time
+	services map[discovery.Name]*serviceState
+	self     place // what the results in services were built for; not persisted
+}
+
+// place is the part of discovery.Self that endpoints carry.
+type place struct{ cluster, trustDomain, network, region string }
+
+// serviceState is the memory of one service. It is immutable once its Build ended.
+type serviceState struct {
+	ids map[string]string // endpoint ID by endpointKey
+
+	// The last result and what it came from; not persisted.
+	inputs inputs
+	result *discovery.Service
+	faults []*Fault
+}
+
+// inputs are the objects of one service. Objects are immutable, so equal pointers are equal objects.
+type inputs struct {
+	service *corev1.Service
+	slices  []*discoveryv1.EndpointSlice
+	export  *discovery.Export
+}
+
+// Revision grows whenever something changed that MarshalJSON shows. It does not outlive the process.
+func (s *State) Revision() uint64 {
+	if s == nil {
+		return 0
+	}
+	return s.revision
+}
+
+// stateVersion is that of the JSON form.
+const stateVersion = 1
+
+type stateJSON struct {
+	Version   int                          `json:"version"`
+	Created   map[string]time.Time         `json:"created,omitempty"`   // by Kind/namespace/name
+	Endpoints map[string]map[string]string `json:"endpoints,omitempty"` // ID by service, then endpointKey
+}
+
+// MarshalJSON writes what must outlive a restart. Equal states have equal bytes.
+func (s *State) MarshalJSON() ([]byte, error) {
+	out := stateJSON{Version: stateVersion, Created: map[string]time.Time{}, Endpoints: map[string]map[string]string{}}
+	for k, t := range s.created {
+		out.Created[k.Kind+"/"+k.Namespace+"/"+k.Name] = t
+	}
+	for n, svc := range s.services {
+		if len(svc.ids) > 0 {
+			out.Endpoints[n.String()] = svc.ids
+		}
+	}
+	return json.Marshal(out)
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote.
+func (s *State) UnmarshalJSON(data []byte) error {
+	var in stateJSON
+	if err := json.Unmarshal(data, &in); err != nil {
+		return fmt.Errorf("decode discovery state: %w", err)
+	}
+	if in.Version != stateVersion {
+		return fmt.Errorf("decode discovery state: version %d is not %d", in.Version, stateVersion)
+	}
+	next := State{created: map[Key]time.Time{}, services: map[discovery.Name]*serviceState{}}
+	for k, t := range in.Created {
+		part := strings.Split(k, "/")
+		if len(part) != 3 {
+			return fmt.Errorf("decode discovery state: key %q is not Kind/namespace/name", k)
+		}
+		next.created[Key{part[0], part[1], part[2]}] = t
+	}
+	for n, ids := range in.Endpoints {
+		namespace, name, ok := strings.Cut(n, "/")
+		if !ok {
+			return fmt.Errorf("decode discovery state: service %q is not namespace/name", n)
+		}
+		for key, id := range ids {
+			if !validID(id) {
+				return fmt.Errorf("decode discovery state: endpoint %s of %s has ID %q, not 32 hex digits", key, n, id)
+			}
+		}
+		next.services[discovery.Name{Namespace: namespace, Name: name}] = &serviceState{ids: ids}
+	}
+	*s = next
+	return nil
+}
+
+func validID(id string) bool {
+	return len(id) == 32 && strings.Trim(id, "0123456789abcdef") == ""
+}
+
+func (a *inputs) equal(b *inputs) bool {
+	return a.service == b.service && slices.Equal(a.slices, b.slices) && sameExport(a.export, b.export)
+}
+
+func sameExport(a, b *discovery.Export) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.Created.Equal(b.Created) && slices.Equal(a.Audience, b.Audience)
+}
+
+func sameState(a, b *State) bool {
+	return maps.EqualFunc(a.created, b.created, time.Time.Equal) &&
+		maps.EqualFunc(a.services, b.services, func(x, y *serviceState) bool {
+			return x == y || maps.Equal(x.ids, y.ids)
+		})
+}

@@ -1,0 +1,260 @@
+package v1alpha1
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+)
+
+// APIVersion of the kinds of this mesh.
+const APIVersion = "hanse.mesh/v1alpha1"
+
+// SPIREAPIVersion of ClusterFederatedTrustDomain.
+const SPIREAPIVersion = "spire.spiffe.io/v1alpha1"
+
+// Peer says what this cluster accepts from another member of the mesh. It is cluster-scoped; metadata.name is the
+// member's name, and metadata.labels are what a ServiceExport's audience can select.
+type Peer struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec PeerSpec `json:"spec,omitempty"`
+}
+
+// Values of PeerSpec.Introductions.
+const (
+	IntroductionsAccept = "accept"
+	IntroductionsAsk    = "ask"
+	IntroductionsRefuse = "refuse"
+)
+
+// PeerSpec is the desired relation to a member.
+type PeerSpec struct {
+	// Introductions says what happens with members that this peer introduces: accept (default), ask or refuse.
+	Introductions string `json:"introductions,omitempty"`
+	// Import bounds what is taken from this peer. The default is everything of its own trust domain.
+	Import PeerImport `json:"import,omitempty"`
+	// Disabled stops importing from this peer and refuses its calls, without forgetting it.
+	Disabled bool `json:"disabled,omitempty"`
+}
+
+// PeerImport bounds an import.
+type PeerImport struct {
+	// Namespaces whose services are imported; empty is all.
+	Namespaces []string `json:"namespaces,omitempty"`
+	// SPIFFEIDs are patterns of which one must match the ID of an imported endpoint; empty is the peer's trust domain.
+	SPIFFEIDs []string `json:"spiffeIDs,omitempty"`
+}
+
+// TrafficPolicy is the caller's: how the workloads of this cluster call the services it targets. It is never exported.
+type TrafficPolicy struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec TrafficPolicySpec `json:"spec"`
+}
+
+// TargetRef names a Service in the policy's own namespace (GEP-713, direct policy attachment).
+type TargetRef struct {
+	Group string `json:"group,omitempty"` // "" (Service) or multicluster.x-k8s.io (ServiceImport)
+	Kind  string `json:"kind"`            // Service or ServiceImport
+	Name  string `json:"name"`
+}
+
+// TrafficPolicySpec is the desired behaviour of callers.
+type TrafficPolicySpec struct {
+	// TargetRefs are the services called. They may live in this cluster, in others, or both.
+	TargetRefs       []TargetRef       `json:"targetRefs"`
+	Locality         Locality          `json:"locality,omitempty"`
+	LoadBalancer     LoadBalancer      `json:"loadBalancer,omitempty"`
+	OutlierDetection *OutlierDetection `json:"outlierDetection,omitempty"`
+	RetryBudget      *RetryBudget      `json:"retryBudget,omitempty"`
+	Timeouts         Timeouts          `json:"timeouts,omitempty"`
+	// MaxRequests bounds the concurrent requests of one proxy to one service; default 1024.
+	MaxRequests *int32 `json:"maxRequests,omitempty"`
+}
+
+// Locality says which places are preferred.
+type Locality struct {
+	// Mode is Failover (default), Pin, Balance or Weigh.
+	Mode string `json:"mode,omitempty"`
+	// Order is the levels, first preferred; for Failover (the default order follows) and Pin (nothing follows).
+	Order []LocalityMatch `json:"order,omitempty"`
+	// Weights are shares of the traffic, for Weigh.
+	Weights []LocalityWeight `json:"weights,omitempty"`
+}
+
+// LocalityMatch matches a place. An empty field matches all; "$self" is the caller's own value.
+type LocalityMatch struct {
+	Cluster string `json:"cluster,omitempty"`
+	Region  string `json:"region,omitempty"`
+	Zone    string `json:"zone,omitempty"`
+}
+
+// LocalityWeight is a share of traffic: its weight over the sum of all weights.
+type LocalityWeight struct {
+	LocalityMatch `json:",inline"`
+	Weight        int32 `json:"weight"`
+}
+
+// LoadBalancer says how an endpoint of a level is picked.
+type LoadBalancer struct {
+	// Type is LeastRequest (default), RoundRobin or RingHash.
+	Type string `json:"type,omitempty"`
+	// HashHeader is the request header that RingHash hashes.
+	HashHeader string `json:"hashHeader,omitempty"`
+}
+
+// OutlierDetection ejects endpoints that fail, for a while.
+type OutlierDetection struct {
+	ConsecutiveErrors  *int32              `json:"consecutiveErrors,omitempty"`  // default 5
+	Interval           *gatewayv1.Duration `json:"interval,omitempty"`           // between checks
+	BaseEjectionTime   *gatewayv1.Duration `json:"baseEjectionTime,omitempty"`   // grows with each ejection
+	MaxEjectionTime    *gatewayv1.Duration `json:"maxEjectionTime,omitempty"`    // at least baseEjectionTime
+	MaxEjectionPercent *int32              `json:"maxEjectionPercent,omitempty"` // 0 to 100
+}
+
+// RetryBudget bounds the retries that are active at one time.
+type RetryBudget struct {
+	Percent        *int32 `json:"percent,omitempty"`        // of active requests; default 20
+	MinConcurrency *int32 `json:"minConcurrency,omitempty"` // always allowed; default 3
+}
+
+// Timeouts of a call. A route's timeouts win over Request.
+type Timeouts struct {
+	Request *gatewayv1.Duration `json:"request,omitempty"`
+	Connect *gatewayv1.Duration `json:"connect,omitempty"`
+}
+
+// AccessPolicy is the server's: who may call the targeted services of this cluster.
+type AccessPolicy struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec AccessPolicySpec `json:"spec"`
+}
+
+// Values of AccessPolicySpec.Action and Mode.
+const (
+	ActionAllow = "Allow"
+	ActionDeny  = "Deny"
+	ModeEnforce = "Enforce"
+	ModeAudit   = "Audit"
+)
+
+// AccessPolicySpec is the desired access.
+type AccessPolicySpec struct {
+	// TargetRefs are Services in the policy's namespace; empty is every Service of the namespace.
+	TargetRefs []TargetRef `json:"targetRefs,omitempty"`
+	// Action is Allow (default) or Deny. Deny policies are read first.
+	Action string `json:"action,omitempty"`
+	// Mode is Enforce (default) or Audit: count and log what would be refused, and let it through.
+	Mode string `json:"mode,omitempty"`
+	// Rules, of which one must match. An Allow policy without rules allows nobody.
+	Rules []AccessRule `json:"rules,omitempty"`
+}
+
+// AccessRule matches a request if one entry of each list that is not empty does.
+type AccessRule struct {
+	// From are SPIFFE-ID patterns; "*" stands for one whole segment or the trust domain, a last "**" for any rest.
+	From []string `json:"from,omitempty"`
+	// Methods are HTTP methods.
+	Methods []string `json:"methods,omitempty"`
+	// Paths are exact, or a prefix that ends in "*".
+	Paths []string `json:"paths,omitempty"`
+	// Ports are port numbers of the service.
+	Ports []int32 `json:"ports,omitempty"`
+}
+
+// Drill is a failure on purpose. It is cluster-scoped, obeyed only in the cluster it was created in, never imported, and
+// ends by itself.
+type Drill struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec DrillSpec `json:"spec"`
+}
+
+// Modes of a Drill.
+const (
+	DrillDrain               = "drain"
+	DrillBlackhole           = "blackhole"
+	DrillSlow                = "slow"
+	DrillErrors              = "errors"
+	DrillSilenceControlPlane = "silence-control-plane"
+	DrillCutFederation       = "cut-federation"
+)
+
+// DrillSpec is what fails, where and for how long.
+type DrillSpec struct {
+	Mode  string     `json:"mode"`
+	Scope DrillScope `json:"scope"`
+	// Duration after which the drill ends by itself; default 2m, at most 24h.
+	Duration *gatewayv1.Duration `json:"duration,omitempty"`
+	// AbortIf ends the drill early, as "success<99%": the success of any caller over 10 s. The default is success<99%.
+	AbortIf string `json:"abortIf,omitempty"`
+	// Latency is added to each request by mode slow, which needs it.
+	Latency *gatewayv1.Duration `json:"latency,omitempty"`
+	// ErrorCode is the HTTP status that mode errors answers with; default 503.
+	ErrorCode *int32 `json:"errorCode,omitempty"`
+}
+
+// DrillScope narrows a drill. Fields that are set must all hold.
+type DrillScope struct {
+	Cluster string `json:"cluster"`
+	Region  string `json:"region,omitempty"`
+	Zone    string `json:"zone,omitempty"`
+	// Service is "namespace/name"; empty is all.
+	Service string `json:"service,omitempty"`
+	// Percent of the endpoints (drain, blackhole) or requests (slow, errors); default 100.
+	Percent *int32 `json:"percent,omitempty"`
+}
+
+// MinSuccess reads AbortIf: the success rate in percent below which the drill ends.
+func (s *DrillSpec) MinSuccess() (percent float64, err error) {
+	if s.AbortIf == "" {
+		return 99, nil
+	}
+	compact := strings.ReplaceAll(s.AbortIf, " ", "")
+	number, ok := strings.CutPrefix(compact, "success<")
+	number, percentSign := strings.CutSuffix(number, "%")
+	percent, err = strconv.ParseFloat(number, 64)
+	if !ok || !percentSign || err != nil || !(percent >= 0 && percent <= 100) {
+		return 0, fmt.Errorf("abort condition %q: must be success<N%% with N from 0 to 100", s.AbortIf)
+	}
+	return percent, nil
+}
+
+// ClusterFederatedTrustDomain is SPIRE's kind of the same name: a bundle federation with another trust domain.
+type ClusterFederatedTrustDomain struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec ClusterFederatedTrustDomainSpec `json:"spec"`
+}
+
+// ClusterFederatedTrustDomainSpec says where the bundle of a trust domain comes from.
+type ClusterFederatedTrustDomainSpec struct {
+	// ClassName selects a SPIRE controller manager. Hanse ignores it.
+	ClassName             string                `json:"className,omitempty"`
+	TrustDomain           string                `json:"trustDomain"`
+	BundleEndpointURL     string                `json:"bundleEndpointURL"`
+	BundleEndpointProfile BundleEndpointProfile `json:"bundleEndpointProfile"`
+	// TrustDomainBundle is the initial bundle, as SPIFFE JSON. The https_spiffe profile needs one to begin.
+	TrustDomainBundle string `json:"trustDomainBundle,omitempty"`
+}
+
+// Profiles of a bundle endpoint (SPIFFE Federation §5.2).
+const (
+	ProfileWeb    = "https_web"
+	ProfileSPIFFE = "https_spiffe"
+)
+
+// BundleEndpointProfile says how a bundle endpoint is authenticated.
+type BundleEndpointProfile struct {
+	Type             string `json:"type"`
+	EndpointSPIFFEID string `json:"endpointSPIFFEID,omitempty"` // for https_spiffe
+}

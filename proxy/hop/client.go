@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -23,11 +22,11 @@ import (
 
 // Peer is an endpoint as the hop dials it.
 type Peer struct {
-	ID             string         // endpoint ID, for logs
-	Address        netip.AddrPort // dialled where Gateways is empty
-	Gateways       []netip.AddrPort
-	SNI            string // "<id>.endpoint.hanse"
-	SPIFFEID       string // the only ID accepted
+	ID             string // endpoint ID, for logs
+	Address        netip.AddrPort
+	Gateway        netip.AddrPort // dialled instead of Address unless zero
+	SNI            string         // "<id>.endpoint.hanse"
+	SPIFFEID       string         // the only ID accepted
 	ConnectTimeout time.Duration
 }
 
@@ -39,7 +38,6 @@ type ClientConfig struct {
 	PingAfter      time.Duration                                                        // silence with open streams before a PING; default 1 s
 	DeadAfter      time.Duration                                                        // silence that ends a connection; default 2 s
 	IdleClose      time.Duration                                                        // default 90 s
-	GatewayRetry   time.Duration                                                        // how long a gateway that failed is asked last; default 5 s
 	MaxConns       int                                                                  // per peer; default 4
 	Log            *slog.Logger
 	Metrics        prometheus.Registerer
@@ -55,10 +53,9 @@ type Client struct {
 	cancel context.CancelFunc
 	dials  sync.WaitGroup
 
-	mu       sync.Mutex
-	closed   bool
-	pools    map[poolKey]*pool
-	gateways map[netip.AddrPort]time.Time // failed at
+	mu     sync.Mutex
+	closed bool              // guarded by mu
+	pools  map[poolKey]*pool // guarded by mu
 }
 
 type clientMetrics struct {
@@ -71,8 +68,8 @@ type clientMetrics struct {
 type poolKey struct {
 	own, peer string
 	address   netip.AddrPort
+	gateway   netip.AddrPort
 	sni       string
-	direct    bool
 }
 
 // pool is guarded by Client.mu.
@@ -91,7 +88,6 @@ type clientConn struct {
 	meter    *meteredConn
 	tls      *tls.Conn
 	key      poolKey
-	gateway  netip.AddrPort
 	expires  time.Time
 	opened   time.Time
 	busyFrom atomic.Int64 // Unix nanoseconds: when streams went from none to some
@@ -112,7 +108,6 @@ func NewClient(cfg ClientConfig) *Client {
 	setDefault(&cfg.PingAfter, time.Second)
 	setDefault(&cfg.DeadAfter, 2*time.Second)
 	setDefault(&cfg.IdleClose, 90*time.Second)
-	setDefault(&cfg.GatewayRetry, 5*time.Second)
 	if cfg.MaxConns == 0 {
 		cfg.MaxConns = 4
 	}
@@ -120,10 +115,9 @@ func NewClient(cfg ClientConfig) *Client {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	c := &Client{
-		cfg:      cfg,
-		engine:   newXnetClient(256<<10, 30*time.Second),
-		pools:    map[poolKey]*pool{},
-		gateways: map[netip.AddrPort]time.Time{},
+		cfg:    cfg,
+		engine: newXnetClient(256<<10, 30*time.Second),
+		pools:  map[poolKey]*pool{},
 		metrics: clientMetrics{
 			open: prometheus.NewGauge(prometheus.GaugeOpts{
 				Name: "hanse_hop_client_connections", Help: "Open hop connections to peers."}),
@@ -250,10 +244,7 @@ func (c *Client) ping(cc *clientConn, deadline time.Time) {
 	if err == nil || c.ctx.Err() != nil || cc.meter.lastRead.Load() != from {
 		return
 	}
-	c.cfg.Log.Warn("hop connection dead", "peer", cc.key.peer, "address", cc.key.address, "gateway", cc.gateway, "silent", time.Since(time.Unix(0, from)).String())
-	if cc.gateway.IsValid() {
-		c.gatewayFailed(cc.gateway)
-	}
+	c.cfg.Log.Warn("hop connection dead", "peer", cc.key.peer, "address", cc.key.address, "gateway", cc.key.gateway, "silent", time.Since(time.Unix(0, from)).String())
 	c.end(cc, ErrDead)
 }
 
@@ -322,7 +313,7 @@ func (c *Client) RoundTrip(peer Peer, req *http.Request) (*http.Response, error)
 	if ctxErr := context.Cause(req.Context()); ctxErr != nil {
 		err = ctxErr
 	}
-	return nil, &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: cc.gateway, Stage: StageStream, Sent: reached, Err: err}
+	return nil, &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: cc.key.gateway, Stage: StageStream, Sent: reached, Err: err}
 }
 
 // Ping opens a connection to peer if there is none, and waits for one PING's answer.
@@ -332,7 +323,7 @@ func (c *Client) Ping(ctx context.Context, peer Peer) error {
 		return err
 	}
 	if err := cc.session.ping(ctx); err != nil {
-		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: cc.gateway, Stage: StageStream, Err: err}
+		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: cc.key.gateway, Stage: StageStream, Err: err}
 	}
 	return nil
 }
@@ -340,7 +331,7 @@ func (c *Client) Ping(ctx context.Context, peer Peer) error {
 // get returns the least busy usable connection to peer, and opens one where there is none, or where all are full.
 func (c *Client) get(ctx context.Context, peer Peer) (*clientConn, error) {
 	fail := func(stage Stage, err error) error {
-		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Stage: stage, Err: err}
+		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: peer.Gateway, Stage: stage, Err: err}
 	}
 	svid, err := c.cfg.Source.GetX509SVID()
 	if err != nil {
@@ -350,7 +341,7 @@ func (c *Client) get(ctx context.Context, peer Peer) (*clientConn, error) {
 	if err != nil {
 		return nil, fail(StageHandshake, fmt.Errorf("endpoint's SPIFFE ID: %w", err))
 	}
-	key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, sni: peer.SNI, direct: len(peer.Gateways) == 0}
+	key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, gateway: peer.Gateway, sni: peer.SNI}
 	for {
 		c.mu.Lock()
 		if c.closed {
@@ -434,41 +425,19 @@ func (c *Client) dial(d *dial, key poolKey, peer Peer, want spiffeid.ID) {
 	close(d.done)
 }
 
-// connect tries the gateways one after the other, those that failed lately last. Only gateways that cannot be reached are passed over:
-// an alert through a gateway concerns the endpoint.
 func (c *Client) connect(key poolKey, peer Peer, want spiffeid.ID) (*clientConn, error) {
 	timeout := peer.ConnectTimeout
 	if timeout == 0 {
 		timeout = c.cfg.ConnectTimeout
 	}
-	if len(peer.Gateways) == 0 {
-		return c.connectVia(key, peer, netip.AddrPort{}, want, timeout)
-	}
-	var err error
-	for _, g := range c.orderGateways(peer.Gateways) {
-		var cc *clientConn
-		cc, err = c.connectVia(key, peer, g, want, timeout)
-		if err == nil {
-			return cc, nil
-		}
-		var e *Error
-		if c.ctx.Err() != nil || (errors.As(err, &e) && e.Stage != StageGateway) {
-			return nil, err
-		}
-		c.gatewayFailed(g)
-	}
-	return nil, err
-}
-
-func (c *Client) connectVia(key poolKey, peer Peer, gateway netip.AddrPort, want spiffeid.ID, timeout time.Duration) (*clientConn, error) {
 	ctx, cancel := context.WithTimeout(c.ctx, timeout)
 	defer cancel()
 	fail := func(stage Stage, err error) error {
-		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: gateway, Stage: stage, Err: err}
+		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: peer.Gateway, Stage: stage, Err: err}
 	}
 	address, stage := peer.Address, StageConnect
-	if gateway.IsValid() {
-		address, stage = gateway, StageGateway
+	if peer.Gateway.IsValid() {
+		address, stage = peer.Gateway, StageGateway
 	}
 	raw, err := c.cfg.Dial(ctx, "tcp", address.String())
 	if err != nil {
@@ -512,29 +481,7 @@ func (c *Client) connectVia(key poolKey, peer Peer, gateway netip.AddrPort, want
 		_ = session.close()
 		return nil, fail(StageHandshake, fmt.Errorf("peer refused the connection: %w", err))
 	}
-	return &clientConn{session: session, meter: meter, tls: conn, key: key, gateway: gateway, expires: expiry(own, state), opened: time.Now()}, nil
-}
-
-func (c *Client) gatewayFailed(g netip.AddrPort) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.gateways[g] = time.Now()
-}
-
-// orderGateways shuffles, then puts those that failed within GatewayRetry last.
-func (c *Client) orderGateways(all []netip.AddrPort) []netip.AddrPort {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var good, bad []netip.AddrPort
-	for _, i := range rand.Perm(len(all)) {
-		if at, failed := c.gateways[all[i]]; failed && time.Since(at) < c.cfg.GatewayRetry {
-			bad = append(bad, all[i])
-			continue
-		}
-		delete(c.gateways, all[i])
-		good = append(good, all[i])
-	}
-	return append(good, bad...)
+	return &clientConn{session: session, meter: meter, tls: conn, key: key, expires: expiry(own, state), opened: time.Now()}, nil
 }
 
 // Connection describes one connection, for debugging.
@@ -563,8 +510,8 @@ func (c *Client) Connections() []Connection {
 		open, _ := cc.session.streams()
 		d := Connection{Own: cc.key.own, Peer: cc.key.peer, Address: cc.key.address, Streams: open, Requests: cc.requests.Load(),
 			Read: cc.meter.read.Load(), Written: cc.meter.written.Load(), Opened: cc.opened, Expires: cc.expires, Draining: cc.draining.Load(), GoneAway: !cc.session.usable()}
-		if cc.gateway.IsValid() {
-			d.Gateway = cc.gateway.String()
+		if cc.key.gateway.IsValid() {
+			d.Gateway = cc.key.gateway.String()
 		}
 		list = append(list, d)
 	}

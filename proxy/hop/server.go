@@ -142,6 +142,9 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 			}
 			continue
 		}
+		if s.cfg.Wrap != nil {
+			raw = s.cfg.Wrap(raw)
+		}
 		sc := &serverConn{raw: raw}
 		if !s.add(sc, mine) {
 			s.metrics.accepted.WithLabelValues("limit").Inc()
@@ -262,10 +265,6 @@ func (s *Server) serveConn(ctx context.Context, sc *serverConn) {
 			return
 		}
 	}
-	conn := sc.raw
-	if s.cfg.Wrap != nil {
-		conn = s.cfg.Wrap(conn)
-	}
 	var own time.Time
 	cfg := identity.ServerTLS(s.cfg.Source, s.cfg.Authorize, "h2")
 	certificate := cfg.GetCertificate
@@ -276,7 +275,7 @@ func (s *Server) serveConn(ctx context.Context, sc *serverConn) {
 		}
 		return cert, err
 	}
-	tc := tls.Server(conn, cfg)
+	tc := tls.Server(sc.raw, cfg)
 	handshake, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
 	err := tc.HandshakeContext(handshake)
 	cancel()

@@ -242,8 +242,7 @@ type Fault struct {
 	Renewal uint64        // grows with each sending
 	Report  time.Duration // interval of load reports while the drill runs
 
-	Received time.Time // when this proxy received the order, with monotonic clock
-	Renewal  uint64    // grows with each order of the drill's owner
+	Received time.Time // of this sending, by the monotonic clock
 }
 
 // Active reports whether the fault is to be obeyed at now: neither over, nor without renewal for its lease.

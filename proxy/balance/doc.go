@@ -1,0 +1,22 @@
+// Package balance picks the endpoint of each request, and knows from the data path which endpoints are well.
+//
+//	proxy.Table ─► Update ─► Balancer ─► Pick ─► hop ─► Done ─► health ─► levels
+//	                             │
+//	                             └─► Report (LRS, drills), Explain, metrics
+//
+// Levels share the traffic by Envoy's arithmetic: overprovisioning 1.4, gradual spill, and panic only where all levels
+// together are below 100 %. Within a level it is least request of two, round robin or a hash ring, and localities by weight.
+//
+// Health belongs to (xDS cluster, endpoint ID). A gateway's is its own: a gateway that cannot be reached is charged, not the endpoints
+// behind it, and an endpoint's failure never charges its gateway. There are two kinds of bad:
+//
+//   - dead: no connection, a lost connection, or streams refused. It is a fact, so one is enough, no limit applies, and even panic
+//     avoids it. After a backoff of 1 s (doubling to 10 s) one request, or Config.Probe, is let through to try again.
+//   - ejected: consecutive answers 502, 503, 504 or UNAVAILABLE, resets and timeouts. It is a judgement, so it follows Envoy's
+//     outlier detection: for base × n, within a percentage of the level unless a lower level has healthy endpoints.
+//
+// What comes back takes its share over a ramp (10 s), as long as others can carry the rest.
+//
+// Pick and Done take no lock on the way of a healthy request: they read one immutable state per xDS cluster. There are no timers: what
+// is due by the clock is worked out by the next Pick, Explain or Report. Only Run, for Config.Probe, has a goroutine.
+package balance

@@ -185,6 +185,9 @@ func (s *service) setBundle(p *types.Bundle, input *types.BundleMask, w when, ou
 	if err == nil {
 		err = bundle.Check(b)
 	}
+	if err == nil && b.Empty() {
+		err = bundle.ErrEmpty
+	}
 	if err != nil {
 		return nil, invalid("%v", err)
 	}

@@ -827,6 +827,83 @@ func (x *Ack) GetSequence() uint64 {
 	return 0
 }
 
+// StoredEntry is what a cluster keeps of one member in its own store, under mesh/v1/members/<member-id>. It is never exported.
+type StoredEntry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Record        *Member                `protobuf:"bytes,1,opt,name=record,proto3" json:"record,omitempty"`
+	Direct        bool                   `protobuf:"varint,2,opt,name=direct,proto3" json:"direct,omitempty"`
+	Via           string                 `protobuf:"bytes,3,opt,name=via,proto3" json:"via,omitempty"`
+	Held          bool                   `protobuf:"varint,4,opt,name=held,proto3" json:"held,omitempty"`
+	Proposed      *Member                `protobuf:"bytes,5,opt,name=proposed,proto3" json:"proposed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoredEntry) Reset() {
+	*x = StoredEntry{}
+	mi := &file_federation_federationpb_federation_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoredEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoredEntry) ProtoMessage() {}
+
+func (x *StoredEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_federation_federationpb_federation_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoredEntry.ProtoReflect.Descriptor instead.
+func (*StoredEntry) Descriptor() ([]byte, []int) {
+	return file_federation_federationpb_federation_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *StoredEntry) GetRecord() *Member {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *StoredEntry) GetDirect() bool {
+	if x != nil {
+		return x.Direct
+	}
+	return false
+}
+
+func (x *StoredEntry) GetVia() string {
+	if x != nil {
+		return x.Via
+	}
+	return ""
+}
+
+func (x *StoredEntry) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
+func (x *StoredEntry) GetProposed() *Member {
+	if x != nil {
+		return x.Proposed
+	}
+	return nil
+}
+
 var File_federation_federationpb_federation_proto protoreflect.FileDescriptor
 
 const file_federation_federationpb_federation_proto_rawDesc = "" +
@@ -896,7 +973,13 @@ const file_federation_federationpb_federation_proto_rawDesc = "" +
 	"\x06Scopes\x12\x16\n" +
 	"\x06scopes\x18\x01 \x03(\tR\x06scopes\"!\n" +
 	"\x03Ack\x12\x1a\n" +
-	"\bsequence\x18\x01 \x01(\x04R\bsequenceB5Z3github.com/hanse-mesh/hanse/federation/federationpbb\x06proto3"
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\"\xb9\x01\n" +
+	"\vStoredEntry\x123\n" +
+	"\x06record\x18\x01 \x01(\v2\x1b.hanse.federation.v1.MemberR\x06record\x12\x16\n" +
+	"\x06direct\x18\x02 \x01(\bR\x06direct\x12\x10\n" +
+	"\x03via\x18\x03 \x01(\tR\x03via\x12\x12\n" +
+	"\x04held\x18\x04 \x01(\bR\x04held\x127\n" +
+	"\bproposed\x18\x05 \x01(\v2\x1b.hanse.federation.v1.MemberR\bproposedB5Z3github.com/hanse-mesh/hanse/federation/federationpbb\x06proto3"
 
 var (
 	file_federation_federationpb_federation_proto_rawDescOnce sync.Once
@@ -911,19 +994,20 @@ func file_federation_federationpb_federation_proto_rawDescGZIP() []byte {
 }
 
 var file_federation_federationpb_federation_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_federation_federationpb_federation_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_federation_federationpb_federation_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_federation_federationpb_federation_proto_goTypes = []any{
-	(Member_State)(0),  // 0: hanse.federation.v1.Member.State
-	(*Service)(nil),    // 1: hanse.federation.v1.Service
-	(*Port)(nil),       // 2: hanse.federation.v1.Port
-	(*Slot)(nil),       // 3: hanse.federation.v1.Slot
-	(*Profile)(nil),    // 4: hanse.federation.v1.Profile
-	(*TargetPort)(nil), // 5: hanse.federation.v1.TargetPort
-	(*Endpoint)(nil),   // 6: hanse.federation.v1.Endpoint
-	(*Member)(nil),     // 7: hanse.federation.v1.Member
-	(*Proof)(nil),      // 8: hanse.federation.v1.Proof
-	(*Scopes)(nil),     // 9: hanse.federation.v1.Scopes
-	(*Ack)(nil),        // 10: hanse.federation.v1.Ack
+	(Member_State)(0),   // 0: hanse.federation.v1.Member.State
+	(*Service)(nil),     // 1: hanse.federation.v1.Service
+	(*Port)(nil),        // 2: hanse.federation.v1.Port
+	(*Slot)(nil),        // 3: hanse.federation.v1.Slot
+	(*Profile)(nil),     // 4: hanse.federation.v1.Profile
+	(*TargetPort)(nil),  // 5: hanse.federation.v1.TargetPort
+	(*Endpoint)(nil),    // 6: hanse.federation.v1.Endpoint
+	(*Member)(nil),      // 7: hanse.federation.v1.Member
+	(*Proof)(nil),       // 8: hanse.federation.v1.Proof
+	(*Scopes)(nil),      // 9: hanse.federation.v1.Scopes
+	(*Ack)(nil),         // 10: hanse.federation.v1.Ack
+	(*StoredEntry)(nil), // 11: hanse.federation.v1.StoredEntry
 }
 var file_federation_federationpb_federation_proto_depIdxs = []int32{
 	2, // 0: hanse.federation.v1.Service.ports:type_name -> hanse.federation.v1.Port
@@ -932,11 +1016,13 @@ var file_federation_federationpb_federation_proto_depIdxs = []int32{
 	5, // 3: hanse.federation.v1.Profile.ports:type_name -> hanse.federation.v1.TargetPort
 	0, // 4: hanse.federation.v1.Member.state:type_name -> hanse.federation.v1.Member.State
 	8, // 5: hanse.federation.v1.Member.proof:type_name -> hanse.federation.v1.Proof
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	7, // 6: hanse.federation.v1.StoredEntry.record:type_name -> hanse.federation.v1.Member
+	7, // 7: hanse.federation.v1.StoredEntry.proposed:type_name -> hanse.federation.v1.Member
+	8, // [8:8] is the sub-list for method output_type
+	8, // [8:8] is the sub-list for method input_type
+	8, // [8:8] is the sub-list for extension type_name
+	8, // [8:8] is the sub-list for extension extendee
+	0, // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_federation_federationpb_federation_proto_init() }
@@ -950,7 +1036,7 @@ func file_federation_federationpb_federation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_federation_federationpb_federation_proto_rawDesc), len(file_federation_federationpb_federation_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -498,6 +498,120 @@ func (x *ConfirmResponse) GetMembers() []*federationpb.Member {
 	return nil
 }
 
+// StoredToken is what an issuer keeps of a mesh token in its own store. It is never sent.
+type StoredToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SecretSha256  []byte                 `protobuf:"bytes,1,opt,name=secret_sha256,json=secretSha256,proto3" json:"secret_sha256,omitempty"`
+	ForName       string                 `protobuf:"bytes,2,opt,name=for_name,json=forName,proto3" json:"for_name,omitempty"` // the cluster that it is for
+	ExpiresUnixMs int64                  `protobuf:"varint,3,opt,name=expires_unix_ms,json=expiresUnixMs,proto3" json:"expires_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoredToken) Reset() {
+	*x = StoredToken{}
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoredToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoredToken) ProtoMessage() {}
+
+func (x *StoredToken) ProtoReflect() protoreflect.Message {
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoredToken.ProtoReflect.Descriptor instead.
+func (*StoredToken) Descriptor() ([]byte, []int) {
+	return file_federation_join_joinpb_join_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *StoredToken) GetSecretSha256() []byte {
+	if x != nil {
+		return x.SecretSha256
+	}
+	return nil
+}
+
+func (x *StoredToken) GetForName() string {
+	if x != nil {
+		return x.ForName
+	}
+	return ""
+}
+
+func (x *StoredToken) GetExpiresUnixMs() int64 {
+	if x != nil {
+		return x.ExpiresUnixMs
+	}
+	return 0
+}
+
+// Binding is who a mesh token serves, once it was redeemed. It is never sent.
+type Binding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MemberId      string                 `protobuf:"bytes,1,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	Bundle        []byte                 `protobuf:"bytes,2,opt,name=bundle,proto3" json:"bundle,omitempty"` // SPIFFE JSON
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Binding) Reset() {
+	*x = Binding{}
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Binding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Binding) ProtoMessage() {}
+
+func (x *Binding) ProtoReflect() protoreflect.Message {
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Binding.ProtoReflect.Descriptor instead.
+func (*Binding) Descriptor() ([]byte, []int) {
+	return file_federation_join_joinpb_join_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Binding) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+func (x *Binding) GetBundle() []byte {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
 type LeaveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Member        *federationpb.Member   `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
@@ -507,7 +621,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_federation_join_joinpb_join_proto_msgTypes[8]
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -519,7 +633,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_join_joinpb_join_proto_msgTypes[8]
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -532,7 +646,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_federation_join_joinpb_join_proto_rawDescGZIP(), []int{8}
+	return file_federation_join_joinpb_join_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LeaveRequest) GetMember() *federationpb.Member {
@@ -550,7 +664,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_federation_join_joinpb_join_proto_msgTypes[9]
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +676,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_join_joinpb_join_proto_msgTypes[9]
+	mi := &file_federation_join_joinpb_join_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +689,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_federation_join_joinpb_join_proto_rawDescGZIP(), []int{9}
+	return file_federation_join_joinpb_join_proto_rawDescGZIP(), []int{11}
 }
 
 var File_federation_join_joinpb_join_proto protoreflect.FileDescriptor
@@ -613,7 +727,14 @@ const file_federation_join_joinpb_join_proto_rawDesc = "" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\"y\n" +
 	"\x0fConfirmResponse\x12/\n" +
 	"\x04self\x18\x01 \x01(\v2\x1b.hanse.federation.v1.MemberR\x04self\x125\n" +
-	"\amembers\x18\x02 \x03(\v2\x1b.hanse.federation.v1.MemberR\amembers\"C\n" +
+	"\amembers\x18\x02 \x03(\v2\x1b.hanse.federation.v1.MemberR\amembers\"u\n" +
+	"\vStoredToken\x12#\n" +
+	"\rsecret_sha256\x18\x01 \x01(\fR\fsecretSha256\x12\x19\n" +
+	"\bfor_name\x18\x02 \x01(\tR\aforName\x12&\n" +
+	"\x0fexpires_unix_ms\x18\x03 \x01(\x03R\rexpiresUnixMs\">\n" +
+	"\aBinding\x12\x1b\n" +
+	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12\x16\n" +
+	"\x06bundle\x18\x02 \x01(\fR\x06bundle\"C\n" +
 	"\fLeaveRequest\x123\n" +
 	"\x06member\x18\x01 \x01(\v2\x1b.hanse.federation.v1.MemberR\x06member\"\x0f\n" +
 	"\rLeaveResponse2\xa5\x02\n" +
@@ -635,7 +756,7 @@ func file_federation_join_joinpb_join_proto_rawDescGZIP() []byte {
 	return file_federation_join_joinpb_join_proto_rawDescData
 }
 
-var file_federation_join_joinpb_join_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_federation_join_joinpb_join_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_federation_join_joinpb_join_proto_goTypes = []any{
 	(*Claim)(nil),               // 0: hanse.join.v1.Claim
 	(*PreviewRequest)(nil),      // 1: hanse.join.v1.PreviewRequest
@@ -645,30 +766,32 @@ var file_federation_join_joinpb_join_proto_goTypes = []any{
 	(*RedeemResponse)(nil),      // 5: hanse.join.v1.RedeemResponse
 	(*ConfirmRequest)(nil),      // 6: hanse.join.v1.ConfirmRequest
 	(*ConfirmResponse)(nil),     // 7: hanse.join.v1.ConfirmResponse
-	(*LeaveRequest)(nil),        // 8: hanse.join.v1.LeaveRequest
-	(*LeaveResponse)(nil),       // 9: hanse.join.v1.LeaveResponse
-	(*federationpb.Member)(nil), // 10: hanse.federation.v1.Member
+	(*StoredToken)(nil),         // 8: hanse.join.v1.StoredToken
+	(*Binding)(nil),             // 9: hanse.join.v1.Binding
+	(*LeaveRequest)(nil),        // 10: hanse.join.v1.LeaveRequest
+	(*LeaveResponse)(nil),       // 11: hanse.join.v1.LeaveResponse
+	(*federationpb.Member)(nil), // 12: hanse.federation.v1.Member
 }
 var file_federation_join_joinpb_join_proto_depIdxs = []int32{
-	10, // 0: hanse.join.v1.Claim.member:type_name -> hanse.federation.v1.Member
+	12, // 0: hanse.join.v1.Claim.member:type_name -> hanse.federation.v1.Member
 	0,  // 1: hanse.join.v1.PreviewRequest.claim:type_name -> hanse.join.v1.Claim
 	3,  // 2: hanse.join.v1.PreviewResponse.checks:type_name -> hanse.join.v1.Check
-	10, // 3: hanse.join.v1.PreviewResponse.issuer:type_name -> hanse.federation.v1.Member
+	12, // 3: hanse.join.v1.PreviewResponse.issuer:type_name -> hanse.federation.v1.Member
 	0,  // 4: hanse.join.v1.RedeemRequest.claim:type_name -> hanse.join.v1.Claim
-	10, // 5: hanse.join.v1.RedeemResponse.issuer:type_name -> hanse.federation.v1.Member
-	10, // 6: hanse.join.v1.RedeemResponse.self:type_name -> hanse.federation.v1.Member
-	10, // 7: hanse.join.v1.RedeemResponse.members:type_name -> hanse.federation.v1.Member
-	10, // 8: hanse.join.v1.ConfirmResponse.self:type_name -> hanse.federation.v1.Member
-	10, // 9: hanse.join.v1.ConfirmResponse.members:type_name -> hanse.federation.v1.Member
-	10, // 10: hanse.join.v1.LeaveRequest.member:type_name -> hanse.federation.v1.Member
+	12, // 5: hanse.join.v1.RedeemResponse.issuer:type_name -> hanse.federation.v1.Member
+	12, // 6: hanse.join.v1.RedeemResponse.self:type_name -> hanse.federation.v1.Member
+	12, // 7: hanse.join.v1.RedeemResponse.members:type_name -> hanse.federation.v1.Member
+	12, // 8: hanse.join.v1.ConfirmResponse.self:type_name -> hanse.federation.v1.Member
+	12, // 9: hanse.join.v1.ConfirmResponse.members:type_name -> hanse.federation.v1.Member
+	12, // 10: hanse.join.v1.LeaveRequest.member:type_name -> hanse.federation.v1.Member
 	1,  // 11: hanse.join.v1.Join.Preview:input_type -> hanse.join.v1.PreviewRequest
 	4,  // 12: hanse.join.v1.Join.Redeem:input_type -> hanse.join.v1.RedeemRequest
 	6,  // 13: hanse.join.v1.Join.Confirm:input_type -> hanse.join.v1.ConfirmRequest
-	8,  // 14: hanse.join.v1.Join.Leave:input_type -> hanse.join.v1.LeaveRequest
+	10, // 14: hanse.join.v1.Join.Leave:input_type -> hanse.join.v1.LeaveRequest
 	2,  // 15: hanse.join.v1.Join.Preview:output_type -> hanse.join.v1.PreviewResponse
 	5,  // 16: hanse.join.v1.Join.Redeem:output_type -> hanse.join.v1.RedeemResponse
 	7,  // 17: hanse.join.v1.Join.Confirm:output_type -> hanse.join.v1.ConfirmResponse
-	9,  // 18: hanse.join.v1.Join.Leave:output_type -> hanse.join.v1.LeaveResponse
+	11, // 18: hanse.join.v1.Join.Leave:output_type -> hanse.join.v1.LeaveResponse
 	15, // [15:19] is the sub-list for method output_type
 	11, // [11:15] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
@@ -687,7 +810,7 @@ func file_federation_join_joinpb_join_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_federation_join_joinpb_join_proto_rawDesc), len(file_federation_join_joinpb_join_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,378 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/file"
+	"github.com/hanse-mesh/hanse/discovery/objects"
+	"github.com/hanse-mesh/hanse/identity/atomicfile"
+)
+
+// catalog holds this cluster's configuration: the objects of the watched directory, and over them those that were applied.
+// It builds the local Snapshot.
+type catalog struct {
+	self      discovery.Self
+	store     below        // applied objects, by "Kind/namespace/name"
+	files     *file.Source // nil without a directory
+	stateFile string
+	log       *slog.Logger
+	onBuild   func(*discovery.Snapshot) // called by Run after each Build, in order
+
+	wake chan struct{}
+
+	applying sync.Mutex // one Apply or Delete at a time
+
+	mu      sync.Mutex
+	applied *objects.Set     // guarded by mu
+	faults  []*objects.Fault // guarded by mu; of the last Build and of the files
+}
+
+func newCatalog(self discovery.Self, store below, files *file.Source, stateFile string, log *slog.Logger, onBuild func(*discovery.Snapshot)) *catalog {
+	return &catalog{self: self, store: store, files: files, stateFile: stateFile, log: log, onBuild: onBuild,
+		wake: make(chan struct{}, 1), applied: objects.NewSet()}
+}
+
+// Run reads what was applied, then rebuilds the Snapshot whenever a source changes.
+func (c *catalog) Run(ctx context.Context) error {
+	if err := c.load(ctx); err != nil {
+		return err
+	}
+	state, err := c.readState()
+	if err != nil {
+		return err
+	}
+	var updated <-chan struct{}
+	if c.files != nil {
+		updated = c.files.Updated()
+	}
+	saved := state.Revision()
+	for {
+		if c.files == nil || c.files.Complete() {
+			var snap *discovery.Snapshot
+			snap, state = c.build(state)
+			// IDs and export times are on disk before anybody hears of them: a restart must not change them.
+			if r := state.Revision(); r != saved {
+				if err := c.writeState(state); err != nil {
+					c.log.Error("endpoint IDs were not stored; after a restart they will be new", "file", c.stateFile, "err", err)
+				} else {
+					saved = r
+				}
+			}
+			c.onBuild(snap)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-updated:
+		case <-c.wake:
+		}
+	}
+}
+
+func (c *catalog) load(ctx context.Context) error {
+	stored, err := c.store.List(ctx, "")
+	if err != nil {
+		return fmt.Errorf("read applied objects: %w", err)
+	}
+	var objs []objects.Object
+	for key, value := range stored {
+		decoded, err := objects.Decode(value, "")
+		if err != nil {
+			c.log.Error("an applied object does not decode and is left out", "key", key, "err", err)
+		}
+		objs = append(objs, decoded...)
+	}
+	c.mu.Lock()
+	c.applied = objects.NewSet(objs...)
+	c.mu.Unlock()
+	return nil
+}
+
+func (c *catalog) readState() (*objects.State, error) {
+	state := &objects.State{}
+	b, err := os.ReadFile(c.stateFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return state, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, state)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read endpoint IDs from %s: %w (restore the file, or remove it to give all endpoints new IDs)", c.stateFile, err)
+	}
+	return state, nil
+}
+
+func (c *catalog) writeState(state *objects.State) error {
+	b, err := json.Marshal(state)
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(c.stateFile, b)
+}
+
+func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.State) {
+	c.mu.Lock()
+	applied := c.applied
+	c.mu.Unlock()
+	var files *objects.Set
+	var faults []*objects.Fault
+	if c.files != nil {
+		files, faults = c.files.Set(), c.files.Faults()
+	}
+	set, doubled := objects.Layer(applied, files)
+	snap, state, built := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), Complete: true})
+	faults = append(append(slices.Clone(faults), doubled...), built...)
+	c.mu.Lock()
+	before := c.faults
+	c.faults = faults
+	c.mu.Unlock()
+	for _, f := range faults {
+		if !slices.ContainsFunc(before, func(o *objects.Fault) bool { return *o == *f }) {
+			c.log.Warn("configuration fault; the last good state stays in force", "fault", f.Error())
+		}
+	}
+	return snap, state
+}
+
+// Faults is what is wrong with the configuration now.
+func (c *catalog) Faults() []admin.Fault {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return adminFaults(c.faults)
+}
+
+func adminFaults(faults []*objects.Fault) []admin.Fault {
+	out := make([]admin.Fault, len(faults))
+	for i, f := range faults {
+		out[i] = admin.Fault{File: f.File, Line: f.Line, Object: f.Object, Field: f.Field, Value: f.Value, Reason: f.Reason}
+	}
+	return out
+}
+
+// Apply stores the objects of a YAML stream, all or none.
+func (c *catalog) Apply(ctx context.Context, yaml []byte, dryRun bool) ([]admin.Applied, error) {
+	objs, err := objects.Decode(yaml, "")
+	if err != nil {
+		faults := objects.Faults(err)
+		e := admin.Invalid("nothing was applied; correct the fields and apply again", "%d faults in the configuration", len(faults))
+		e.Faults = adminFaults(faults)
+		return nil, e
+	}
+	if len(objs) == 0 {
+		return nil, admin.Invalid("a YAML document has at least apiVersion, kind and metadata.name", "there is no object in what was given")
+	}
+	c.applying.Lock()
+	defer c.applying.Unlock()
+	c.mu.Lock()
+	applied := c.applied
+	c.mu.Unlock()
+
+	next := applied
+	var out []admin.Applied
+	var changed []objects.Object
+	seen := map[objects.Key]bool{}
+	for _, o := range objs {
+		if seen[o.Key()] {
+			return nil, admin.Invalid("keep one of them", "%s is given twice", o.Key())
+		}
+		seen[o.Key()] = true
+		if c.files != nil {
+			if f, ok := c.files.Set().Get(o.Key()); ok {
+				return nil, admin.Refused("change it in that file, or remove it there first", "%s is already configured by %s", o.Key(), f.File)
+			}
+		}
+		action := "created"
+		if old, ok := applied.Get(o.Key()); ok {
+			action = "configured"
+			if same(old, o) {
+				action = "unchanged"
+			}
+		}
+		out = append(out, admin.Applied{Object: o.Key().String(), Action: action})
+		if action != "unchanged" {
+			changed = append(changed, o)
+			next = next.Put(o)
+		}
+	}
+	if err := c.fits(next, seen); err != nil {
+		return nil, err
+	}
+	if dryRun || len(changed) == 0 {
+		return out, nil
+	}
+	for i, o := range changed {
+		b, err := json.Marshal(o)
+		if err == nil {
+			err = c.store.Put(ctx, storeKey(o.Key()), b)
+		}
+		if err != nil {
+			c.undo(applied, changed[:i])
+			return nil, fmt.Errorf("store %s: %w (nothing was applied)", o.Key(), err)
+		}
+	}
+	c.replace(next)
+	return out, nil
+}
+
+// fits refuses a Set of applied objects of which one of the named would be left out by Build.
+func (c *catalog) fits(next *objects.Set, named map[objects.Key]bool) error {
+	var files *objects.Set
+	if c.files != nil {
+		files = c.files.Set()
+	}
+	set, _ := objects.Layer(next, files)
+	_, _, faults := objects.Build(objects.Input{Self: c.self, Set: set, Now: time.Now(), Complete: true})
+	var mine []*objects.Fault
+	for _, f := range faults {
+		for k := range named {
+			if f.Object == k.String() {
+				mine = append(mine, f)
+			}
+		}
+	}
+	if len(mine) == 0 {
+		return nil
+	}
+	e := admin.Invalid("nothing was applied; correct the fields and apply again", "%d faults in the configuration", len(mine))
+	e.Faults = adminFaults(mine)
+	return e
+}
+
+// undo puts back what was there before a half-stored Apply. It has its own time, since the caller's may be over.
+func (c *catalog) undo(before *objects.Set, stored []objects.Object) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for _, o := range stored {
+		var err error
+		if old, ok := before.Get(o.Key()); ok {
+			var b []byte
+			if b, err = json.Marshal(old); err == nil {
+				err = c.store.Put(ctx, storeKey(o.Key()), b)
+			}
+		} else {
+			err = c.store.Delete(ctx, storeKey(o.Key()))
+		}
+		if err != nil {
+			c.log.Error("an object of a failed apply could not be undone", "object", o.Key().String(), "err", err)
+		}
+	}
+}
+
+// Delete removes an applied object.
+func (c *catalog) Delete(ctx context.Context, kind, namespace, name string) (admin.Applied, error) {
+	k, err := lookupKind(kind)
+	if err != nil {
+		return admin.Applied{}, err
+	}
+	key := objects.Key{Kind: k.Name, Namespace: namespace, Name: name}
+	if !k.Namespaced {
+		key.Namespace = ""
+	} else if namespace == "" {
+		key.Namespace = "default"
+	}
+	c.applying.Lock()
+	defer c.applying.Unlock()
+	c.mu.Lock()
+	applied := c.applied
+	c.mu.Unlock()
+	if _, ok := applied.Get(key); !ok {
+		if c.files != nil {
+			if f, ok := c.files.Set().Get(key); ok {
+				return admin.Applied{}, admin.Refused("remove it in that file", "%s is configured by %s", key, f.File)
+			}
+		}
+		return admin.Applied{}, admin.NotFound("hanse get "+k.Plural, "%s does not exist", key)
+	}
+	if err := c.store.Delete(ctx, storeKey(key)); err != nil {
+		return admin.Applied{}, fmt.Errorf("delete %s: %w", key, err)
+	}
+	c.replace(applied.Delete(key))
+	return admin.Applied{Object: key.String(), Action: "deleted"}, nil
+}
+
+// List returns the objects in force.
+func (c *catalog) List(kind, namespace, name string) ([]admin.Object, error) {
+	if kind != "" {
+		k, err := lookupKind(kind)
+		if err != nil {
+			return nil, err
+		}
+		kind = k.Name
+		if !k.Namespaced {
+			namespace = ""
+		}
+	}
+	c.mu.Lock()
+	applied, faults := c.applied, c.faults
+	c.mu.Unlock()
+	var files *objects.Set
+	if c.files != nil {
+		files = c.files.Set()
+	}
+	set, _ := objects.Layer(applied, files)
+	out := []admin.Object{}
+	for _, o := range set.List(kind, namespace) {
+		if name != "" && o.Name().Name != name {
+			continue
+		}
+		b, err := json.Marshal(o)
+		if err != nil {
+			return nil, fmt.Errorf("encode %s: %w", o.Key(), err)
+		}
+		row := admin.Object{Kind: o.Kind, Namespace: o.Key().Namespace, Name: o.Key().Name, Source: o.File, Status: "in force", Object: b}
+		if row.Source == "" {
+			row.Source = "applied"
+		}
+		for _, f := range faults {
+			if f.Object == o.Key().String() {
+				row.Status = "fault: " + f.Field + ": " + f.Reason
+				break
+			}
+		}
+		out = append(out, row)
+	}
+	return out, nil
+}
+
+func (c *catalog) replace(next *objects.Set) {
+	c.mu.Lock()
+	c.applied = next
+	c.mu.Unlock()
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+func lookupKind(word string) (objects.Kind, error) {
+	k, ok := objects.LookupKind(word)
+	if !ok {
+		var known string
+		for _, k := range objects.Kinds() {
+			known += " " + k.Plural
+		}
+		return k, admin.Invalid("one of:"+known, "there is no kind %q", word)
+	}
+	return k, nil
+}
+
+func storeKey(k objects.Key) string { return k.Kind + "/" + k.Namespace + "/" + k.Name }
+
+func same(a, b objects.Object) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
+}

@@ -79,6 +79,11 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 			mark(n)
 		}
 	}
+	for n := range v.Callers {
+		if callers[n] == nil {
+			mark(n)
+		}
+	}
 	next := &View{Set: set, Callers: callers, routes: v.routes, parents: v.parents, hosts: v.hosts}
 	if !slices.Equal(old.Local.Routes, set.Local.Routes) || next.routes == nil {
 		next.indexRoutes()

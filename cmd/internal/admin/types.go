@@ -71,6 +71,7 @@ type JoinRequest struct {
 // JoinResult is the payload of a finished join.
 type JoinResult struct {
 	Mesh        string   `json:"mesh"`
+	Cluster     string   `json:"cluster"` // the joiner
 	Through     string   `json:"through"`
 	TrustDomain string   `json:"trustDomain"`
 	Members     []string `json:"members"`

@@ -1,0 +1,340 @@
+package etcd
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"strings"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// requestTimeout bounds each Get and Txn, and the wait for a watch to be created.
+const requestTimeout = 10 * time.Second
+
+// wire is a Store over etcd's API: in process, of an external etcd, or of a peer's Guard.
+type wire struct {
+	kv    pb.KVClient
+	watch pb.WatchClient
+}
+
+func newWire(conn grpc.ClientConnInterface) *wire {
+	return &wire{kv: pb.NewKVClient(conn), watch: pb.NewWatchClient(conn)}
+}
+
+// rpcError gives the refusals that callers branch on their names; the rest keeps its gRPC status.
+func rpcError(err error) error {
+	var named error
+	s, _ := status.FromError(err)
+	var e rpctypes.EtcdError
+	msg := s.Message()
+	if errors.As(err, &e) {
+		msg = e.Error()
+	}
+	switch {
+	case strings.Contains(msg, rpctypes.ErrCompacted.Error()):
+		named = ErrCompacted
+	case strings.Contains(msg, rpctypes.ErrNoSpace.Error()):
+		named = ErrNoSpace
+	case s.Code() == codes.PermissionDenied, errors.As(err, &e) && e.Code() == codes.PermissionDenied:
+		named = ErrPermissionDenied
+	default:
+		return err
+	}
+	return fmt.Errorf("%w: %s", named, msg)
+}
+
+func header(h *pb.ResponseHeader) Header {
+	return Header{ClusterID: h.GetClusterId(), Revision: h.GetRevision()}
+}
+
+func keyValue(kv *mvccpb.KeyValue) KeyValue {
+	return KeyValue{Key: string(kv.Key), Value: kv.Value, CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision}
+}
+
+func (w *wire) Get(ctx context.Context, key string, revision int64) (*KeyValue, Header, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	r, err := w.kv.Range(ctx, &pb.RangeRequest{Key: []byte(key), Revision: revision})
+	if err != nil {
+		return nil, Header{}, rpcError(err)
+	}
+	if len(r.Kvs) == 0 {
+		return nil, header(r.Header), nil
+	}
+	kv := keyValue(r.Kvs[0])
+	return &kv, header(r.Header), nil
+}
+
+func (w *wire) List(ctx context.Context, prefix string, revision int64, each func(KeyValue) error) (Header, error) {
+	ctx, cancel := context.WithCancel(ctx) // ends the stream when each refuses
+	defer cancel()
+	rs, err := w.kv.RangeStream(ctx, &pb.RangeRequest{Key: []byte(prefix), RangeEnd: prefixEnd(prefix), Revision: revision})
+	if err != nil {
+		return Header{}, rpcError(err)
+	}
+	for first := true; ; first = false {
+		r, err := rs.Recv()
+		switch {
+		case first && status.Code(err) == codes.Unimplemented:
+			return w.listPages(ctx, prefix, revision, each)
+		case errors.Is(err, io.EOF):
+			return Header{}, fmt.Errorf("list %s: the stream ended before its header", prefix)
+		case err != nil:
+			return Header{}, rpcError(err)
+		}
+		for _, kv := range r.GetRangeResponse().GetKvs() {
+			if err := each(keyValue(kv)); err != nil {
+				return Header{}, err
+			}
+		}
+		if h := r.GetRangeResponse().GetHeader(); h != nil { // on the last chunk only
+			out := header(h)
+			if revision != 0 {
+				out.Revision = revision
+			}
+			return out, nil
+		}
+	}
+}
+
+// listPages is List for an etcd before 3.7, which has no RangeStream: pages at one pinned revision.
+func (w *wire) listPages(ctx context.Context, prefix string, revision int64, each func(KeyValue) error) (Header, error) {
+	req := &pb.RangeRequest{Key: []byte(prefix), RangeEnd: prefixEnd(prefix), Revision: revision, Limit: pageSize}
+	for {
+		r, err := w.page(ctx, req)
+		if err != nil {
+			return Header{}, rpcError(err)
+		}
+		if req.Revision == 0 {
+			req.Revision = r.Header.Revision
+		}
+		for _, kv := range r.Kvs {
+			if err := each(keyValue(kv)); err != nil {
+				return Header{}, err
+			}
+		}
+		if !r.More || len(r.Kvs) == 0 {
+			return Header{ClusterID: r.Header.ClusterId, Revision: req.Revision}, nil
+		}
+		req.Key = append(r.Kvs[len(r.Kvs)-1].Key, 0)
+	}
+}
+
+func (w *wire) page(ctx context.Context, req *pb.RangeRequest) (*pb.RangeResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	return w.kv.Range(ctx, req)
+}
+
+func (w *wire) Txn(ctx context.Context, compares []Compare, ops []Op) (bool, Header, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	req := &pb.TxnRequest{}
+	for _, c := range compares {
+		cmp := &pb.Compare{Key: []byte(c.Key), Result: pb.Compare_EQUAL, Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{ModRevision: c.Revision}}
+		if c.Created {
+			cmp.Target, cmp.TargetUnion = pb.Compare_CREATE, &pb.Compare_CreateRevision{CreateRevision: c.Revision}
+		}
+		req.Compare = append(req.Compare, cmp)
+	}
+	for _, op := range ops {
+		if op.Delete {
+			req.Success = append(req.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{
+				RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(op.Key)}}})
+			continue
+		}
+		req.Success = append(req.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{
+			RequestPut: &pb.PutRequest{Key: []byte(op.Key), Value: op.Value}}})
+	}
+	r, err := w.kv.Txn(ctx, req)
+	if err != nil {
+		return false, Header{}, rpcError(err)
+	}
+	return r.Succeeded, header(r.Header), nil
+}
+
+func (w *wire) Watch(ctx context.Context, prefix string, from int64) (Watcher, error) {
+	stream, err := w.watch.Watch(ctx)
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	err = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
+		Key: []byte(prefix), RangeEnd: prefixEnd(prefix), StartRevision: from, ProgressNotify: true, Fragment: true,
+	}}})
+	if err != nil && !errors.Is(err, io.EOF) { // Recv says why
+		return nil, rpcError(err)
+	}
+	ws := &wireWatcher{stream: stream}
+	r, err := stream.Recv()
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	if err := ws.canceled(r); err != nil {
+		return nil, err
+	}
+	if !r.Created {
+		return nil, fmt.Errorf("watch %s: the first answer is not its creation", prefix)
+	}
+	return ws, nil
+}
+
+type wireWatcher struct{ stream pb.Watch_WatchClient }
+
+func (w *wireWatcher) canceled(r *pb.WatchResponse) error {
+	switch {
+	case r.CompactRevision != 0, strings.Contains(r.CancelReason, rpctypes.ErrCompacted.Error()):
+		return fmt.Errorf("%w up to %d", ErrCompacted, r.CompactRevision)
+	case strings.Contains(r.CancelReason, "permission denied"):
+		return fmt.Errorf("watch: %w", ErrPermissionDenied)
+	case r.Canceled:
+		return fmt.Errorf("watch canceled by the server: %s", r.CancelReason)
+	}
+	return nil
+}
+
+func (w *wireWatcher) Recv() (*WatchResponse, error) {
+	r, err := w.stream.Recv()
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	if err := w.canceled(r); err != nil {
+		return nil, err
+	}
+	out := &WatchResponse{Header: header(r.Header), More: r.Fragment, Events: make([]Event, len(r.Events))}
+	for i, e := range r.Events {
+		out.Events[i] = Event{KeyValue: keyValue(e.Kv), Delete: e.Type == mvccpb.Event_DELETE}
+	}
+	return out, nil
+}
+
+func (w *wireWatcher) RequestProgress() error {
+	return w.stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}})
+}
+
+// ExternalConfig says how to reach an external etcd cluster.
+type ExternalConfig struct {
+	Endpoints []string
+	TLS       *tls.Config // nil is plain text, for a Unix socket or loopback only
+	Prefix    string      // put before every key; the Guard needs it empty
+	Log       *slog.Logger
+}
+
+// External is an external etcd cluster.
+type External struct {
+	client *clientv3.Client
+	prefix string
+}
+
+// DialExternal connects to an external etcd cluster and returns when it has answered, or when ctx ends.
+func DialExternal(ctx context.Context, cfg ExternalConfig) (*External, error) {
+	c, err := clientv3.New(clientv3.Config{
+		Endpoints: cfg.Endpoints, TLS: cfg.TLS, Logger: newZap(cfg.Log, nil), Context: context.WithoutCancel(ctx),
+		DialTimeout: requestTimeout, DialKeepAliveTime: keepaliveTime, DialKeepAliveTimeout: keepaliveTimeout,
+		MaxCallRecvMsgSize: math.MaxInt32, DialOptions: []grpc.DialOption{connectParams()},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("connect to etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
+	}
+	x := &External{client: c, prefix: cfg.Prefix}
+	if _, _, err := x.Store().Get(ctx, "hanse", 0); err != nil {
+		_ = c.Close()
+		return nil, fmt.Errorf("read from etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
+	}
+	return x, nil
+}
+
+// connectParams makes the client try again within 5 s of a peer's return.
+func connectParams() grpc.DialOption {
+	return grpc.WithConnectParams(grpc.ConnectParams{
+		Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 5 * time.Second},
+		MinConnectTimeout: 5 * time.Second,
+	})
+}
+
+// Client returns the stock client.
+func (x *External) Client() *clientv3.Client { return x.client }
+
+// Store returns the cluster as a Store.
+func (x *External) Store() Store {
+	s := newWire(x.client.ActiveConnection())
+	if x.prefix == "" {
+		return s
+	}
+	return &prefixed{Store: s, prefix: x.prefix}
+}
+
+// Close ends the connection.
+func (x *External) Close() error { return x.client.Close() }
+
+// prefixed puts a prefix before every key.
+type prefixed struct {
+	Store
+	prefix string
+}
+
+func (p *prefixed) strip(kv *KeyValue) { kv.Key = strings.TrimPrefix(kv.Key, p.prefix) }
+
+func (p *prefixed) Get(ctx context.Context, key string, revision int64) (*KeyValue, Header, error) {
+	kv, h, err := p.Store.Get(ctx, p.prefix+key, revision)
+	if kv != nil {
+		p.strip(kv)
+	}
+	return kv, h, err
+}
+
+func (p *prefixed) List(ctx context.Context, prefix string, revision int64, each func(KeyValue) error) (Header, error) {
+	return p.Store.List(ctx, p.prefix+prefix, revision, func(kv KeyValue) error {
+		p.strip(&kv)
+		return each(kv)
+	})
+}
+
+func (p *prefixed) Watch(ctx context.Context, prefix string, from int64) (Watcher, error) {
+	w, err := p.Store.Watch(ctx, p.prefix+prefix, from)
+	if err != nil {
+		return nil, err
+	}
+	return &prefixedWatcher{Watcher: w, p: p}, nil
+}
+
+func (p *prefixed) Txn(ctx context.Context, compares []Compare, ops []Op) (bool, Header, error) {
+	cs, os := make([]Compare, len(compares)), make([]Op, len(ops))
+	for i, c := range compares {
+		c.Key = p.prefix + c.Key
+		cs[i] = c
+	}
+	for i, op := range ops {
+		op.Key = p.prefix + op.Key
+		os[i] = op
+	}
+	return p.Store.Txn(ctx, cs, os)
+}
+
+type prefixedWatcher struct {
+	Watcher
+	p *prefixed
+}
+
+func (w *prefixedWatcher) Recv() (*WatchResponse, error) {
+	r, err := w.Watcher.Recv()
+	if err != nil {
+		return nil, err
+	}
+	for i := range r.Events {
+		w.p.strip(&r.Events[i].KeyValue)
+	}
+	return r, nil
+}

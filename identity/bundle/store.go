@@ -227,7 +227,7 @@ func (s *Store) change(f func(next *state) (bool, error)) error {
 }
 
 // Set takes the bundle of td, if it is newer than the one in force. The same bundle again is no error. A bundle without
-// a sequence number is taken if the one in force came without, too; it is given the next number, so that readers see a change.
+// a sequence number (it is optional) counts as newer, and is given the next number, so that readers see a change.
 // source says in the log where it came from. Errors: ErrStale, ErrTrustDomain, ErrEmpty, ErrUnrelated.
 func (s *Store) Set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source string) error {
 	return s.set(td, b, source, false)
@@ -251,13 +251,12 @@ func (s *Store) set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source stri
 		if _, ok := n.relations[td]; !ok && td != s.cfg.TrustDomain {
 			return false, ErrUnrelated
 		}
-		if cur := n.bundles[td]; cur != nil {
-			if sameAuthorities(cur, b) && sameOrNoSequence(cur, b) {
-				return false, nil
-			}
-			if err := orderSequence(cur, b, force); err != nil {
-				return false, err
-			}
+		cur := n.bundles[td]
+		if cur != nil && sameAuthorities(cur, b) && sameOrNoSequence(cur, b) {
+			return false, nil
+		}
+		if err := orderSequence(cur, b, force); err != nil {
+			return false, err
 		}
 		if s.cfg.Dir != "" {
 			data, err := b.Marshal()
@@ -287,16 +286,19 @@ func sameOrNoSequence(cur, b *spiffebundle.Bundle) bool {
 	return !ok || have == got
 }
 
-// orderSequence refuses an older bundle, and numbers one that has no sequence of its own.
+// orderSequence refuses an older bundle, and numbers one that has no sequence of its own. cur may be nil.
 func orderSequence(cur, b *spiffebundle.Bundle, force bool) error {
-	have, numbered := cur.SequenceNumber()
+	var have uint64
+	if cur != nil {
+		have, _ = cur.SequenceNumber()
+	}
 	got, ok := b.SequenceNumber()
 	switch {
-	case force && (!ok || got <= have), !ok && !numbered:
+	case !ok, force && got <= have:
 		b.SetSequenceNumber(have + 1)
-	case !ok || got < have:
+	case cur != nil && got < have:
 		return fmt.Errorf("%w: sequence %d after %d", ErrStale, got, have)
-	case got == have:
+	case cur != nil && got == have:
 		return fmt.Errorf("%w: another content under the same sequence %d", ErrStale, got)
 	}
 	return nil

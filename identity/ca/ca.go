@@ -152,7 +152,7 @@ func (a *Authority) replaceExpired(now time.Time, first bool) error {
 			return err
 		}
 	}
-	return a.Activate()
+	return errors.Join(a.Activate(), a.DropOld())
 }
 
 // Sequence is that of the current bundle. It grows with each change of the roots, and is never less than the Unix time

@@ -37,7 +37,7 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 	if host := remoteHost(ctx); !s.limit.allow(host) {
 		return status.Errorf(codes.ResourceExhausted, "too many attestations from %s, try again later", host)
 	}
-	req, err := stream.Recv()
+	req, err := firstMessage(stream)
 	if err != nil {
 		return err
 	}
@@ -53,6 +53,27 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 	}
 	s.attest.WithLabelValues("ok").Inc()
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{Result: result}})
+}
+
+// firstMessage bounds how long an unknown caller may keep a stream open: its Recv ends when the method returns.
+func firstMessage(stream agentv1.Agent_AttestAgentServer) (*agentv1.AttestAgentRequest, error) {
+	type received struct {
+		req *agentv1.AttestAgentRequest
+		err error
+	}
+	ch := make(chan received, 1)
+	go func() {
+		req, err := stream.Recv()
+		ch <- received{req, err}
+	}()
+	timer := time.NewTimer(10 * time.Second)
+	defer timer.Stop()
+	select {
+	case r := <-ch:
+		return r.req, r.err
+	case <-timer.C:
+		return nil, status.Error(codes.DeadlineExceeded, "no attestation data within 10 s")
+	}
 }
 
 func (s *agentService) attestAgent(ctx context.Context, p *agentv1.AttestAgentRequest_Params) (*agentv1.AttestAgentResponse_Result, error) {

@@ -34,6 +34,11 @@ import (
 	"github.com/hanse-mesh/hanse/identity/ca"
 )
 
+const (
+	heardOf      = 30 * time.Second // after which a silent agent is waited for no more
+	syncInterval = 5 * time.Second  // of stock agents
+)
+
 // Config of a Server. Authority, Bundles, Tokens and KV are required.
 type Config struct {
 	Authority *ca.Authority
@@ -58,13 +63,14 @@ type Config struct {
 // Server is the SPIRE Server API of one replica.
 type Server struct {
 	// read-only after New
-	cfg    Config
-	td     spiffeid.TrustDomain
-	log    *slog.Logger
-	src    *identity.Source // presents <td>/spire/server
-	reg    *registry
-	limit  *limiter
-	attest *prometheus.CounterVec
+	cfg     Config
+	td      spiffeid.TrustDomain
+	log     *slog.Logger
+	src     *identity.Source // presents <td>/spire/server
+	reg     *registry
+	limit   *limiter
+	attest  *prometheus.CounterVec
+	started time.Time
 
 	mu   sync.Mutex
 	seen map[string]activity // guarded by mu; by agent ID
@@ -102,12 +108,13 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		cfg.OwnBundle = cfg.Authority.Bundle
 	}
 	s := &Server{
-		cfg:   cfg,
-		td:    cfg.Authority.TrustDomain(),
-		log:   cfg.Log,
-		src:   identity.NewSource(),
-		limit: newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
-		seen:  map[string]activity{},
+		cfg:     cfg,
+		td:      cfg.Authority.TrustDomain(),
+		log:     cfg.Log,
+		src:     identity.NewSource(),
+		limit:   newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
+		seen:    map[string]activity{},
+		started: cfg.Now(),
 		attest: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, error)."}, []string{"result"}),
 	}
@@ -201,23 +208,35 @@ func (s *Server) TLSConfig() *tls.Config {
 	return cfg
 }
 
-// Missing names the agents that were heard of in the last 30 s and have not loaded the bundle of td with at least that
-// sequence, or did so less than one sync interval (5 s) ago: what a stock agent fetches it hands on within that time.
+// Missing names the agents that have not loaded the bundle of td with at least that sequence, or did so less than one sync
+// interval (5 s) ago: what a stock agent fetches it hands on within that time. It asks for agents that were heard of in
+// the last 30 s, and until 30 s after New for all unexpired ones; for a foreign td, for those that federate with it.
 func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
 	now := s.cfg.Now()
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	starting := now.Sub(s.started) < heardOf
 	var out []string
-	for id, a := range s.seen {
-		if now.Sub(a.at) > 30*time.Second {
-			continue
-		}
-		if l, ok := a.loaded[td]; !ok || l.sequence < sequence || now.Sub(l.since) < 5*time.Second {
-			out = append(out, id)
+	for _, a := range s.reg.allAgents() {
+		s.mu.Lock()
+		act, heard := s.seen[a.ID]
+		l, ok := act.loaded[td]
+		s.mu.Unlock()
+		switch {
+		case a.Banned:
+		case heard && now.Sub(act.at) > heardOf, !heard && (!starting || a.Expires <= now.Unix()):
+		case td != s.td && !s.federates(a, td, now):
+		case !ok, l.sequence < sequence, now.Sub(l.since) < syncInterval:
+			out = append(out, a.ID)
 		}
 	}
-	slices.Sort(out)
 	return out
+}
+
+// federates reports whether an entry of the agent federates with td.
+func (s *Server) federates(a *agentRecord, td spiffeid.TrustDomain, now time.Time) bool {
+	svc := service{Server: s}
+	return slices.ContainsFunc(s.reg.authorized(a, now), func(e *entryRecord) bool {
+		return slices.Contains(svc.federatesWith(e), td.Name())
+	})
 }
 
 // noteLoaded remembers that the calling agent, if it is one, was given a bundle.

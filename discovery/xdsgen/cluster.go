@@ -211,23 +211,26 @@ func byLocality(endpoints []Ranked) [][]Ranked {
 	return out
 }
 
-// localityWeight is the sum of a locality's weights; under Weigh, its part of the share that the policy's entry gives.
+// localityWeight is the sum of a locality's weights; under Weigh, its part of the shares that the policy's entries give.
 func localityWeight(policy *discovery.TrafficPolicy, mode discovery.LocalityMode, level, group []Ranked) uint32 {
-	sum := func(of []Ranked, share int) (n uint64) {
-		for i := range of {
-			if of[i].share == share {
-				n += uint64(of[i].Weight)
-			}
-		}
-		return n
+	var sum uint64
+	for i := range group {
+		sum += uint64(group[i].Weight)
 	}
-	share := group[0].share
-	own := sum(group, share)
 	if mode != discovery.ModeWeigh {
-		return uint32(own)
+		return uint32(sum)
+	}
+	total := make([]uint64, len(policy.Weights)) // of each entry's endpoints
+	for i := range level {
+		total[level[i].share] += uint64(level[i].Weight)
 	}
 	const precision = 1000
-	return uint32(max(1, uint64(policy.Weights[share].Weight)*precision*own/sum(level, share)))
+	sum = 0
+	for i := range group {
+		share := group[i].share
+		sum += uint64(policy.Weights[share].Weight) * precision * uint64(group[i].Weight) / total[share]
+	}
+	return uint32(max(1, sum))
 }
 
 func lbEndpoint(r *Ranked) (*endpointv3.LbEndpoint, error) {
@@ -260,53 +263,51 @@ func lbEndpoint(r *Ranked) (*endpointv3.LbEndpoint, error) {
 // grpcLocalities is what a gRPC client can read: ready endpoints only, one endpoint per gateway address of another network
 // (which picks the endpoint by the service's SNI), each address once, and priorities without gaps.
 func grpcLocalities(levels *Levels, policy *discovery.TrafficPolicy) []*endpointv3.LocalityLbEndpoints {
-	weights := make(map[netip.AddrPort]uint32) // of a gateway, over all levels
-	for _, l := range levels.Levels {
-		for _, e := range l.Endpoints {
-			for _, g := range e.Gateways {
-				if e.Ready && !e.Draining {
-					weights[g] += e.Weight
-				}
-			}
-		}
-	}
 	var out []*endpointv3.LocalityLbEndpoints
 	used := make(map[netip.AddrPort]bool)
 	priority := 0
 	for _, l := range levels.Levels {
-		var some bool
-		for _, group := range byLocality(l.Endpoints) {
-			at := locality(group[0].Locality, priority)
-			var ready []Ranked
+		groups := make(map[discovery.Locality][]Ranked)
+		var ready []Ranked
+		for _, e := range l.Endpoints {
+			if !e.Ready || e.Draining {
+				continue
+			}
+			at := e.Locality
+			if len(e.Gateways) > 0 {
+				at.Zone = "" // a gateway leads to all zones
+			}
+			groups[at] = append(groups[at], e)
+			ready = append(ready, e)
+		}
+		before := len(out)
+		for _, at := range slices.SortedFunc(maps.Keys(groups), compareLocality) {
+			group := groups[at]
+			l := locality(at, priority)
+			l.LoadBalancingWeight = u32(localityWeight(policy, levels.Mode, ready, group))
 			add := func(ap netip.AddrPort, weight uint32) {
-				if used[ap] {
-					return
+				if !used[ap] {
+					used[ap] = true
+					l.LbEndpoints = append(l.LbEndpoints, &endpointv3.LbEndpoint{
+						HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(ap)}},
+						HealthStatus:        corev3.HealthStatus_HEALTHY,
+						LoadBalancingWeight: u32(weight),
+					})
 				}
-				used[ap] = true
-				at.LbEndpoints = append(at.LbEndpoints, &endpointv3.LbEndpoint{
-					HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(ap)}},
-					HealthStatus:        corev3.HealthStatus_HEALTHY,
-					LoadBalancingWeight: u32(weight),
-				})
 			}
 			for _, e := range group {
-				if !e.Ready || e.Draining {
-					continue
-				}
-				ready = append(ready, e)
 				if len(e.Gateways) == 0 {
 					add(e.Address, e.Weight)
 				}
 				for _, g := range e.Gateways {
-					add(g, weights[g])
+					add(g, 1)
 				}
 			}
-			if len(at.LbEndpoints) > 0 {
-				at.LoadBalancingWeight = u32(localityWeight(policy, levels.Mode, l.Endpoints, ready))
-				out, some = append(out, at), true
+			if len(l.LbEndpoints) > 0 {
+				out = append(out, l)
 			}
 		}
-		if some {
+		if len(out) > before {
 			priority++
 		}
 	}

@@ -64,12 +64,8 @@ func (a *Access) audit(c *call, d *Decision) {
 		d.Audit, d.AuditAllow = r.Policy, true
 		return
 	}
-	if d.Allow && d.Policy == "" { // the default would be gone
-		if len(a.AuditAllow) > 0 {
-			d.Audit = a.AuditAllow[0].Policy
-		} else {
-			d.Audit = a.AuditDeny[0].Policy
-		}
+	if d.Allow && d.Policy == "" && len(a.AuditAllow) > 0 {
+		d.Audit = a.AuditAllow[0].Policy // with it the default would be gone
 	}
 }
 

@@ -98,11 +98,20 @@ func all[T any](b *builder, kind string, f func(Object, T)) {
 func faultOf(o Object, field string, value any, reason string, args ...any) *Fault {
 	c := checker{object: o}
 	c.add(field, value, reason, args...)
+	if o.node != nil {
+		c.faults[0].Line += lineOf(o.node, field) - o.node.Line
+	}
 	return c.faults[0]
 }
 
 func (b *builder) fault(o Object, field string, value any, reason string, args ...any) {
 	b.faults = append(b.faults, faultOf(o, field, value, reason, args...))
+}
+
+// pending is fault, for something that is missing and may come.
+func (b *builder) pending(o Object, field string, value any, reason string, args ...any) {
+	b.fault(o, field, value, reason, args...)
+	b.faults[len(b.faults)-1].Pending = true
 }
 
 // created returns when o was created: as it says, else when it was first seen. Whole seconds, as Kubernetes keeps them.
@@ -157,12 +166,12 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 	})
 	for n, orphans := range slicesOf {
 		for _, o := range orphans {
-			b.fault(o, "metadata.labels["+discoveryv1.LabelServiceName+"]", n.Name, "there is no Service %s; its endpoints are not used", n)
+			b.pending(o, "metadata.labels["+discoveryv1.LabelServiceName+"]", n.Name, "there is no Service %s; its endpoints are not used", n)
 		}
 	}
 	for n, o := range exports {
 		b.created(o) // the export is older than its Service
-		b.fault(o, "metadata.name", n.Name, "there is no Service %s to export (MCS NoService)", n)
+		b.pending(o, "metadata.name", n.Name, "there is no Service %s to export (MCS NoService)", n)
 	}
 	return services
 }
@@ -460,7 +469,7 @@ func (b *builder) accessPolicies(services map[discovery.Name]*discovery.Service)
 			n := discovery.Name{Namespace: p.Namespace, Name: ref.Name}
 			out.Services = append(out.Services, n)
 			if services[n] == nil {
-				b.fault(o, fmt.Sprintf("spec.targetRefs[%d].name", i), ref.Name, "there is no Service %s in this cluster to protect", n)
+				b.pending(o, fmt.Sprintf("spec.targetRefs[%d].name", i), ref.Name, "there is no Service %s in this cluster to protect", n)
 			}
 		}
 		slices.SortFunc(out.Services, discovery.Name.Compare)

@@ -74,7 +74,7 @@ func (r *routeBuilder) parent(i int, p gatewayv1.ParentReference) (discovery.Rou
 	svc := r.services[ref.Service]
 	if p.SectionName == nil {
 		if svc != nil && ref.Port != 0 && svc.Port(ref.Port) == nil {
-			r.fault(r.object, field+".port", ref.Port, "Service %s has no such port here; it has %s", ref.Service, portNames(svc.Ports))
+			r.pending(r.object, field+".port", ref.Port, "Service %s has no such port here; it has %s", ref.Service, portNames(svc.Ports))
 		}
 		return ref, true // the Service, or the port, may be another cluster's
 	}
@@ -86,7 +86,7 @@ func (r *routeBuilder) parent(i int, p gatewayv1.ParentReference) (discovery.Rou
 			}
 		}
 	}
-	r.fault(r.object, field+".sectionName", *p.SectionName, "Service %s has no port of this name here; give its number in port", ref.Service)
+	r.pending(r.object, field+".sectionName", *p.SectionName, "Service %s has no port of this name here; give its number in port", ref.Service)
 	return ref, false
 }
 
@@ -245,7 +245,7 @@ func (r *routeBuilder) backend(field string, ref gatewayv1.BackendRef, filters [
 		r.fault(r.object, field+".kind", kind, "must be Service (group \"\") or ServiceImport (group %s); requests to this backend get 500", groupMCS)
 	case !r.permitted(group, kind, b.Service):
 		b.Invalid = fmt.Sprintf("RefNotPermitted: no ReferenceGrant in %s lets %s refer to it", b.Service.Namespace, r.object.Key())
-		r.fault(r.object, field+".namespace", b.Service.Namespace,
+		r.pending(r.object, field+".namespace", b.Service.Namespace,
 			"a ReferenceGrant in that namespace must permit this; until then requests to this backend get 500")
 	}
 	return b

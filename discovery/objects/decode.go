@@ -14,14 +14,16 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // Bounds of one file.
 const (
 	MaxFileBytes = 16 << 20
 	MaxObjects   = 65536
-	MaxEndpoints = 65536   // of one EndpointSlice
-	maxAliased   = 100_000 // values reached through YAML aliases
+	MaxEndpoints = 65536     // of one EndpointSlice
+	maxEntries   = 1_000_000 // lines and commas: bounds the memory that parsing takes
+	maxAliased   = 100_000   // values reached through YAML aliases
 	maxDepth     = 100
 )
 
@@ -39,10 +41,15 @@ func Read(r io.Reader, file string) ([]Object, error) {
 // objects without fault, and all faults as one *multierror.Error of *Fault (see Faults). An object that is namespaced and
 // names no namespace is in "default".
 func Decode(data []byte, file string) ([]Object, error) {
+	tooLarge := ""
 	if len(data) > MaxFileBytes {
+		tooLarge = fmt.Sprintf("larger than %d MiB", MaxFileBytes>>20)
+	} else if bytes.Count(data, []byte("\n"))+bytes.Count(data, []byte(",")) > maxEntries {
+		tooLarge = fmt.Sprintf("more than %d lines and list entries", maxEntries)
+	}
+	if tooLarge != "" {
 		return nil, asError([]*Fault{{File: file, Reason: fmt.Sprintf(
-			"larger than %d MiB; split it (an EndpointSlice holds at most %d endpoints, and a Service may have many slices)",
-			MaxFileBytes>>20, MaxEndpoints)}})
+			"%s; split it (an EndpointSlice holds at most %d endpoints, and a Service may have many slices)", tooLarge, MaxEndpoints)}})
 	}
 	d := &decoder{file: file, fields: map[reflect.Type]map[string][]int{}}
 	for _, doc := range splitDocuments(data) {
@@ -175,8 +182,8 @@ func (d *decoder) element(n *yaml.Node) {
 		return
 	}
 	kindNode, versionNode := child(n, "kind"), child(n, "apiVersion")
-	for field, c := range map[string]*yaml.Node{"kind": kindNode, "apiVersion": versionNode} {
-		if c == nil || c.Kind != yaml.ScalarNode || c.Value == "" {
+	for _, field := range []string{"apiVersion", "kind"} {
+		if c := child(n, field); c == nil || c.Kind != yaml.ScalarNode || c.Value == "" {
 			d.fault(n, field, "must be given, as text")
 			return
 		}
@@ -223,6 +230,10 @@ func (d *decoder) element(n *yaml.Node) {
 	for _, f := range validate(o) {
 		f.Line = d.before + lineOf(n, f.Field)
 		d.faults = append(d.faults, f)
+	}
+	switch kind.Name {
+	case "HTTPRoute", "GRPCRoute", "TrafficPolicy", "AccessPolicy":
+		o.node = n
 	}
 	if len(d.faults) == before {
 		d.objects = append(d.objects, o)
@@ -334,6 +345,10 @@ func (d *decoder) concrete(n *yaml.Node, v reflect.Value, path string) {
 	}
 	if u, ok := v.Addr().Interface().(json.Unmarshaler); ok {
 		if err := d.custom(n, u); err != nil {
+			switch u.(type) {
+			case *metav1.Time, *metav1.MicroTime:
+				err = errors.New("must be a time such as 2026-01-02T15:04:05Z (RFC 3339)")
+			}
 			d.fault(n, path, "%s", err)
 		}
 		return
@@ -425,11 +440,11 @@ func (d *decoder) scalar(n *yaml.Node, v reflect.Value, path string) {
 		v.SetBool(strings.EqualFold(n.Value, "true"))
 	case reflect.Int, reflect.Int32, reflect.Int64, reflect.Uint16:
 		var i int64
-		if n.Kind != yaml.ScalarNode || tag != "!!int" || n.Decode(&i) != nil {
-			d.fault(n, path, "must be a whole number, not %s", describe(n))
-			return
-		}
 		switch {
+		case n.Kind != yaml.ScalarNode || tag != "!!int" && tag != "!!float":
+			d.fault(n, path, "must be a whole number, not %s", describe(n))
+		case tag == "!!float" || n.Decode(&i) != nil:
+			d.fault(n, path, "must be a whole number within range")
 		case v.CanInt() && !v.OverflowInt(i):
 			v.SetInt(i)
 		case v.CanUint() && i >= 0 && !v.OverflowUint(uint64(i)):

@@ -16,6 +16,9 @@ type Fault struct {
 	Field  string `json:"field,omitempty"` // such as spec.rules[0].backendRefs[1].port
 	Value  string `json:"value,omitempty"` // what was found, shortened
 	Reason string `json:"reason"`          // what is wrong with it and what to do
+
+	// Pending says that the object is right by itself: what it refers to is missing here, and may come.
+	Pending bool `json:"pending,omitempty"`
 }
 
 // Error returns "file:line: object: field: value: reason" without the parts that are unknown.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"go.yaml.in/yaml/v3"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -23,6 +24,8 @@ type Object struct {
 	Value metav1.Object // pointer to the kind's Go type, namespace filled in
 	File  string        // "" where it did not come from a file
 	Line  int           // of its first line; 0 where unknown
+
+	node *yaml.Node // of kinds of which Build may name a field; nil otherwise
 }
 
 // Key names an object: no two kinds here share a name, so the API group is not part of it.
@@ -45,7 +48,7 @@ func (o Object) Name() discovery.Name {
 // String returns "Service shop/payments", or "Peer east" for a cluster-scoped kind.
 func (k Key) String() string {
 	if k.Namespace == "" {
-		return k.Kind + " " + k.Name
+		return strings.TrimSpace(k.Kind + " " + k.Name)
 	}
 	return k.Kind + " " + k.Namespace + "/" + k.Name
 }

@@ -103,7 +103,11 @@ func (c *checker) add(field string, value any, reason string, args ...any) {
 // problems adds what Kubernetes' own checks say.
 func (c *checker) problems(field, value string, problems []string) {
 	if len(problems) > 0 {
-		c.add(field, value, "%s", problems[0])
+		reason, _, cut := strings.Cut(problems[0], ", regex used for validation is")
+		if cut && strings.Contains(reason, "(e.g.") {
+			reason += ")"
+		}
+		c.add(field, value, "%s", reason)
 	}
 }
 
@@ -306,7 +310,8 @@ func (c *checker) endpoint(field string, family discoveryv1.AddressType, e *disc
 
 func (c *checker) sliceAnnotations(s *discoveryv1.EndpointSlice) {
 	field := func(name string) string { return "metadata.annotations[" + name + "]" }
-	for name, v := range s.Annotations {
+	for _, name := range slices.Sorted(maps.Keys(s.Annotations)) {
+		v := s.Annotations[name]
 		switch name {
 		case AnnotationServiceAccount:
 			if strings.HasPrefix(v, "spiffe://") {
@@ -427,7 +432,7 @@ func (c *checker) trafficPolicy(p *v1alpha1.TrafficPolicy) {
 	if o := s.OutlierDetection; o != nil {
 		field := "spec.outlierDetection."
 		c.intRange(field+"consecutiveErrors", o.ConsecutiveErrors, 1, 1000)
-		c.intRange(field+"maxEjectionPercent", o.MaxEjectionPercent, 0, 100)
+		c.intRange(field+"maxEjectionPercent", o.MaxEjectionPercent, 1, 100)
 		c.positive(field+"interval", o.Interval)
 		base := c.positive(field+"baseEjectionTime", o.BaseEjectionTime)
 		if longest := c.positive(field+"maxEjectionTime", o.MaxEjectionTime); longest > 0 && longest < base {
@@ -435,8 +440,8 @@ func (c *checker) trafficPolicy(p *v1alpha1.TrafficPolicy) {
 		}
 	}
 	if b := s.RetryBudget; b != nil {
-		c.intRange("spec.retryBudget.percent", b.Percent, 0, 100)
-		c.intRange("spec.retryBudget.minConcurrency", b.MinConcurrency, 0, 10_000)
+		c.intRange("spec.retryBudget.percent", b.Percent, 1, 100)
+		c.intRange("spec.retryBudget.minConcurrency", b.MinConcurrency, 1, 10_000)
 	}
 	c.duration("spec.timeouts.request", s.Timeouts.Request)
 	c.positive("spec.timeouts.connect", s.Timeouts.Connect)
@@ -444,9 +449,9 @@ func (c *checker) trafficPolicy(p *v1alpha1.TrafficPolicy) {
 }
 
 func (c *checker) locality(field string, m v1alpha1.LocalityMatch) {
-	for name, v := range map[string]string{"cluster": m.Cluster, "region": m.Region, "zone": m.Zone} {
-		if v != "$self" {
-			c.problems(field+"."+name, v, validation.IsValidLabelValue(v))
+	for _, f := range []struct{ name, value string }{{"cluster", m.Cluster}, {"region", m.Region}, {"zone", m.Zone}} {
+		if f.value != "$self" {
+			c.problems(field+"."+f.name, f.value, validation.IsValidLabelValue(f.value))
 		}
 	}
 }
@@ -519,10 +524,12 @@ func (c *checker) drill(d *v1alpha1.Drill) {
 	}
 	c.intRange("spec.scope.percent", s.Scope.Percent, 1, 100)
 	if s.Mode == v1alpha1.DrillSilenceControlPlane || s.Mode == v1alpha1.DrillCutFederation {
-		for field, set := range map[string]bool{"region": s.Scope.Region != "", "zone": s.Scope.Zone != "",
-			"service": s.Scope.Service != "", "percent": s.Scope.Percent != nil} {
-			if set {
-				c.add("spec.scope."+field, nil, "mode %s concerns a whole cluster; remove this", s.Mode)
+		for _, f := range []struct {
+			name  string
+			given bool
+		}{{"region", s.Scope.Region != ""}, {"zone", s.Scope.Zone != ""}, {"service", s.Scope.Service != ""}, {"percent", s.Scope.Percent != nil}} {
+			if f.given {
+				c.add("spec.scope."+f.name, nil, "mode %s concerns a whole cluster; remove this", s.Mode)
 			}
 		}
 	}
@@ -550,18 +557,24 @@ func (c *checker) drill(d *v1alpha1.Drill) {
 func (c *checker) federatedTrustDomain(f *v1alpha1.ClusterFederatedTrustDomain) {
 	s := &f.Spec
 	td, err := spiffeid.TrustDomainFromString(s.TrustDomain)
+	example := td.Name()
 	if err != nil || strings.Contains(s.TrustDomain, "/") {
 		c.add("spec.trustDomain", s.TrustDomain, "must be a trust domain's name: lower case letters, digits, ., - and _")
+		example = "partner.example"
 	}
 	if u, err := url.Parse(s.BundleEndpointURL); err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil {
-		c.add("spec.bundleEndpointURL", s.BundleEndpointURL, "must be an https:// URL without user and password")
+		shown := ""
+		if err == nil {
+			shown = u.Redacted()
+		}
+		c.add("spec.bundleEndpointURL", shown, "must be an https:// URL without user and password")
 	}
 	profile := &s.BundleEndpointProfile
 	c.oneOf("spec.bundleEndpointProfile.type", profile.Type, v1alpha1.ProfileSPIFFE, v1alpha1.ProfileWeb)
 	switch _, err := spiffeid.FromString(profile.EndpointSPIFFEID); {
 	case profile.Type == v1alpha1.ProfileSPIFFE && err != nil:
 		c.add("spec.bundleEndpointProfile.endpointSPIFFEID", profile.EndpointSPIFFEID,
-			"must be the SPIFFE ID that the endpoint presents, such as spiffe://%s/spire/server", s.TrustDomain)
+			"must be the SPIFFE ID that the endpoint presents, such as spiffe://%s/spire/server", example)
 	case profile.Type == v1alpha1.ProfileWeb && profile.EndpointSPIFFEID != "":
 		c.add("spec.bundleEndpointProfile.endpointSPIFFEID", profile.EndpointSPIFFEID, "has a meaning only with https_spiffe")
 	}

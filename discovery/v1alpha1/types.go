@@ -114,7 +114,7 @@ type OutlierDetection struct {
 	Interval           *gatewayv1.Duration `json:"interval,omitempty"`           // between checks
 	BaseEjectionTime   *gatewayv1.Duration `json:"baseEjectionTime,omitempty"`   // grows with each ejection
 	MaxEjectionTime    *gatewayv1.Duration `json:"maxEjectionTime,omitempty"`    // at least baseEjectionTime
-	MaxEjectionPercent *int32              `json:"maxEjectionPercent,omitempty"` // 0 to 100
+	MaxEjectionPercent *int32              `json:"maxEjectionPercent,omitempty"` // 1 to 100
 }
 
 // RetryBudget bounds the retries that are active at one time.

@@ -1,0 +1,84 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/hanse-mesh/hanse/proxy"
+	"github.com/hanse-mesh/hanse/proxy/balance"
+	"github.com/hanse-mesh/hanse/proxy/hop"
+)
+
+// Health checks for a Balancer what it cannot see itself: Probe and Suspect are made for balance.Config.
+type Health struct {
+	client   *hop.Client
+	suspects chan netip.AddrPort
+}
+
+// NewHealth builds a Health over the hop.
+func NewHealth(client *hop.Client) *Health {
+	return &Health{client: client, suspects: make(chan netip.AddrPort, 64)}
+}
+
+// Probe connects to an endpoint and waits for a PING's answer. An unreachable gateway is balance.ErrGateway.
+func (h *Health) Probe(ctx context.Context, e *proxy.Endpoint, gateway netip.AddrPort) error {
+	peer, err := peerOf(e)
+	if err != nil {
+		return err
+	}
+	peer.Gateway = gateway
+	err = h.client.Ping(ctx, peer)
+	var hopErr *hop.Error
+	if errors.As(err, &hopErr) && hopErr.Stage == hop.StageGateway {
+		return fmt.Errorf("%w: %w", balance.ErrGateway, err)
+	}
+	return err
+}
+
+// Suspect asks Run to look at a gateway. It does not block.
+func (h *Health) Suspect(gateway netip.AddrPort) {
+	select {
+	case h.suspects <- gateway:
+	default:
+	}
+}
+
+// Run checks suspected gateways by a TCP connection and tells b, until ctx ends.
+func (h *Health) Run(ctx context.Context, b *balance.Balancer) error {
+	var checks sync.WaitGroup
+	defer checks.Wait()
+	under := make(map[netip.AddrPort]bool)
+	done := make(chan netip.AddrPort)
+	for {
+		select {
+		case g := <-h.suspects:
+			if under[g] {
+				continue
+			}
+			under[g] = true
+			checks.Go(func() {
+				d := net.Dialer{Timeout: time.Second}
+				conn, err := d.DialContext(ctx, "tcp", g.String())
+				if err == nil {
+					_ = conn.Close()
+				}
+				if ctx.Err() == nil {
+					b.Gateway(g, err)
+				}
+				select {
+				case done <- g:
+				case <-ctx.Done():
+				}
+			})
+		case g := <-done:
+			delete(under, g)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}

@@ -50,14 +50,8 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 	if in.NewID == nil {
 		in.NewID = RandomID
 	}
-	b := &builder{Input: in, byKind: map[string][]Object{}, next: &State{created: map[Key]time.Time{}, services: map[discovery.Name]*serviceState{}}}
+	b := &builder{Input: in, next: &State{created: map[Key]time.Time{}, services: map[discovery.Name]*serviceState{}}}
 	b.next.self = place{in.Self.Cluster, in.Self.TrustDomain, in.Self.Network, in.Self.Region}
-	for k, o := range in.Set.objects {
-		b.byKind[k.Kind] = append(b.byKind[k.Kind], o)
-	}
-	for _, objs := range b.byKind {
-		slices.SortFunc(objs, func(x, y Object) int { return x.Name().Compare(y.Name()) })
-	}
 	snap := &discovery.Snapshot{Self: in.Self, Complete: in.Complete}
 	snap.Services = b.services()
 	snap.Routes = b.routes(snap.Services)
@@ -83,14 +77,13 @@ func sortFaults(faults []*Fault) {
 // builder is one Build.
 type builder struct {
 	Input
-	byKind map[string][]Object // sorted by name
 	next   *State
 	faults []*Fault
 }
 
 // all calls f for each object of a kind, by name.
 func all[T any](b *builder, kind string, f func(Object, T)) {
-	for _, o := range b.byKind[kind] {
+	for _, o := range b.Set.kinds[kind] {
 		f(o, o.Value.(T))
 	}
 }
@@ -279,12 +272,13 @@ func (e *endpointBuilder) slice(o Object, s *discoveryv1.EndpointSlice) {
 	if len(proto.Ports) == 0 && len(e.service.Ports) > 0 {
 		return
 	}
+	suffix := keySuffix(&proto)
 	for i := range s.Endpoints {
-		e.endpoint(s.AddressType, proto, &s.Endpoints[i])
+		e.endpoint(s.AddressType, proto, suffix, &s.Endpoints[i])
 	}
 }
 
-func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.Endpoint, from *discoveryv1.Endpoint) {
+func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.Endpoint, keySuffix string, from *discoveryv1.Endpoint) {
 	if from.TargetRef != nil && from.TargetRef.UID != "" { // a dual-stack pod is in a slice of each family: one endpoint
 		uid := string(from.TargetRef.UID)
 		if was, ok := e.pods[uid]; ok && was != family {
@@ -306,7 +300,7 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	serving := deref(from.Conditions.Serving, ep.Ready)
 	ep.Draining = deref(from.Conditions.Terminating, false) && serving
 
-	key := endpointKey(&ep)
+	key := endpointKey(&ep, keySuffix)
 	if _, twice := e.ids[key]; twice { // while slices are rewritten an endpoint may be in two (KEP-752)
 		return
 	}
@@ -318,30 +312,24 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	e.service.Endpoints = append(e.service.Endpoints, &ep)
 }
 
-// endpointKey tells the workloads of one service apart: "address|hop port|hostname|port name=target port,…". A workload
-// that keeps it keeps its ID.
-func endpointKey(e *discovery.Endpoint) string {
-	var k strings.Builder
-	k.WriteString(e.Address.String())
-	k.WriteByte('|')
-	k.WriteString(strconv.Itoa(int(e.HopPort)))
-	k.WriteByte('|')
-	k.WriteString(e.Hostname)
-	k.WriteByte('|')
-	names := make([]string, 0, 4)
-	for n := range e.Ports {
-		names = append(names, n)
+// endpointKey tells the workloads of one service apart: "address|hostname|hop port|port name=target port,…". A workload that
+// keeps it keeps its ID.
+func endpointKey(e *discovery.Endpoint, suffix string) string {
+	b := make([]byte, 0, 64)
+	b = e.Address.AppendTo(b)
+	b = append(b, '|')
+	b = append(b, e.Hostname...)
+	return string(append(b, suffix...))
+}
+
+// keySuffix is the part of endpointKey that all endpoints of a slice share.
+func keySuffix(e *discovery.Endpoint) string {
+	var ports []string
+	for n, p := range e.Ports {
+		ports = append(ports, n+"="+strconv.Itoa(int(p)))
 	}
-	slices.Sort(names)
-	for i, n := range names {
-		if i > 0 {
-			k.WriteByte(',')
-		}
-		k.WriteString(n)
-		k.WriteByte('=')
-		k.WriteString(strconv.Itoa(int(e.Ports[n])))
-	}
-	return k.String()
+	slices.Sort(ports)
+	return "|" + strconv.Itoa(int(e.HopPort)) + "|" + strings.Join(ports, ",")
 }
 
 // number reads an annotation that Validate accepted; "" is 0.
@@ -405,7 +393,7 @@ func (b *builder) trafficPolicies() map[discovery.Name]*discovery.TrafficPolicy 
 
 // byAge returns the objects of a kind, oldest first, ties by name (Gateway API conflict resolution).
 func (b *builder) byAge(kind string) []Object {
-	objs := slices.Clone(b.byKind[kind])
+	objs := slices.Clone(b.Set.kinds[kind])
 	times := make(map[Key]time.Time, len(objs))
 	for _, o := range objs {
 		times[o.Key()] = b.created(o)

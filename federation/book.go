@@ -221,36 +221,36 @@ func (o *observation) introduced(r Record, cur *Entry) {
 }
 
 func (o *observation) left(r Record, cur *Entry) {
-	r.Changed = within(r.Changed, o.now)
-	if r.Changed.Add(TombstoneLife).Before(o.now) {
+	if within(r.Changed, o.now).Add(TombstoneLife).Before(o.now) {
 		return
 	}
-	r.Bundle = nil
 	switch {
 	case r.ID == o.b.Self:
 		if own := o.b.Own(); own.Standing != Left && r.Incarnation > own.Incarnation {
 			o.alarm("says that this cluster has left the mesh; to come back, leave and join again with a new token")
 		}
 	case cur == nil, cur.Record.Standing == Left && r.Incarnation > cur.Record.Incarnation:
-		o.set(&Entry{Record: r, Via: o.author})
+		o.set(&Entry{Record: buried(r, o.now), Via: o.author})
 	case cur.Record.Standing == Left || r.Incarnation <= cur.Record.Incarnation:
 		// it is known, or it has come back since
+	case r.Name != cur.Record.Name || r.TrustDomain != cur.Record.TrustDomain:
+		o.alarm("says that %q (trust domain %s) has left, but member %.8s is %q: refused", r.Name, r.TrustDomain, r.ID, cur.Record.Name)
 	case o.author == r.ID, o.author == cur.Record.Sponsor, r.Proof != nil && o.rd.Verify != nil && o.rd.Verify(&r, &cur.Record):
-		o.set(&Entry{Record: o.b.leftOf(cur, &r), Via: o.author})
+		o.set(&Entry{Record: buried(r, o.now), Via: o.author})
 	case cur.Proposed == nil || cur.Proposed.Incarnation < r.Incarnation:
 		next := *cur
-		next.Proposed = &r
+		p := buried(r, o.now)
+		next.Proposed = &p
 		o.set(&next)
 	}
 }
 
-// leftOf is the record of cur with the fact, time and proof of left: nobody but the member describes it.
-func (b *Book) leftOf(cur *Entry, left *Record) Record {
-	if left.Proof != nil {
-		return *left // its proof covers every field
+// buried is a left record as it is kept. A time that cannot be believed is replaced, and the proof with it, which covers the time.
+func buried(r Record, now time.Time) Record {
+	r.Bundle, r.Expires = nil, time.Time{}
+	if t := within(r.Changed, now); !t.Equal(r.Changed) {
+		r.Changed, r.Proof = t, nil
 	}
-	r := cur.Record.clone()
-	r.Incarnation, r.Standing, r.Changed, r.Bundle, r.Expires = left.Incarnation, Left, left.Changed, nil, time.Time{}
 	return r
 }
 
@@ -291,7 +291,7 @@ func (b *Book) Introduce(issuer string, records []Record, now time.Time) ([]stri
 		case r.ID == b.Self, cur != nil && cur.Record.Incarnation >= r.Incarnation && (cur.Record.Standing == Left || r.Standing != Left):
 			continue
 		case r.Standing == Left:
-			r.Changed, r.Bundle = within(r.Changed, now), nil
+			r = buried(r, now)
 		case r.Standing == Joining && r.Expires.Before(now):
 			continue
 		default:
@@ -320,7 +320,7 @@ func (b *Book) Accept(id string) bool {
 	case e == nil:
 		return false
 	case e.Proposed != nil:
-		b.Entries[id] = &Entry{Record: b.leftOf(e, e.Proposed), Via: e.Via}
+		b.Entries[id] = &Entry{Record: *e.Proposed, Via: e.Via}
 	case e.Held:
 		next := *e
 		next.Held = false
@@ -342,4 +342,17 @@ func (b *Book) Expire(now time.Time) []string {
 		}
 	}
 	return gone
+}
+
+// Clone returns a Book that can be changed without changing b. Entries are shared: they are replaced, never changed.
+func (b *Book) Clone() *Book {
+	return &Book{Self: b.Self, Entries: maps.Clone(b.Entries), alarms: maps.Clone(b.alarms)}
+}
+
+// Name returns the name of a member, or the beginning of an ID that is not known.
+func (b *Book) Name(id string) string {
+	if e := b.Entries[id]; e != nil {
+		return e.Record.Name
+	}
+	return id[:min(8, len(id))]
 }

@@ -69,6 +69,14 @@ func (e *Exports) Since(n discovery.Name) time.Time {
 	return e.services[n].since
 }
 
+// Scope returns the scope in which a service is exported, or "".
+func (e *Exports) Scope(n discovery.Name) string {
+	if e.services[n] == nil {
+		return ""
+	}
+	return e.services[n].scope
+}
+
 // Readable returns the scopes that a member of this name may read, sorted.
 func (e *Exports) Readable(member string) []string {
 	var scopes []string
@@ -84,8 +92,9 @@ func (e *Exports) Readable(member string) []string {
 // Restore reads a cluster's own exports back from its store, so that the next Encode keeps slots and export times. What does not
 // decode is left out and encoded anew.
 func Restore(scopes map[string]map[string][]byte) *Exports {
-	e := &Exports{services: map[discovery.Name]*exported{}}
+	e := &Exports{Scopes: map[string]map[string][]byte{}, services: map[discovery.Name]*exported{}}
 	for scope, keys := range scopes {
+		e.Scopes[scope] = keys
 		for key, value := range keys {
 			n, slot, err := ParseKey(key)
 			if err != nil {
@@ -93,8 +102,11 @@ func Restore(scopes map[string]map[string][]byte) *Exports {
 			}
 			x := e.services[n]
 			if x == nil {
-				x = &exported{scope: scope, slots: map[string]int{}}
+				x = &exported{scope: scope, slots: map[string]int{}, values: map[string][]byte{}}
 				e.services[n] = x
+			}
+			if x.scope == scope {
+				x.values[key] = value
 			}
 			if slot < 0 {
 				var pb federationpb.Service
@@ -137,7 +149,7 @@ func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fa
 			var err error
 			if x, err = encodeService(s.Self.TrustDomain, svc, old, now); err != nil {
 				faults = append(faults, Fault{Scope: AudienceScope(svc.Export.Audience), Key: ServiceKey(name), Reason: err.Error()})
-				if x = old; x == nil || x.source == nil {
+				if x = old; x == nil {
 					continue
 				}
 			}

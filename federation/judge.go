@@ -6,27 +6,32 @@ import (
 	"github.com/hanse-mesh/hanse/discovery"
 )
 
-// Times of the peer states (docs: failure modes).
-const (
-	SuspectAfter   = 20 * time.Second // without an answer of any kind
-	RestartGrace   = 60 * time.Second // instead, after an announced restart
-	FreshAfter     = 10 * time.Second // of answers
-	WithdrawRounds = 3                // failed probes of all addresses
-	WithdrawQuiet  = 15 * time.Second // without a success in any load report
-)
+// Patience is how long a peer's silence is borne.
+type Patience struct {
+	Suspect time.Duration // without an answer of any kind
+	Grace   time.Duration // instead, after an announced restart
+	Recover time.Duration // of answers until it is fresh again; a gap as long begins anew
+	Rounds  int           // failed probes of all addresses until it is withdrawn
+	Quiet   time.Duration // without a success in any load report until it is withdrawn
+}
+
+// DefaultPatience is the protocol's.
+func DefaultPatience() Patience {
+	return Patience{Suspect: 20 * time.Second, Grace: time.Minute, Recover: 10 * time.Second, Rounds: 3, Quiet: 15 * time.Second}
+}
 
 // Observed is what is known of one peer. Times are of the reader's monotonic clock.
 type Observed struct {
 	Answer      time.Time // last answer of its control plane
-	Streak      time.Time // since when it has answered without a gap of FreshAfter; see Heard
+	Streak      time.Time // since when it has answered without a gap; see Heard
 	Grace       time.Time // until when an announced restart excuses silence
 	FailedRound int       // consecutive probes that failed on all addresses
 	Success     time.Time // last success on its data path: a probe, or a load report
 }
 
 // Heard notes an answer of the control plane.
-func (o Observed) Heard(now time.Time) Observed {
-	if o.Streak.IsZero() || now.Sub(o.Answer) >= FreshAfter {
+func (p Patience) Heard(o Observed, now time.Time) Observed {
+	if o.Streak.IsZero() || now.Sub(o.Answer) >= p.Recover {
 		o.Streak = now
 	}
 	o.Answer = now
@@ -49,13 +54,13 @@ func (o Observed) Succeeded(now time.Time) Observed {
 }
 
 // Judge returns the state of a peer. A peer becomes suspect by silence alone, and withdrawn only when its data path is dead too;
-// one success on the data path brings it back to suspect, FreshAfter of answers to fresh.
-func Judge(was discovery.PeerState, o Observed, now time.Time) discovery.PeerState {
-	silent := now.Sub(o.Answer) >= SuspectAfter && !now.Before(o.Grace)
-	if !silent && (was == discovery.Fresh || !o.Streak.IsZero() && now.Sub(o.Streak) >= FreshAfter && now.Sub(o.Answer) < FreshAfter) {
+// one success on the data path brings it back to suspect, Recover of answers to fresh.
+func (p Patience) Judge(was discovery.PeerState, o Observed, now time.Time) discovery.PeerState {
+	silent := now.Sub(o.Answer) >= p.Suspect && !now.Before(o.Grace)
+	if !silent && (was == discovery.Fresh || !o.Streak.IsZero() && now.Sub(o.Streak) >= p.Recover && now.Sub(o.Answer) < p.Recover) {
 		return discovery.Fresh
 	}
-	dead := o.FailedRound >= WithdrawRounds && now.Sub(o.Success) >= WithdrawQuiet
+	dead := o.FailedRound >= p.Rounds && now.Sub(o.Success) >= p.Quiet
 	if dead && (silent || was == discovery.Withdrawn) {
 		return discovery.Withdrawn
 	}

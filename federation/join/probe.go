@@ -16,6 +16,8 @@ import (
 // ProbeName is the SNI under which control planes and gateways of a member answer a probe: a handshake and nothing else.
 func ProbeName(memberID string) string { return "probe." + memberID }
 
+const patience = 200 * time.Millisecond // for an alert, beside the round trip
+
 // ProbeConfig is one probe.
 type ProbeConfig struct {
 	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
@@ -46,9 +48,12 @@ func Probe(ctx context.Context, cfg ProbeConfig) (time.Duration, error) {
 		return fail(err)
 	}
 	rtt := time.Since(start)
-	// In TLS 1.3 the server judges the client's certificate after the client's handshake is over: only its next bytes tell. It either
-	// closes (a probe listener) or sends (HTTP/2 settings); a refusal is an alert.
-	if _, err := tc.Read(make([]byte, 1)); err != nil && !errors.Is(err, io.EOF) {
+	// In TLS 1.3 the server judges the client's certificate after the client's handshake is over: only its next bytes tell. It closes
+	// (a control plane), sends (a gateway, HTTP/2 settings) or waits (then it has accepted); a refusal is an alert.
+	conn.SetReadDeadline(time.Now().Add(3*rtt + patience))
+	_, err = tc.Read(make([]byte, 1))
+	var timeout net.Error
+	if err != nil && !errors.Is(err, io.EOF) && (ctx.Err() != nil || !errors.As(err, &timeout) || !timeout.Timeout()) {
 		return fail(err)
 	}
 	return rtt, nil

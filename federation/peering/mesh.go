@@ -1,0 +1,443 @@
+package peering
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/federationpb"
+	"github.com/hanse-mesh/hanse/federation/join"
+	"github.com/hanse-mesh/hanse/identity"
+)
+
+// Timers of a Mesh. Zero is the default.
+type Timers struct {
+	Debounce time.Duration // from the first local change to its export; 100 ms
+	Probe    time.Duration // between rounds of data-path probes; 5 s
+	Tick     time.Duration // between judgements; 1 s
+	Move     time.Duration // a service that changes its audience is in both scopes for so long; 30 s
+}
+
+func (t Timers) withDefaults() Timers {
+	set := func(d *time.Duration, def time.Duration) {
+		if *d == 0 {
+			*d = def
+		}
+	}
+	set(&t.Debounce, 100*time.Millisecond)
+	set(&t.Probe, 5*time.Second)
+	set(&t.Tick, time.Second)
+	set(&t.Move, 30*time.Second)
+	return t
+}
+
+// Config is what a Mesh needs.
+type Config struct {
+	Self      discovery.Self
+	MeshName  string           // of the mesh that this cluster begins; a joined mesh has its own
+	Version   string           // of this program, "v0.1.0"
+	Advertise []string         // host:port at which peers reach the federation listener
+	Source    *identity.Source // the control plane's SVID, and all bundles
+	Bundles   Bundles
+	Stores    Stores
+	Dial      func(ctx context.Context, network, address string) (net.Conn, error) // to other clusters; nil: net.Dialer
+	Timers    Timers
+	Patience  federation.Patience // zero: federation.DefaultPatience
+	JoinRate  float64             // calls of strangers per second; 0 is join's default
+	Log       *slog.Logger
+	Metrics   prometheus.Registerer // may be nil
+	Now       func() time.Time      // nil: time.Now
+}
+
+// Mesh is one cluster's side of the mesh. Its methods are safe for concurrent use.
+type Mesh struct {
+	// read-only after New
+	cfg      Config
+	td       spiffeid.TrustDomain
+	log      *slog.Logger
+	join     *join.Server
+	loaded   chan struct{}      // closed when the stores have been read
+	kick     chan struct{}      // wakes the loop
+	settling chan chan struct{} // closed by the loop after a step
+
+	book          atomic.Pointer[federation.Book]
+	bookMu        sync.Mutex // serialises writers of book
+	opMu          sync.Mutex // serialises Join and Leave
+	access        atomic.Pointer[map[spiffeid.TrustDomain]grant]
+	accessChanged chan struct{} // size 1
+
+	local      atomic.Pointer[discovery.Snapshot]
+	acked      atomic.Pointer[map[spiffeid.TrustDomain]uint64]
+	clusterset atomic.Pointer[published]
+	exports    atomic.Pointer[federation.Exports]
+	faults     atomic.Pointer[[]federation.Fault] // of own exports
+
+	provisionalMu sync.Mutex
+	provisional   map[spiffeid.TrustDomain]*spiffebundle.Bundle // issuers of joins under way, for their reverse probe; guarded by provisionalMu
+
+	peersMu sync.RWMutex
+	peers   map[string]*peer // by member ID; written by the loop, guarded by peersMu
+
+	// owned by the loop in Run
+	exportedFrom *discovery.Snapshot
+	exportDue    time.Time
+	scopes       map[string]string               // digest of what is in each scope
+	moved        map[string]map[string]lingering // by scope and key
+	restored     map[string][]string             // scopes by member ID, as the last run exported them
+	trusted      map[spiffeid.TrustDomain]string // bundle as it was given to Bundles
+	merged       mergeInput
+}
+
+// published is a Clusterset and the end of its time.
+type published struct {
+	*discovery.Clusterset
+	replaced chan struct{}
+}
+
+// grant is what one trust domain's control plane may read.
+type grant struct {
+	memberID string
+	scopes   []string
+}
+
+// New builds a Mesh. Run brings it to life.
+func New(cfg Config) (*Mesh, error) {
+	td, err := spiffeid.TrustDomainFromString(cfg.Self.TrustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("own trust domain: %w", err)
+	}
+	for _, a := range cfg.Advertise {
+		if err := federation.CheckAddress(a); err != nil {
+			return nil, fmt.Errorf("advertised federation address: %w", err)
+		}
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Dial == nil {
+		cfg.Dial = (&net.Dialer{Timeout: 5 * time.Second}).DialContext
+	}
+	if cfg.MeshName == "" {
+		cfg.MeshName = cfg.Self.Cluster
+	}
+	if cfg.Patience == (federation.Patience{}) {
+		cfg.Patience = federation.DefaultPatience()
+	}
+	cfg.Timers = cfg.Timers.withDefaults()
+	m := &Mesh{
+		cfg: cfg, td: td, log: cfg.Log, loaded: make(chan struct{}), kick: make(chan struct{}, 1), settling: make(chan chan struct{}), accessChanged: make(chan struct{}, 1),
+		peers: map[string]*peer{}, provisional: map[spiffeid.TrustDomain]*spiffebundle.Bundle{},
+		scopes: map[string]string{}, restored: map[string][]string{}, moved: map[string]map[string]lingering{}, trusted: map[spiffeid.TrustDomain]string{},
+	}
+	m.access.Store(&map[spiffeid.TrustDomain]grant{})
+	m.acked.Store(&map[spiffeid.TrustDomain]uint64{})
+	m.clusterset.Store(&published{&discovery.Clusterset{
+		Local: &discovery.Snapshot{Self: cfg.Self}, Imports: map[discovery.Name]*discovery.Import{},
+		Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{},
+	}, make(chan struct{})})
+	if cfg.Metrics != nil {
+		if err := cfg.Metrics.Register(newCollector(m)); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	m.join = join.NewServer(join.Config{
+		KV: cfg.Stores.KV, Registry: registry{m}, Source: cfg.Source, Dial: cfg.Dial, Log: cfg.Log, Now: cfg.Now, Rate: cfg.JoinRate,
+	})
+	return m, nil
+}
+
+// wake makes the loop look again; a burst costs one look.
+func (m *Mesh) wake() {
+	select {
+	case m.kick <- struct{}{}:
+	default:
+	}
+}
+
+// SetLocal gives the Mesh what this cluster's sources say now.
+func (m *Mesh) SetLocal(s *discovery.Snapshot) {
+	m.local.Store(s)
+	m.wake()
+}
+
+// SetAcked says which sequence of each trust domain's bundle this control plane and all its proxies have loaded; peers read it.
+func (m *Mesh) SetAcked(acked map[spiffeid.TrustDomain]uint64) {
+	c := maps.Clone(acked)
+	m.acked.Store(&c)
+	m.wake()
+}
+
+// Clusterset returns the current view of the mesh. It is immutable and never nil.
+func (m *Mesh) Clusterset() *discovery.Clusterset { return m.clusterset.Load().Clusterset }
+
+// Updated returns a channel that is closed when Clusterset has a successor. Take it before reading.
+func (m *Mesh) Updated() <-chan struct{} { return m.clusterset.Load().replaced }
+
+// Loaded returns a channel that is closed when the stores have been read: from then on Clusterset has what was known before.
+func (m *Mesh) Loaded() <-chan struct{} { return m.loaded }
+
+// Run works until ctx ends, and has stopped all it started when it returns. No peer needs to be reachable.
+func (m *Mesh) Run(ctx context.Context) error {
+	if err := m.load(ctx); err != nil {
+		return fmt.Errorf("start federation: %w", err)
+	}
+	var running sync.WaitGroup
+	defer running.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := m.startPeers(ctx, &running); err != nil {
+		return fmt.Errorf("start federation: %w", err)
+	}
+	m.merge()
+	close(m.loaded)
+	tick := time.NewTicker(m.cfg.Timers.Tick)
+	defer tick.Stop()
+	var settled chan struct{}
+	for {
+		bundles := m.cfg.Source.Changed()
+		if err := m.step(ctx, &running); err != nil && ctx.Err() == nil {
+			m.log.Error("federation step", "error", err) // the next step tries again
+		}
+		if settled != nil {
+			close(settled)
+			settled = nil
+		}
+		var due <-chan time.Time
+		if !m.exportDue.IsZero() {
+			due = time.After(m.exportDue.Sub(m.cfg.Now()))
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-m.kick:
+		case <-bundles:
+		case <-due:
+		case <-tick.C:
+		case settled = <-m.settling:
+		}
+	}
+}
+
+// load reads the stores.
+func (m *Mesh) load(ctx context.Context) error {
+	b, err := m.loadBook(ctx)
+	if err != nil {
+		return err
+	}
+	m.book.Store(b)
+	if err := m.resumeLeave(ctx); err != nil {
+		return fmt.Errorf("finish a leave: %w", err)
+	}
+	if err := m.refreshOwn(ctx); err != nil {
+		return err
+	}
+	if err := m.join.Load(ctx); err != nil {
+		return err
+	}
+	scopes, err := m.cfg.Stores.Exporter.Load(ctx)
+	if err != nil {
+		return fmt.Errorf("read own exports: %w", err)
+	}
+	m.exports.Store(federation.Restore(scopes))
+	for scope, keys := range scopes {
+		m.scopes[scope] = digest(keys)
+		id, isPeer := strings.CutPrefix(scope, federation.PeerScope(""))
+		list := &federationpb.Scopes{}
+		if isPeer && proto.Unmarshal(keys[federation.ScopesKey], list) == nil {
+			m.restored[id] = list.Scopes
+		}
+	}
+	return nil
+}
+
+// step brings everything outside in line with the Book, the local Snapshot and what the peers' goroutines have found.
+func (m *Mesh) step(ctx context.Context, running *sync.WaitGroup) error {
+	var errs []error
+	note := func(err error) {
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	note(m.refreshOwn(ctx))
+	note(m.observe(ctx))
+	if gone := m.book.Load().Clone().Expire(m.cfg.Now()); len(gone) > 0 {
+		note(m.change(ctx, func(b *federation.Book) ([]string, error) { return b.Expire(m.cfg.Now()), nil }))
+	}
+	note(m.expireJoining(ctx))
+	note(m.trust(ctx))
+	note(m.exportServices(ctx))
+	note(m.exportMembership(ctx))
+	m.authorize()
+	note(m.reconcilePeers(ctx, running))
+	m.judge(ctx)
+	m.merge()
+	return errors.Join(errs...)
+}
+
+// observe gives the Book what each peer exports of members.
+func (m *Mesh) observe(ctx context.Context) error {
+	var errs []error
+	for id, p := range m.currentPeers() {
+		seen := p.seen.Load()
+		if seen == nil || seen == p.took {
+			continue
+		}
+		var reader federation.Reader
+		if s := m.local.Load(); s != nil && s.Peers[p.record.Name] != nil {
+			reader.Introductions = s.Peers[p.record.Name].Introductions
+		}
+		err := m.change(ctx, func(b *federation.Book) ([]string, error) {
+			reader.Verify = verifyLeft(b)
+			before := names(b)
+			changed := b.Observe(id, seen.records, reader, m.cfg.Now())
+			for _, c := range changed {
+				r := &b.Entries[c].Record
+				m.log.Info("member record changed", "member", r.Name, "id", r.ID, "standing", r.Standing, "incarnation", r.Incarnation, "from", p.record.Name, "new", before[c] == "")
+			}
+			return changed, nil
+		})
+		if err != nil {
+			errs = append(errs, fmt.Errorf("records of cluster %s: %w", p.record.Name, err))
+			continue
+		}
+		p.took = seen
+	}
+	return errors.Join(errs...)
+}
+
+// authorize computes what each member may read.
+func (m *Mesh) authorize() {
+	b := m.book.Load()
+	next := map[spiffeid.TrustDomain]grant{}
+	for _, member := range b.Members() {
+		r := &member.Record
+		td, err := spiffeid.TrustDomainFromString(r.TrustDomain)
+		if err != nil || m.disabled(r.Name) {
+			continue
+		}
+		next[td] = grant{memberID: r.ID, scopes: append(slices.Clone(m.readable(r)), federation.PeerScope(r.ID))}
+	}
+	old := m.access.Swap(&next)
+	if !maps.EqualFunc(*old, next, func(a, b grant) bool { return a.memberID == b.memberID && slices.Equal(a.scopes, b.scopes) }) {
+		select {
+		case m.accessChanged <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// AccessChanged receives when answers of Authorize have changed. It has one reader: the guard.
+func (m *Mesh) AccessChanged() <-chan struct{} { return m.accessChanged }
+
+// Authorize returns the member ID behind a peer's SPIFFE ID and the scopes that it may read; ok is false for everyone but the
+// control planes of live members.
+func (m *Mesh) Authorize(id spiffeid.ID) (memberID string, scopes []string, ok bool) {
+	g, ok := (*m.access.Load())[id.TrustDomain()]
+	if !ok || id != identity.ControlPlaneID(id.TrustDomain()) {
+		return "", nil, false
+	}
+	return g.memberID, g.scopes, true
+}
+
+func (m *Mesh) disabled(name string) bool {
+	s := m.local.Load()
+	return s != nil && s.Peers[name] != nil && s.Peers[name].Disabled
+}
+
+// trust keeps the trust store in line with the members' bundles. A marker says that this Mesh has added a trust domain: it is added once,
+// so that a person who removes it is obeyed, and removed once.
+func (m *Mesh) trust(ctx context.Context) error {
+	markers, err := m.cfg.Stores.KV.List(ctx, trustedPath)
+	if err != nil {
+		return fmt.Errorf("read trusted members: %w", err)
+	}
+	var errs []error
+	live := map[string]bool{}
+	for _, member := range m.book.Load().Members() {
+		r := &member.Record
+		td, err := spiffeid.TrustDomainFromString(r.TrustDomain)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		live[td.Name()] = true
+		if _, added := markers[trustedPath+td.Name()]; added && m.trusted[td] == string(r.Bundle) {
+			continue
+		} else if err := m.trustMember(ctx, td, r, added); err != nil {
+			errs = append(errs, fmt.Errorf("trust cluster %s: %w", r.Name, err))
+		}
+		m.trusted[td] = string(r.Bundle)
+	}
+	for key := range markers {
+		name := key[len(trustedPath):]
+		if live[name] {
+			continue
+		}
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		delete(m.trusted, td)
+		if err := m.cfg.Bundles.Remove(td); err != nil {
+			errs = append(errs, fmt.Errorf("end trust in %s: %w", td, err))
+			continue
+		}
+		m.log.Info("trust domain no longer trusted", "trust_domain", td.Name())
+		if err := m.cfg.Stores.KV.Delete(ctx, key); err != nil {
+			errs = append(errs, fmt.Errorf("end trust in %s: %w", td, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Mesh) trustMember(ctx context.Context, td spiffeid.TrustDomain, r *federation.Record, added bool) error {
+	b, err := spiffebundle.Parse(td, r.Bundle)
+	if err != nil {
+		return fmt.Errorf("its bundle: %w", err)
+	}
+	if added {
+		return m.cfg.Bundles.Update(td, b)
+	}
+	if err := m.cfg.Bundles.Add(td, b); err != nil {
+		return err
+	}
+	m.log.Info("trust domain trusted", "trust_domain", td.Name(), "cluster", r.Name)
+	return m.cfg.Stores.KV.Put(ctx, trustedPath+td.Name(), []byte{})
+}
+
+func sameBundle(b *spiffebundle.Bundle, data []byte) bool {
+	have, err := spiffebundle.Parse(b.TrustDomain(), data)
+	return err == nil && have.Equal(b)
+}
+
+// Acked returns the sequence of a trust domain's bundle that each fresh or suspect member says it has loaded, by member name; a member
+// that has said nothing yet is 0.
+func (m *Mesh) Acked(td spiffeid.TrustDomain) map[string]uint64 {
+	out := map[string]uint64{}
+	for _, p := range m.currentPeers() {
+		if j := p.judged.Load(); j != nil && j.state == discovery.Withdrawn {
+			continue
+		}
+		out[p.record.Name] = 0
+		if seen := p.seen.Load(); seen != nil {
+			out[p.record.Name] = seen.acks[td.Name()]
+		}
+	}
+	return out
+}

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -50,7 +51,10 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 	if in.NewID == nil {
 		in.NewID = RandomID
 	}
-	b := &builder{Input: in, next: &State{created: map[Key]time.Time{}, services: map[discovery.Name]*serviceState{}}}
+	b := &builder{Input: in, next: &State{
+		created:  make(map[Key]time.Time, len(in.State.created)),
+		services: make(map[discovery.Name]*serviceState, len(in.Set.kinds["Service"])),
+	}}
 	b.next.self = place{in.Self.Cluster, in.Self.TrustDomain, in.Self.Network, in.Self.Region}
 	snap := &discovery.Snapshot{Self: in.Self, Complete: in.Complete}
 	snap.Services = b.services()
@@ -61,7 +65,7 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 	snap.TrustDomains = b.trustDomains()
 
 	b.next.revision = in.State.revision
-	if !sameState(in.State, b.next) {
+	if b.changed || len(b.next.created) != len(in.State.created) || b.next.known != in.State.known {
 		b.next.revision++
 	}
 	sortFaults(b.faults)
@@ -77,8 +81,9 @@ func sortFaults(faults []*Fault) {
 // builder is one Build.
 type builder struct {
 	Input
-	next   *State
-	faults []*Fault
+	next    *State
+	changed bool // next remembers something that State does not
+	faults  []*Fault
 }
 
 // all calls f for each object of a kind, by name.
@@ -115,21 +120,22 @@ func (b *builder) created(o Object) time.Time {
 	t, ok := b.State.created[o.Key()]
 	if !ok {
 		t = b.Now.UTC().Truncate(time.Second)
+		b.changed = true
 	}
 	b.next.created[o.Key()] = t
 	return t
 }
 
 func (b *builder) services() map[discovery.Name]*discovery.Service {
-	slicesOf := map[discovery.Name][]Object{}
+	slicesOf := make(map[discovery.Name][]Object, len(b.Set.kinds["EndpointSlice"]))
 	all(b, "EndpointSlice", func(o Object, s *discoveryv1.EndpointSlice) {
 		n := discovery.Name{Namespace: s.Namespace, Name: s.Labels[discoveryv1.LabelServiceName]}
 		slicesOf[n] = append(slicesOf[n], o)
 	})
-	exports := map[discovery.Name]Object{}
+	exports := make(map[discovery.Name]Object, len(b.Set.kinds["ServiceExport"]))
 	all(b, "ServiceExport", func(o Object, _ *mcsv1alpha1.ServiceExport) { exports[o.Name()] = o })
 
-	services := map[discovery.Name]*discovery.Service{}
+	services := make(map[discovery.Name]*discovery.Service, len(b.Set.kinds["Service"]))
 	all(b, "Service", func(o Object, s *corev1.Service) {
 		export, exported := exports[o.Name()]
 		if s.Spec.Type == corev1.ServiceTypeExternalName {
@@ -149,7 +155,12 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 		}
 		was := b.State.services[o.Name()]
 		if was == nil || was.result == nil || !was.inputs.equal(&in) || b.State.self != b.next.self {
-			was = b.service(o, slicesOf[o.Name()], in, was)
+			is := b.service(o, slicesOf[o.Name()], in, was)
+			b.changed = b.changed || was != nil && !maps.Equal(was.ids, is.ids) || was == nil && len(is.ids) > 0
+			was = is
+		}
+		if len(was.ids) > 0 {
+			b.next.known++
 		}
 		b.next.services[o.Name()] = was
 		b.faults = append(b.faults, was.faults...)

@@ -3,7 +3,6 @@ package objects
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -21,6 +20,7 @@ type State struct {
 	revision uint64
 	created  map[Key]time.Time
 	services map[discovery.Name]*serviceState
+	known    int   // services with endpoint IDs
 	self     place // what the results in services were built for; not persisted
 }
 
@@ -103,6 +103,9 @@ func (s *State) UnmarshalJSON(data []byte) error {
 			}
 		}
 		next.services[discovery.Name{Namespace: namespace, Name: name}] = &serviceState{ids: ids}
+		if len(ids) > 0 {
+			next.known++
+		}
 	}
 	*s = next
 	return nil
@@ -121,18 +124,4 @@ func sameExport(a, b *discovery.Export) bool {
 		return a == b
 	}
 	return a.Created.Equal(b.Created) && slices.Equal(a.Audience, b.Audience)
-}
-
-// sameState reports whether MarshalJSON writes the same for both.
-func sameState(a, b *State) bool {
-	covers := func(a, b *State) bool {
-		for n, x := range a.services {
-			y := b.services[n]
-			if x != y && len(x.ids) > 0 && (y == nil || !maps.Equal(x.ids, y.ids)) {
-				return false
-			}
-		}
-		return true
-	}
-	return maps.EqualFunc(a.created, b.created, time.Time.Equal) && covers(a, b) && covers(b, a)
 }

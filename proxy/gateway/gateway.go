@@ -24,17 +24,24 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/fault"
 )
 
-// Config configures a Gateway. Source, Table and Faults are required.
+// Control is what a gateway needs of the control plane's client.
+type Control interface {
+	// Table is the newest; never nil.
+	Table() *proxy.Table
+	// Changed is closed when there is a newer Table.
+	Changed() <-chan struct{}
+}
+
+// Config configures a Gateway. Source and Control are required.
 type Config struct {
-	Source           *identity.Source    // for probes
-	Table            func() *proxy.Table // never nil
-	Faults           *fault.Injector     // run by the caller
-	DialFrom         netip.Addr          // source address of outgoing connections; zero: the system's choice
-	MaxConns         int                 // default 10,000
-	HandshakeTimeout time.Duration       // for the ClientHello; default 5 s
-	ConnectTimeout   time.Duration       // per target; default 1 s
-	IdleTimeout      time.Duration       // without a byte in one direction; default 10 min
-	DrainTimeout     time.Duration       // after ctx ended; default 30 s
+	Source           *identity.Source // for probes
+	Control          Control
+	DialFrom         netip.Addr    // source address of outgoing connections; zero: the system's choice
+	MaxConns         int           // default 10,000
+	HandshakeTimeout time.Duration // for the ClientHello; default 5 s
+	ConnectTimeout   time.Duration // per target; default 1 s
+	IdleTimeout      time.Duration // without a byte in one direction; default 10 min
+	DrainTimeout     time.Duration // after ctx ended; default 30 s
 	Log              *slog.Logger
 	Metrics          prometheus.Registerer
 }
@@ -42,6 +49,7 @@ type Config struct {
 // Gateway splices connections.
 type Gateway struct {
 	cfg     Config
+	faults  *fault.Injector
 	metrics metrics
 
 	mu    sync.Mutex
@@ -79,7 +87,7 @@ func New(cfg Config) *Gateway {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	g := &Gateway{cfg: cfg, conns: map[*conn]struct{}{}, metrics: metrics{
+	g := &Gateway{cfg: cfg, faults: fault.New(cfg.Log), conns: map[*conn]struct{}{}, metrics: metrics{
 		open: prometheus.NewGauge(prometheus.GaugeOpts{Name: "hanse_gateway_connections", Help: "Open connections."}),
 		conns: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_gateway_connections_total", Help: "Connections by server name (known ones only) and result."}, []string{"sni", "result"}),
@@ -98,12 +106,10 @@ func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 	defer stop()
 	connCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
-		g.watchFaults(connCtx)
-	}()
-	var conns sync.WaitGroup
+	var watchers, conns sync.WaitGroup
+	watchers.Go(func() { g.watchTable(connCtx) })
+	watchers.Go(func() { g.watchFaults(connCtx) })
+	watchers.Go(func() { _ = g.faults.Run(connCtx) })
 	var err error
 	for {
 		var raw net.Conn
@@ -148,7 +154,7 @@ func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 		}
 	})
 	<-done
-	<-watched
+	watchers.Wait()
 	return err
 }
 
@@ -179,10 +185,32 @@ func (g *Gateway) remove(c *conn) {
 	g.metrics.open.Dec()
 }
 
+// watchTable obeys drills, and forgets the metrics of names that are gone.
+func (g *Gateway) watchTable(ctx context.Context) {
+	before := map[string][]proxy.Target{}
+	for {
+		changed := g.cfg.Control.Changed()
+		t := g.cfg.Control.Table()
+		g.faults.Set(t.Faults)
+		for name := range before {
+			if _, ok := t.SNI[name]; !ok {
+				g.metrics.conns.DeletePartialMatch(prometheus.Labels{"sni": name})
+				g.metrics.bytes.DeletePartialMatch(prometheus.Labels{"sni": name})
+			}
+		}
+		before = t.SNI
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // watchFaults wakes the copies when a fault begins, so that they fall silent at once.
 func (g *Gateway) watchFaults(ctx context.Context) {
 	for {
-		faults, changed := g.cfg.Faults.Active()
+		faults, changed := g.faults.Active()
 		if len(faults) > 0 {
 			now := time.Now()
 			g.each(func(c *conn) {
@@ -203,7 +231,7 @@ func (g *Gateway) watchFaults(ctx context.Context) {
 // audible waits while a fault silences c.
 func (g *Gateway) audible(ctx context.Context, c *conn) error {
 	for {
-		holed, changed := g.cfg.Faults.Holed(c.lot)
+		holed, changed := g.faults.Holed(c.lot)
 		if !holed {
 			return ctx.Err()
 		}
@@ -237,7 +265,7 @@ func (g *Gateway) handle(ctx context.Context, c *conn) {
 		g.probe(ctx, c, raw)
 		return
 	}
-	targets := g.cfg.Table().SNI[name]
+	targets := g.cfg.Control.Table().SNI[name]
 	if len(targets) == 0 {
 		g.metrics.conns.WithLabelValues("", "unrecognized_name").Inc()
 		g.cfg.Log.Info("unknown server name", "sni", name, "address", c.RemoteAddr())

@@ -20,7 +20,6 @@ import (
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/balance"
-	"github.com/hanse-mesh/hanse/proxy/fault"
 	"github.com/hanse-mesh/hanse/proxy/gateway"
 	"github.com/hanse-mesh/hanse/proxy/hop"
 	"github.com/hanse-mesh/hanse/proxy/proxytest"
@@ -141,7 +140,7 @@ func start(t *testing.T, src *identity.Source, change ...func(*sidecar.Config)) 
 		f(&cfg)
 	}
 	n.outbound, n.hop = out.Addr().String(), netip.MustParseAddrPort(in.Addr().String())
-	s, err := sidecar.New(cfg, fault.New(slog.New(slog.DiscardHandler)))
+	s, err := sidecar.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,13 +251,13 @@ func text(t *testing.T, resp *http.Response, err error) string {
 // withGateway puts a gateway before a node's endpoints, and tees what it carries.
 func withGateway(t *testing.T, d *proxytest.Domain, endpoints ...*proxy.Endpoint) (netip.AddrPort, *gateway.Gateway, func()) {
 	t.Helper()
-	table := &proxy.Table{Version: 1, SNI: map[string][]proxy.Target{}}
+	control := newControl()
+	control.table.SNI = map[string][]proxy.Target{}
 	for _, e := range endpoints {
-		table.SNI[e.SNI] = []proxy.Target{{ID: e.ID, Address: e.Address, Weight: 1}}
+		control.table.SNI[e.SNI] = []proxy.Target{{ID: e.ID, Address: e.Address, Weight: 1}}
 	}
 	ln := listen(t)
-	faults := fault.New(slog.New(slog.DiscardHandler))
-	g := gateway.New(gateway.Config{Source: d.Source("/hanse/gateway"), Table: func() *proxy.Table { return table }, Faults: faults, DrainTimeout: time.Second})
+	g := gateway.New(gateway.Config{Source: d.Source("/hanse/gateway"), Control: control, DrainTimeout: time.Second})
 	stop := run(t, func(ctx context.Context) error { return g.Serve(ctx, ln) })
 	addr := netip.MustParseAddrPort(ln.Addr().String())
 	for _, e := range endpoints {

@@ -95,7 +95,7 @@ type Sidecar struct {
 }
 
 // New builds a Sidecar; it fails on names and addresses that cannot be used.
-func New(cfg Config, faults *fault.Injector) (*Sidecar, error) {
+func New(cfg Config) (*Sidecar, error) {
 	for d, v := range map[*time.Duration]time.Duration{
 		&cfg.ConnectTimeout: time.Second, &cfg.IdleTimeout: time.Hour, &cfg.DrainTimeout: 30 * time.Second,
 	} {
@@ -108,7 +108,7 @@ func New(cfg Config, faults *fault.Injector) (*Sidecar, error) {
 	}
 	s := &Sidecar{
 		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Metrics), hop: cfg.Hop, balancer: cfg.Balancer, apps: map[uint16]*app{},
-		faults: faults, mirrors: make(chan struct{}, maxMirrors), tracked: map[io.Closer]struct{}{},
+		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), tracked: map[io.Closer]struct{}{},
 	}
 	for port, address := range cfg.Apps {
 		s.apps[port] = newApp(address, cfg.ConnectTimeout)
@@ -122,7 +122,7 @@ func New(cfg Config, faults *fault.Injector) (*Sidecar, error) {
 	}
 	if cfg.Inbound != nil {
 		s.server = hop.NewServer(hop.ServerConfig{
-			Source: cfg.Source, Handler: http.HandlerFunc(s.inbound), Admit: s.admit, Wrap: faults.Wrap,
+			Source: cfg.Source, Handler: http.HandlerFunc(s.inbound), Admit: s.admit, Wrap: s.faults.Wrap,
 			DrainTimeout: cfg.DrainTimeout, Log: cfg.Log, Metrics: cfg.Metrics,
 		})
 	}

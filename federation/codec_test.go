@@ -1,0 +1,382 @@
+package federation_test
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/federationpb"
+	"github.com/hanse-mesh/hanse/identity"
+)
+
+var epoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+var equate = cmp.Options{cmpopts.EquateEmpty(), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})}
+
+func endpoint(td string, n int) *discovery.Endpoint {
+	return &discovery.Endpoint{
+		ID: fmt.Sprintf("%032x", n*7919), Address: netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}),
+		Ports: map[string]uint16{"http": 8080}, HopPort: 15008, Transport: discovery.Hop,
+		SPIFFEID: "spiffe://" + td + "/ns/shop/sa/payments",
+		Locality: discovery.Locality{Cluster: "west", Region: "eu-1", Zone: "eu-1" + string(rune('a'+n%2))}, Network: "west-net", Ready: n%5 != 0, Weight: uint32(n % 3),
+	}
+}
+
+func service(td, name string, endpoints int, audience ...string) *discovery.Service {
+	s := &discovery.Service{
+		Name:   discovery.Name{Namespace: "shop", Name: name},
+		Ports:  []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}},
+		Export: &discovery.Export{Created: epoch, Audience: audience},
+	}
+	for i := range endpoints {
+		s.Endpoints = append(s.Endpoints, endpoint(td, i+1))
+	}
+	slices.SortFunc(s.Endpoints, func(a, b *discovery.Endpoint) int { return strings.Compare(a.ID, b.ID) })
+	return s
+}
+
+func snapshot(td string, services ...*discovery.Service) *discovery.Snapshot {
+	s := &discovery.Snapshot{Self: discovery.Self{Cluster: "west", TrustDomain: td}, Complete: true, Services: map[discovery.Name]*discovery.Service{}}
+	for _, svc := range services {
+		s.Services[svc.Name] = svc
+	}
+	return s
+}
+
+func policy(td string) federation.Policy {
+	return federation.Policy{Member: "west", TrustDomain: spiffeid.RequireTrustDomainFromString(td), Admitted: epoch.Add(-time.Hour), Match: identity.MatchPattern}
+}
+
+func all(e *federation.Exports) []federation.Change {
+	var out []federation.Change
+	for scope, keys := range e.Scopes {
+		for k, v := range keys {
+			out = append(out, federation.Change{Scope: scope, Key: k, Value: v, Revision: 7})
+		}
+	}
+	return out
+}
+
+func TestExportsComeBackAsTheyWere(t *testing.T) {
+	svc := service("west.demo", "payments", 100)
+	e, faults := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+	if len(faults) > 0 {
+		t.Fatal(faults)
+	}
+	d := federation.NewDecoder(policy("west.demo"))
+	d.Apply(all(e), epoch)
+	p := d.Part()
+	got := p.Exports[svc.Name]
+	want := &federation.Export{Ports: svc.Ports, Exported: epoch, Revision: 7, Endpoints: svc.Endpoints}
+	if diff := cmp.Diff(want, got, equate); diff != "" || len(p.Faults) > 0 {
+		t.Fatalf("faults %v; -want +got:\n%s", p.Faults, diff)
+	}
+}
+
+func TestSlotsAreHalfFullAndStable(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	svc := service("west.demo", "payments", 1000)
+	e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+	for k := range e.Scopes[federation.AllScope] {
+		if strings.HasPrefix(k, "ep/") {
+			pb := &federationpb.Slot{}
+			if err := proto.Unmarshal(e.Scopes[federation.AllScope][k], pb); err != nil || len(pb.Endpoints) < 32 || len(pb.Endpoints) > 64 {
+				t.Fatalf("%s holds %d endpoints (%v), want 32 to 64", k, len(pb.Endpoints), err)
+			}
+		}
+	}
+	for round := range 200 {
+		next := *svc
+		next.Endpoints = slices.Clone(svc.Endpoints)
+		at := rnd.IntN(len(next.Endpoints))
+		changed := *next.Endpoints[at]
+		switch round % 3 {
+		case 0:
+			changed.Ready = !changed.Ready
+			next.Endpoints[at] = &changed
+		case 1:
+			next.Endpoints = slices.Delete(next.Endpoints, at, at+1)
+		case 2:
+			next.Endpoints = append(next.Endpoints, endpoint("west.demo", 5000+round))
+		}
+		prev := e
+		if round%10 == 9 { // as after a restart
+			prev = federation.Restore(e.Scopes)
+		}
+		e2, faults := federation.Encode(snapshot("west.demo", &next), prev, epoch.Add(time.Hour))
+		if len(faults) > 0 {
+			t.Fatal(faults)
+		}
+		if n := differences(e.Scopes[federation.AllScope], e2.Scopes[federation.AllScope]); n > 1 {
+			t.Fatalf("round %d: one endpoint changed, %d keys did", round, n)
+		}
+		svc, e = &next, e2
+	}
+}
+
+func differences(a, b map[string][]byte) int {
+	n := 0
+	for k := range a {
+		if !bytes.Equal(a[k], b[k]) {
+			n++
+		}
+	}
+	for k := range b {
+		if a[k] == nil {
+			n++
+		}
+	}
+	return n
+}
+
+func TestEncodeIsDeterministic(t *testing.T) {
+	svc := service("west.demo", "payments", 200)
+	a, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+	for range 20 {
+		shuffled := *svc
+		shuffled.Endpoints = slices.Clone(svc.Endpoints)
+		b, _ := federation.Encode(snapshot("west.demo", &shuffled), nil, epoch)
+		if n := differences(a.Scopes[federation.AllScope], b.Scopes[federation.AllScope]); n != 0 {
+			t.Fatalf("%d keys differ", n)
+		}
+	}
+}
+
+func TestExportTimeIsSetOnce(t *testing.T) {
+	svc := service("west.demo", "payments", 1)
+	svc.Export.Created = time.Time{}
+	e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+	again := *svc
+	e, _ = federation.Encode(snapshot("west.demo", &again), federation.Restore(e.Scopes), epoch.Add(time.Hour))
+	if got := e.Since(svc.Name); !got.Equal(epoch) {
+		t.Fatalf("export time is %s, want %s", got, epoch)
+	}
+}
+
+func TestWhatCannotBeExportedKeepsItsLastGoodState(t *testing.T) {
+	good := service("west.demo", "payments", 3)
+	other := service("west.demo", "catalog", 3)
+	e, _ := federation.Encode(snapshot("west.demo", good, other), nil, epoch)
+	for name, spoil := range map[string]func(*discovery.Service){
+		"a foreign ID":          func(s *discovery.Service) { s.Endpoints[1].SPIFFEID = "spiffe://east.demo/ns/shop/sa/payments" },
+		"a million endpoints":   func(s *discovery.Service) { s.Endpoints = make([]*discovery.Endpoint, 1_000_000); fill(s.Endpoints) },
+		"an ID that is not one": func(s *discovery.Service) { s.Endpoints[0].ID = "web-1" },
+		"too many ports":        func(s *discovery.Service) { s.Ports = make([]discovery.Port, 1000) },
+		"a huge name":           func(s *discovery.Service) { s.Endpoints[0].Hostname = strings.Repeat("a", 1<<20) },
+	} {
+		bad := service("west.demo", "payments", 3)
+		spoil(bad)
+		e2, faults := federation.Encode(snapshot("west.demo", bad, other), e, epoch)
+		if len(faults) != 1 || faults[0].Key != "svc/shop/payments" {
+			t.Errorf("%s: faults are %v", name, faults)
+		}
+		if n := differences(e.Scopes[federation.AllScope], e2.Scopes[federation.AllScope]); n != 0 {
+			t.Errorf("%s: %d keys changed", name, n)
+		}
+		t.Log(faults)
+	}
+}
+
+func fill(eps []*discovery.Endpoint) {
+	one := endpoint("west.demo", 1)
+	for i := range eps {
+		eps[i] = one
+	}
+}
+
+func TestAudience(t *testing.T) {
+	e, _ := federation.Encode(snapshot("west.demo", service("west.demo", "open", 1), service("west.demo", "closed", 1, "east", "south"), service("west.demo", "also", 1, "south", "east")), nil, epoch)
+	scope := federation.AudienceScope([]string{"east", "south"})
+	if diff := cmp.Diff(map[string][]string{"east": {federation.AllScope, scope}, "north": {federation.AllScope}},
+		map[string][]string{"east": e.Readable("east"), "north": e.Readable("north")}); diff != "" {
+		t.Fatal(diff)
+	}
+	if got := slices.Sorted(maps.Keys(e.Scopes[scope])); !slices.Equal(got, []string{"ep/shop/also/0", "ep/shop/closed/0", "svc/shop/also", "svc/shop/closed"}) {
+		t.Fatal(got)
+	}
+}
+
+func TestForeignBytesAreBelievedOnlyWithinBounds(t *testing.T) {
+	profile := func(f func(*federationpb.Profile)) *federationpb.Slot {
+		p := &federationpb.Profile{Transport: "hop", SpiffeId: "spiffe://west.demo/ns/shop/sa/payments", Ports: []*federationpb.TargetPort{{Name: "http", Number: 8080}}}
+		f(p)
+		return &federationpb.Slot{Profiles: []*federationpb.Profile{p}, Endpoints: []*federationpb.Endpoint{{Id: make([]byte, 16), Address: []byte{10, 0, 0, 1}}}}
+	}
+	slotOf := func(f func(*federationpb.Slot)) *federationpb.Slot {
+		s := profile(func(*federationpb.Profile) {})
+		f(s)
+		return s
+	}
+	for name, c := range map[string]struct {
+		key   string
+		value proto.Message
+		want  string
+	}{
+		"foreign trust domain": {"ep/shop/payments/0", profile(func(p *federationpb.Profile) { p.SpiffeId = "spiffe://east.demo/ns/shop/sa/payments" }), "not of the exporter's trust domain west.demo"},
+		"control plane":        {"ep/shop/payments/0", profile(func(p *federationpb.Profile) { p.SpiffeId = "spiffe://west.demo/hanse/control-plane" }), "reserved"},
+		"no ID":                {"ep/shop/payments/0", profile(func(p *federationpb.Profile) { p.SpiffeId = "" }), "SPIFFE ID"},
+		"plaintext":            {"ep/shop/payments/0", profile(func(p *federationpb.Profile) { p.Transport = "plaintext" }), "only hop and tls"},
+		"port":                 {"ep/shop/payments/0", profile(func(p *federationpb.Profile) { p.HopPort = 70000 }), "not a port"},
+		"65 endpoints": {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) {
+			s.Endpoints = make([]*federationpb.Endpoint, 65)
+			for i := range s.Endpoints {
+				s.Endpoints[i] = &federationpb.Endpoint{}
+			}
+		}), "at most 64"},
+		"profile":    {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Profile = 9 }), "profile 9 of 1"},
+		"short ID":   {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Id = []byte{1} }), "want 16"},
+		"no address": {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Address = []byte{0, 0, 0, 0} }), "cannot be dialled"},
+		"protocol":   {"svc/shop/payments", &federationpb.Service{Ports: []*federationpb.Port{{Number: 80, Protocol: "quic"}}}, "unknown protocol"},
+		"port zero":  {"svc/shop/payments", &federationpb.Service{Ports: []*federationpb.Port{{Protocol: "http"}}}, "port 0"},
+		"name":       {"svc/shop/Payments!", &federationpb.Service{}, "DNS label"},
+		"slot":       {"ep/shop/payments/007", &federationpb.Slot{}, "slot"},
+		"too big":    {"svc/shop/payments", &federationpb.Service{SessionAffinity: strings.Repeat("x", 300<<10)}, "at most 262144"},
+	} {
+		value, err := proto.Marshal(c.value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := federation.NewDecoder(policy("west.demo"))
+		d.Apply([]federation.Change{{Scope: "all", Key: c.key, Value: value}}, epoch)
+		p := d.Part()
+		if len(p.Faults) != 1 || !strings.Contains(p.Faults[0].Error(), c.want) || !strings.Contains(p.Faults[0].Error(), "west") {
+			t.Errorf("%s: faults are %v, want one with %q", name, p.Faults, c.want)
+		}
+		for _, e := range p.Exports {
+			if len(e.Endpoints) > 0 {
+				t.Errorf("%s: an endpoint came in", name)
+			}
+		}
+	}
+}
+
+func TestBadObjectIsAFaultOfThatObjectOnly(t *testing.T) {
+	svc := service("west.demo", "payments", 100)
+	e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+	d := federation.NewDecoder(policy("west.demo"))
+	d.Apply(all(e), epoch)
+	d.Apply([]federation.Change{{Scope: "all", Key: "ep/shop/payments/0", Value: []byte("\xff\xff not protobuf")}}, epoch)
+	p := d.Part()
+	if got := len(p.Exports[svc.Name].Endpoints); got != 100 || len(p.Faults) != 1 {
+		t.Fatalf("%d endpoints, want the last good 100; faults %v", got, p.Faults)
+	}
+	d.Apply([]federation.Change{{Scope: "all", Key: "ep/shop/payments/0", Value: e.Scopes["all"]["ep/shop/payments/0"]}}, epoch)
+	if p := d.Part(); len(p.Faults) != 0 {
+		t.Fatalf("faults %v stay after the object is good again", p.Faults)
+	}
+	d.Apply([]federation.Change{{Scope: "all", Key: "svc/shop/payments"}}, epoch)
+	if p := d.Part(); len(p.Exports) != 0 || p.Endpoints != 0 {
+		t.Fatalf("service is there without its record: %+v", p)
+	}
+}
+
+func TestImportPolicy(t *testing.T) {
+	a, b := service("west.demo", "payments", 4), service("west.demo", "catalog", 4)
+	b.Namespace = "back"
+	for _, ep := range a.Endpoints[:2] {
+		ep.SPIFFEID = "spiffe://west.demo/ns/shop/sa/other"
+	}
+	e, _ := federation.Encode(snapshot("west.demo", a, b), nil, epoch)
+	p := policy("west.demo")
+	p.Peer = &discovery.Peer{Name: "west", Namespaces: []string{"shop"}, SPIFFEIDs: []string{"spiffe://west.demo/ns/*/sa/payments"}}
+	d := federation.NewDecoder(p)
+	d.Apply(all(e), epoch)
+	part := d.Part()
+	if len(part.Exports) != 1 || len(part.Exports[a.Name].Endpoints) != 2 || len(part.Faults) != 0 {
+		t.Fatalf("%d services, %d endpoints, faults %v; want 1, 2, none", len(part.Exports), part.Endpoints, part.Faults)
+	}
+}
+
+func TestExportTimeIsClamped(t *testing.T) {
+	for _, c := range []struct{ claimed, want time.Time }{
+		{epoch, epoch},
+		{epoch.Add(4 * time.Minute), epoch.Add(4 * time.Minute)},
+		{epoch.Add(6 * time.Minute), epoch.Add(-time.Hour)},
+		{epoch.Add(-2 * time.Hour), epoch.Add(-time.Hour)},
+		{time.UnixMilli(1), epoch.Add(-time.Hour)},
+	} {
+		svc := service("west.demo", "payments", 1)
+		svc.Export.Created = c.claimed
+		e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+		d := federation.NewDecoder(policy("west.demo"))
+		d.Apply(all(e), epoch)
+		if got := d.Part().Exports[svc.Name].Exported; !got.Equal(c.want) {
+			t.Errorf("claimed %s: %s, want %s", c.claimed, got, c.want)
+		}
+	}
+}
+
+func TestServiceInTwoScopesIsOne(t *testing.T) {
+	svc := service("west.demo", "payments", 60)
+	e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+	d := federation.NewDecoder(policy("west.demo"))
+	d.Apply(all(e), epoch)
+	moved := all(e)
+	for i := range moved {
+		moved[i].Scope, moved[i].Revision = "for-1234", 9
+	}
+	d.Apply(moved, epoch)
+	if p := d.Part(); len(p.Exports[svc.Name].Endpoints) != 60 || p.Exports[svc.Name].Revision != 9 {
+		t.Fatalf("%d endpoints at revision %d", len(p.Exports[svc.Name].Endpoints), p.Exports[svc.Name].Revision)
+	}
+	for _, c := range all(e) {
+		d.Apply([]federation.Change{{Scope: c.Scope, Key: c.Key}}, epoch)
+	}
+	if p := d.Part(); len(p.Exports[svc.Name].Endpoints) != 60 {
+		t.Fatalf("%d endpoints after the move, want 60", len(p.Exports[svc.Name].Endpoints))
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	e, _ := federation.Encode(snapshot("west.demo", service("west.demo", "payments", 5)), nil, epoch)
+	seeds := 0
+	for k, v := range e.Scopes[federation.AllScope] {
+		f.Add(k, v)
+		seeds++
+	}
+	if seeds < 2 {
+		f.Fatal("no seeds")
+	}
+	td := spiffeid.RequireTrustDomainFromString("west.demo")
+	f.Fuzz(func(t *testing.T, key string, value []byte) {
+		d := federation.NewDecoder(policy("west.demo"))
+		svc, _ := e.Scopes[federation.AllScope]["svc/shop/payments"]
+		d.Apply([]federation.Change{{Scope: "all", Key: "svc/shop/payments", Value: svc}, {Scope: "all", Key: key, Value: value}}, epoch)
+		for _, x := range d.Part().Exports {
+			for _, ep := range x.Endpoints {
+				if id, err := spiffeid.FromString(ep.SPIFFEID); err != nil || !id.MemberOf(td) || identity.Reserved(id) || len(ep.ID) != 32 {
+					t.Fatalf("came in: %+v", ep)
+				}
+			}
+		}
+	})
+}
+
+func FuzzDecodeRecord(f *testing.F) {
+	r := record("aa", "west", 3)
+	r.Proof = &federation.Proof{Chain: [][]byte{{1}}, Signature: []byte{2}}
+	f.Add(r.Bytes())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := federation.DecodeRecord(b)
+		if err != nil {
+			return
+		}
+		again, err := federation.DecodeRecord(r.Bytes())
+		if err != nil || string(again.Bytes()) != string(r.Bytes()) {
+			t.Fatalf("what decodes does not encode to the same: %v", err)
+		}
+	})
+}

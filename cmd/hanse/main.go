@@ -19,7 +19,7 @@ func main() {
 	os.Exit(mainCode())
 }
 
-// mainCode is main with an exit code, for the tests' scripts.
+// mainCode is main, with its deferred functions run before the exit.
 func mainCode() int {
 	// The first signal ends what runs in an orderly way; after it a second one kills.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

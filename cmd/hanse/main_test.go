@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,10 +19,6 @@ import (
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/cmd/internal/admin/admintest"
 )
-
-func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"hanse": main})
-}
 
 var update = flag.Bool("update", false, "rewrite the goldens in testdata")
 
@@ -39,8 +36,13 @@ func serveFake(dir string, cleanup func(func())) (string, error) {
 	return socket, nil
 }
 
-// TestScripts runs the real command against a fake hansed on a real socket.
+// TestScripts runs the real command against a fake hansed on a real socket. The command is built without the race detector, with
+// which each start of it would take half a second.
 func TestScripts(t *testing.T) {
+	bin := t.TempDir()
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		UpdateScripts:       *update,
@@ -56,6 +58,7 @@ func TestScripts(t *testing.T) {
 			if err != nil {
 				return err
 			}
+			env.Setenv("PATH", bin+string(os.PathListSeparator)+env.Getenv("PATH"))
 			env.Setenv("HANSE_SOCKET", socket)
 			env.Setenv("HANSE_CONFIG", "")
 			env.Setenv("HOME", env.WorkDir)

@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -10,9 +11,11 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -36,6 +39,8 @@ type server struct {
 	bundles   *bundle.Store
 	tokens    *attest.Tokens
 	api       *spireapi.Server
+	agentLife time.Duration
+	withdrawn atomic.Pointer[x509.Certificate] // a root that is left out of the trust domain's bundle
 
 	mu   sync.Mutex
 	lis  *bufconn.Listener // guarded by mu; nil: the server is dead
@@ -55,17 +60,22 @@ func newServer(t *testing.T, td string, opts options) *server {
 	var err error
 	s.authority, err = ca.Open(opts.ca)
 	check(t, err)
+	s.agentLife = opts.agentLife
 	s.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(s.dir, "bundles"), TrustDomain: s.td})
 	check(t, err)
 	s.tokens = attest.New(s.td, s.kv, nil)
-	s.api, err = spireapi.New(t.Context(), spireapi.Config{Authority: s.authority, Bundles: s.bundles, Tokens: s.tokens, KV: s.kv,
-		AgentLife: opts.agentLife, Log: testLog(t)})
-	check(t, err)
 	return s
 }
 
-// start runs the server until the test ends, or until stop.
+// start runs the server, as after a restart, until the test ends, or until stop.
 func (s *server) start() {
+	s.t.Helper()
+	var err error
+	s.api, err = spireapi.New(s.t.Context(), spireapi.Config{Authority: s.authority, Bundles: s.bundles, Tokens: s.tokens, KV: s.kv,
+		OwnBundle: s.ownBundle, AgentLife: s.agentLife, AttestBurst: 2000, Log: testLog(s.t)})
+	check(s.t, err)
+	run(s.t, s.api.Run, nil)
+	run(s.t, s.authority.Run, nil)
 	lis := bufconn.Listen(1 << 20)
 	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(s.api.TLSConfig())))
 	s.api.RegisterAgent(g)
@@ -75,11 +85,22 @@ func (s *server) start() {
 	run(s.t, func(context.Context) error { return g.Serve(lis) }, g.Stop)
 }
 
+func (s *server) ownBundle() *spiffebundle.Bundle {
+	b := s.authority.Bundle()
+	if root := s.withdrawn.Load(); root != nil {
+		b.RemoveX509Authority(root)
+		b.SetSequenceNumber(s.authority.Sequence() + 1)
+	}
+	return b
+}
+
+// stop kills the server: its connections break, and new ones are refused.
 func (s *server) stop() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.grpc.Stop()
+	g := s.grpc
 	s.lis = nil
+	s.mu.Unlock()
+	g.Stop()
 }
 
 func (s *server) dial(ctx context.Context, _ string) (net.Conn, error) {

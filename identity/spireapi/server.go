@@ -51,9 +51,10 @@ type Config struct {
 	// Refresh pulls the bundle of a related trust domain from its endpoint, for RefreshBundle. May be nil.
 	Refresh func(ctx context.Context, td spiffeid.TrustDomain) error
 
-	AgentLife        time.Duration // of an agent's SVID, default 1 h
-	AttestsPerSecond float64       // per source address, default 20
-	AttestBurst      int           // default 100
+	// AgentLife is the life of an agent's SVID, default 24 h: an agent that finds no server for longer needs a new token.
+	AgentLife        time.Duration
+	AttestsPerSecond float64 // per source address, default 20
+	AttestBurst      int     // default 100
 
 	Now        func() time.Time
 	Log        *slog.Logger
@@ -90,7 +91,7 @@ type loaded struct {
 // New loads the agents and entries from cfg.KV and builds a Server.
 func New(ctx context.Context, cfg Config) (*Server, error) {
 	if cfg.AgentLife <= 0 {
-		cfg.AgentLife = time.Hour
+		cfg.AgentLife = 24 * time.Hour
 	}
 	if cfg.AttestsPerSecond <= 0 {
 		cfg.AttestsPerSecond = 20

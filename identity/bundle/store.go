@@ -252,7 +252,7 @@ func (s *Store) set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source stri
 			return false, ErrUnrelated
 		}
 		cur := n.bundles[td]
-		if cur != nil && sameAuthorities(cur, b) && sameOrNoSequence(cur, b) {
+		if cur != nil && sameAuthorities(cur, b) && sameOrNoSequence(cur, b) && (!force || sameHint(cur, b)) {
 			return false, nil
 		}
 		if err := orderSequence(cur, b, force); err != nil {
@@ -284,6 +284,12 @@ func sameOrNoSequence(cur, b *spiffebundle.Bundle) bool {
 	have, _ := cur.SequenceNumber()
 	got, ok := b.SequenceNumber()
 	return !ok || have == got
+}
+
+func sameHint(a, b *spiffebundle.Bundle) bool {
+	x, _ := a.RefreshHint()
+	y, _ := b.RefreshHint()
+	return x == y
 }
 
 // orderSequence refuses an older bundle, and numbers one that has no sequence of its own. cur may be nil.

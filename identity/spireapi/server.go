@@ -162,11 +162,16 @@ func (s *Server) Run(ctx context.Context) error {
 			wg.Wait()
 			return err
 		case <-ticker.C:
-			if err := errors.Join(s.cfg.Tokens.Sweep(ctx), s.sweepAgents(ctx)); err != nil {
+			if err := s.Sweep(ctx); err != nil {
 				s.log.Warn("cannot forget expired agents and tokens; tried again later", "error", err)
 			}
 		}
 	}
+}
+
+// Sweep forgets agents and tokens that expired more than a day ago. Run calls it now and then.
+func (s *Server) Sweep(ctx context.Context) error {
+	return errors.Join(s.cfg.Tokens.Sweep(ctx), s.sweepAgents(ctx))
 }
 
 // Reload reads all agents and entries again. Call it when another replica has changed the KV.

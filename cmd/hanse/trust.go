@@ -66,16 +66,36 @@ themselves; add here the trust domains of others, and remove any that this clust
 	c.outputFlag(list, "json", "yaml")
 
 	show := &cobra.Command{
-		Use: "show TRUSTDOMAIN", Short: "Show a trust domain's roots, and who has loaded them", Example: "  hanse trust show east.demo",
-		Args: cobra.ExactArgs(1), ValidArgsFunction: names,
+		Use: "show [TRUSTDOMAIN]", Short: "Show a trust domain's roots, and who has loaded them",
+		Long: `Show a trust domain's roots, and who has loaded them; without a name this cluster's own. With -o bundle the bundle itself is printed in
+SPIFFE's JSON, for those that need a first trust: a proxy of this cluster, or another trust domain.`,
+		Example: "  hanse trust show east.demo\n  hanse trust show -o bundle > bundle.json",
+		Args:    cobra.MaximumNArgs(1), ValidArgsFunction: names,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			b, err := c.client()
 			if err != nil {
 				return err
 			}
 			defer b.Close()
-			td, err := b.TrustShow(cmd.Context(), args[0])
+			var name string
+			if len(args) == 1 {
+				name = args[0]
+			} else {
+				s, err := b.Status(cmd.Context())
+				if err != nil {
+					return err
+				}
+				name = s.TrustDomain
+			}
+			td, err := b.TrustShow(cmd.Context(), name)
 			if err != nil {
+				return err
+			}
+			if c.output == "bundle" {
+				if len(td.Bundle) == 0 {
+					return admin.NotFound("hanse trust show "+name, "there is no bundle of %s yet", name)
+				}
+				_, err := fmt.Fprintf(c.out, "%s\n", td.Bundle)
 				return err
 			}
 			if c.structured() {
@@ -85,7 +105,7 @@ themselves; add here the trust domains of others, and remove any that this clust
 			return nil
 		},
 	}
-	c.outputFlag(show, "json", "yaml")
+	c.outputFlag(show, "json", "yaml", "bundle")
 
 	var req admin.TrustAdd
 	var bundle string

@@ -268,6 +268,8 @@ type TrustDomain struct {
 	Acked       []string `json:"acked,omitempty"`   // members that loaded this sequence (own domain only)
 	Missing     []string `json:"missing,omitempty"` // members that have not
 	Note        string   `json:"note,omitempty"`
+
+	Bundle json.RawMessage `json:"bundle,omitempty"` // SPIFFE JSON, when one domain is asked for: GET /v1/trust/NAME
 }
 
 // TrustAdd is POST /v1/trust.

@@ -64,12 +64,32 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 	snap.Peers = b.peers()
 	snap.TrustDomains = b.trustDomains()
 
+	if !in.Complete {
+		b.keepUnseen()
+	}
 	b.next.revision = in.State.revision
 	if b.changed || len(b.next.created) != len(in.State.created) || b.next.known != in.State.known {
 		b.next.revision++
 	}
 	sortFaults(b.faults)
 	return snap, b.next, b.faults
+}
+
+// keepUnseen keeps the memory of objects that a source which was not read whole may still bring.
+func (b *builder) keepUnseen() {
+	for k, t := range b.State.created {
+		if _, seen := b.next.created[k]; !seen {
+			b.next.created[k] = t
+		}
+	}
+	for n, was := range b.State.services {
+		if b.next.services[n] == nil {
+			b.next.services[n] = &serviceState{ids: was.ids}
+			if len(was.ids) > 0 {
+				b.next.known++
+			}
+		}
+	}
 }
 
 func sortFaults(faults []*Fault) {
@@ -154,7 +174,8 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 			in.export = &discovery.Export{Created: b.created(export), Audience: audience(export.Value.GetAnnotations()[AnnotationAudience])}
 		}
 		was := b.State.services[o.Name()]
-		if was == nil || was.result == nil || !was.inputs.equal(&in) || b.State.self != b.next.self {
+		forget := b.Complete && was != nil && was.result != nil && len(was.ids) != len(was.result.Endpoints)
+		if was == nil || was.result == nil || forget || !was.inputs.equal(&in) || b.State.self != b.next.self {
 			is := b.service(o, slicesOf[o.Name()], in, was)
 			b.changed = b.changed || was != nil && !maps.Equal(was.ids, is.ids) || was == nil && len(is.ids) > 0
 			was = is
@@ -227,6 +248,11 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 		e.slice(so, so.Value.(*discoveryv1.EndpointSlice))
 	}
 	slices.SortFunc(svc.Endpoints, func(x, y *discovery.Endpoint) int { return cmp.Compare(x.ID, y.ID) })
+	if was != nil && !b.Complete {
+		for key, id := range was.ids {
+			e.ids[key] = id // those of e.ids are from there
+		}
+	}
 	if was != nil && reflect.DeepEqual(was.result, svc) { // rewritten, but the same
 		svc = was.result
 	}
@@ -467,8 +493,12 @@ func (b *builder) accessPolicies(services map[discovery.Name]*discovery.Service)
 		for i, ref := range p.Spec.TargetRefs {
 			n := discovery.Name{Namespace: p.Namespace, Name: ref.Name}
 			out.Services = append(out.Services, n)
-			if services[n] == nil {
+			switch svc := services[n]; {
+			case svc == nil:
 				b.pending(o, fmt.Sprintf("spec.targetRefs[%d].name", i), ref.Name, "there is no Service %s in this cluster to protect", n)
+			case usesHTTP(p) && !speaksHTTP(svc, 0):
+				b.pending(o, fmt.Sprintf("spec.targetRefs[%d].name", i), ref.Name,
+					"methods and paths match only HTTP, and all ports of Service %s are tcp; %s", n, sayProtocol)
 			}
 		}
 		slices.SortFunc(out.Services, discovery.Name.Compare)
@@ -482,6 +512,21 @@ func (b *builder) accessPolicies(services map[discovery.Name]*discovery.Service)
 		policies = append(policies, out)
 	})
 	return policies
+}
+
+// sayProtocol is the remedy where a port is not known to speak HTTP.
+const sayProtocol = "if it speaks HTTP or gRPC, say so in the port's appProtocol (http, http2 or grpc) or name"
+
+// usesHTTP reports whether a rule looks at what only HTTP has.
+func usesHTTP(p *v1alpha1.AccessPolicy) bool {
+	return slices.ContainsFunc(p.Spec.Rules, func(r v1alpha1.AccessRule) bool { return len(r.Methods)+len(r.Paths) > 0 })
+}
+
+// speaksHTTP reports whether a port of a service, or with 0 any port, carries HTTP.
+func speaksHTTP(s *discovery.Service, number uint16) bool {
+	return slices.ContainsFunc(s.Ports, func(p discovery.Port) bool {
+		return p.Protocol.IsHTTP() && !p.UDP && (number == 0 || p.Number == number)
+	})
 }
 
 func (b *builder) peers() map[string]*discovery.Peer {

@@ -72,22 +72,27 @@ func (r *routeBuilder) parent(i int, p gatewayv1.ParentReference) (discovery.Rou
 		Port:    uint16(deref(p.Port, 0)),
 	}
 	svc := r.services[ref.Service]
-	if p.SectionName == nil {
-		if svc != nil && ref.Port != 0 && svc.Port(ref.Port) == nil {
-			r.pending(r.object, field+".port", ref.Port, "Service %s has no such port here; it has %s", ref.Service, portNames(svc.Ports))
+	if p.SectionName != nil {
+		i := -1
+		if svc != nil {
+			i = slices.IndexFunc(svc.Ports, func(port discovery.Port) bool {
+				return port.Name == string(*p.SectionName) && (ref.Port == 0 || ref.Port == port.Number)
+			})
 		}
-		return ref, true // the Service, or the port, may be another cluster's
-	}
-	if svc != nil {
-		for _, port := range svc.Ports {
-			if port.Name == string(*p.SectionName) && (ref.Port == 0 || ref.Port == port.Number) {
-				ref.Port = port.Number
-				return ref, true
-			}
+		if i < 0 {
+			r.pending(r.object, field+".sectionName", *p.SectionName, "Service %s has no port of this name here; give its number in port", ref.Service)
+			return ref, false
 		}
+		ref.Port = svc.Ports[i].Number
 	}
-	r.pending(r.object, field+".sectionName", *p.SectionName, "Service %s has no port of this name here; give its number in port", ref.Service)
-	return ref, false
+	switch {
+	case svc == nil: // it may be another cluster's, and so may the port
+	case ref.Port != 0 && svc.Port(ref.Port) == nil:
+		r.pending(r.object, field+".port", ref.Port, "Service %s has no such port here; it has %s", ref.Service, portNames(svc.Ports))
+	case !speaksHTTP(svc, ref.Port):
+		r.pending(r.object, field, ref.Service, "is carried as tcp, without routes; %s", sayProtocol)
+	}
+	return ref, true
 }
 
 func (r *routeBuilder) httpRule(i int, rule *gatewayv1.HTTPRouteRule) *discovery.RouteRule {

@@ -88,9 +88,9 @@ func diff(a, b any) string {
 }
 
 func TestEndpointsKeepTheirIDs(t *testing.T) {
-	before, state := build(t, Input{Now: testNow, Set: NewSet(decode(t, service("a")+export("a")+slice("a-1", "a", "10.0.0.1", "10.0.0.2"))...)})
+	before, state := build(t, Input{Complete: true, Now: testNow, Set: NewSet(decode(t, service("a")+export("a")+slice("a-1", "a", "10.0.0.1", "10.0.0.2"))...)})
 	// Another slice, other order, one gone, one new: what stays keeps its ID.
-	after, _ := build(t, Input{Now: testNow.Add(time.Hour), State: state,
+	after, _ := build(t, Input{Complete: true, Now: testNow.Add(time.Hour), State: state,
 		Set: NewSet(decode(t, service("a")+export("a")+slice("a-9", "a", "10.0.0.3", "10.0.0.2"))...)})
 	was, is := idsByAddress(before, "a"), idsByAddress(after, "a")
 	if len(was) != 2 || len(is) != 2 || was["10.0.0.2"] != is["10.0.0.2"] {
@@ -112,7 +112,7 @@ func TestEndpointsKeepTheirIDs(t *testing.T) {
 // Restart from disk: the persisted State, decoded from scratch, gives the same Snapshot and State.
 func TestStateSurvivesRestart(t *testing.T) {
 	text := service("a") + export("a") + slice("a-1", "a", "10.0.0.1", "10.0.0.2") + service("b")
-	before, state := build(t, Input{Now: testNow, Set: NewSet(decode(t, text)...)})
+	before, state := build(t, Input{Complete: true, Now: testNow, Set: NewSet(decode(t, text)...)})
 	disk, err := json.Marshal(state)
 	if err != nil {
 		t.Fatal(err)
@@ -121,7 +121,7 @@ func TestStateSurvivesRestart(t *testing.T) {
 	if err := json.Unmarshal(disk, loaded); err != nil {
 		t.Fatal(err)
 	}
-	after, next := build(t, Input{Now: testNow.Add(time.Hour), State: loaded, Set: NewSet(decode(t, text)...)})
+	after, next := build(t, Input{Complete: true, Now: testNow.Add(time.Hour), State: loaded, Set: NewSet(decode(t, text)...)})
 	if d := diff(before, after) + diff(before.Services[shopName("a")], after.Services[shopName("a")]); d != "" {
 		t.Errorf("Snapshot changed (-before +after):\n%s", d)
 	}
@@ -144,7 +144,7 @@ func TestStateRefusesWhatItDidNotWrite(t *testing.T) {
 
 func TestBuildIsPure(t *testing.T) {
 	set := NewSet(decode(t, service("a")+export("a")+slice("a-1", "a", "10.0.0.1", "10.0.0.2"))...)
-	_, state := build(t, Input{Now: testNow, Set: set, NewID: counter()})
+	_, state := build(t, Input{Complete: true, Now: testNow, Set: set, NewID: counter()})
 	disk, _ := json.Marshal(state)
 	in := Input{Now: testNow, Set: set.Put(decode(t, service("b")+slice("b-1", "b", "10.0.1.1"))...), State: state}
 	var snaps []*discovery.Snapshot
@@ -165,8 +165,8 @@ func TestBuildIsPure(t *testing.T) {
 // again.
 func TestUnchangedServicesAreTheSamePointers(t *testing.T) {
 	a, b := service("a")+slice("a-1", "a", "10.0.0.1"), service("b")+slice("b-1", "b", "10.0.1.1")
-	before, state := build(t, Input{Now: testNow, Set: NewSet(decode(t, a+b)...)})
-	after, next := build(t, Input{Now: testNow, State: state, Set: NewSet(decode(t, a+service("b")+slice("b-1", "b", "10.0.1.2"))...)})
+	before, state := build(t, Input{Complete: true, Now: testNow, Set: NewSet(decode(t, a+b)...)})
+	after, next := build(t, Input{Complete: true, Now: testNow, State: state, Set: NewSet(decode(t, a+service("b")+slice("b-1", "b", "10.0.1.2"))...)})
 	if before.Services[shopName("a")] != after.Services[shopName("a")] {
 		t.Error("a was made again")
 	}
@@ -178,14 +178,14 @@ func TestUnchangedServicesAreTheSamePointers(t *testing.T) {
 	}
 	moved := testSelf
 	moved.Region = "us-1"
-	elsewhere, _ := build(t, Input{Self: moved, Now: testNow, State: next, Set: NewSet(decode(t, a)...)})
+	elsewhere, _ := build(t, Input{Self: moved, Complete: true, Now: testNow, State: next, Set: NewSet(decode(t, a)...)})
 	if got := elsewhere.Services[shopName("a")].Endpoints[0].Locality.Region; got != "us-1" {
 		t.Errorf("region %q after the cluster's changed", got)
 	}
 }
 
 func TestDuplicateAndDualStackEndpointsAreOne(t *testing.T) {
-	snap, _ := build(t, Input{Now: testNow, Set: NewSet(decode(t, service("a")+slice("a-1", "a", "10.0.0.1")+slice("a-2", "a", "10.0.0.1")+`
+	snap, _ := build(t, Input{Complete: true, Now: testNow, Set: NewSet(decode(t, service("a")+slice("a-1", "a", "10.0.0.1")+slice("a-2", "a", "10.0.0.1")+`
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
@@ -215,9 +215,25 @@ func TestAnExportIsOlderThanItsService(t *testing.T) {
 	if len(faults) != 1 || !faults[0].Pending {
 		t.Fatalf("faults %v", faults)
 	}
-	snap, _ := build(t, Input{Now: testNow.Add(time.Hour), State: state, Set: NewSet(decode(t, export("a")+service("a"))...)})
+	snap, _ := build(t, Input{Complete: true, Now: testNow.Add(time.Hour), State: state, Set: NewSet(decode(t, export("a")+service("a"))...)})
 	if got := snap.Services[shopName("a")].Export.Created; !got.Equal(testNow) {
 		t.Errorf("export time %s, want that of its first sight", got)
+	}
+}
+
+// While a source was not read whole, what it may still bring is remembered.
+func TestIncompleteBuildForgetsNothing(t *testing.T) {
+	a, b := service("a")+export("a")+slice("a-1", "a", "10.0.0.1", "10.0.0.2"), service("b")+export("b")+slice("b-1", "b", "10.0.1.1")
+	before, state := build(t, Input{Now: testNow, Complete: true, Set: NewSet(decode(t, a+b)...)})
+	later := testNow.Add(time.Hour)
+	_, state = build(t, Input{Now: later, State: state, Set: NewSet(decode(t, service("a")+slice("a-1", "a", "10.0.0.1"))...)})
+	after, state := build(t, Input{Now: later, Complete: true, State: state, Set: NewSet(decode(t, a+b)...)})
+	if d := diff(before.Services[shopName("a")], after.Services[shopName("a")]) + diff(before.Services[shopName("b")], after.Services[shopName("b")]); d != "" {
+		t.Errorf("-before +after:\n%s", d)
+	}
+	_, state = build(t, Input{Now: later, Complete: true, State: state, Set: NewSet(decode(t, service("a"))...)})
+	if disk, _ := json.Marshal(state); string(disk) != `{"version":1}` {
+		t.Errorf("a complete Build remembers what is gone: %s", disk)
 	}
 }
 

@@ -17,7 +17,7 @@ type Fault struct {
 	Value  string `json:"value,omitempty"` // what was found, shortened
 	Reason string `json:"reason"`          // what is wrong with it and what to do
 
-	// Pending says that the object is right by itself: what it refers to is missing here, and may come.
+	// Pending says that the object is right by itself: what it refers to is missing here, or does not suit it, and may yet.
 	Pending bool `json:"pending,omitempty"`
 }
 

@@ -324,6 +324,8 @@ func (c *checker) sliceAnnotations(s *discoveryv1.EndpointSlice) {
 		case AnnotationHopPort:
 			if n, err := strconv.Atoi(v); err != nil || n < 1 || n > 65535 {
 				c.add(field(name), v, "must be a port from 1 to 65535")
+			} else if t := s.Annotations[AnnotationTransport]; t != "" && t != "hop" {
+				c.add(field(name), v, "has a meaning only with %s hop, not %s", AnnotationTransport, t)
 			}
 		case AnnotationWeight:
 			if n, err := strconv.Atoi(v); err != nil || n < 1 || n > 65535 {

@@ -1,0 +1,69 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net"
+	"strings"
+	"testing"
+)
+
+// TestCallServe: the client understands the server in every protocol.
+func TestCallServe(t *testing.T) {
+	s := &server{who: Who{Service: "payments", Cluster: "west", Zone: "a", Instance: "1"}}
+	free := func() string {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		return ln.Addr().String()
+	}
+	web, raw := free(), free()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- s.run(ctx, []string{web}, []string{raw}) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	for {
+		if c, err := net.Dial("tcp", raw); err == nil {
+			_ = c.Close()
+			break
+		}
+	}
+	for _, tc := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{[]string{"http://" + web + "/a?b=c", "-body", "hi", "-method", "POST", "-header", "x-forwarded-client-cert: URI=spiffe://west.test/ns/shop/sa/frontend"}, 0, `"caller":"spiffe://west.test/ns/shop/sa/frontend"`},
+		{[]string{"http://" + web + "/status/503"}, 1, `503`},
+		{[]string{"ws://" + web + "/ws", "-body", "hi"}, 0, `"service":"payments"`},
+		{[]string{"grpc://" + web, "-body", "hi"}, 0, `"zone":"a"`},
+		{[]string{"grpc://" + web, "-body", "hi", "-stream", "client"}, 0, `hi,hi,hi`},
+		{[]string{"grpc://" + web, "-body", "hi", "-stream", "server"}, 0, `"ok":true`},
+		{[]string{"grpc://" + web, "-body", "hi", "-stream", "bidi"}, 0, `"ok":true`},
+		{[]string{"tcp://" + raw, "-body", "hi"}, 0, `"ok":true`},
+	} {
+		var out, errs bytes.Buffer
+		args := append([]string{"call", "-proxy", ""}, append(tc.args[1:], tc.args[0])...)
+		code := run(args, &out, &errs)
+		if code != tc.code || !strings.Contains(out.String(), tc.want) || !json.Valid(out.Bytes()) {
+			t.Errorf("%v: exit %d\n%s%s", tc.args, code, out.String(), errs.String())
+		}
+	}
+}
+
+func TestUsage(t *testing.T) {
+	for _, args := range [][]string{{}, {"serve"}, {"call"}, {"call", "payments"}, {"dance"}} {
+		var out, errs bytes.Buffer
+		if code := run(args, &out, &errs); code != 2 || errs.Len() == 0 {
+			t.Errorf("%v: exit %d, %q", args, code, errs.String())
+		}
+	}
+}

@@ -1,0 +1,2 @@
+// Package echopb is the sample workload's gRPC service.
+package echopb

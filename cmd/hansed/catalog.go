@@ -24,7 +24,7 @@ import (
 // It builds the local Snapshot.
 type catalog struct {
 	self      discovery.Self
-	store     below        // applied objects, by "Kind/namespace/name"
+	store     records      // applied objects, by "Kind/namespace/name"
 	files     *file.Source // nil without a directory
 	stateFile string
 	log       *slog.Logger
@@ -39,7 +39,7 @@ type catalog struct {
 	faults  []*objects.Fault // guarded by mu; of the last Build and of the files
 }
 
-func newCatalog(self discovery.Self, store below, files *file.Source, stateFile string, log *slog.Logger, onBuild func(*discovery.Snapshot)) *catalog {
+func newCatalog(self discovery.Self, store records, files *file.Source, stateFile string, log *slog.Logger, onBuild func(*discovery.Snapshot)) *catalog {
 	return &catalog{self: self, store: store, files: files, stateFile: stateFile, log: log, onBuild: onBuild,
 		wake: make(chan struct{}, 1), applied: objects.NewSet()}
 }

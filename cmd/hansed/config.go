@@ -30,7 +30,7 @@ type Config struct {
 
 	DataDir   string `json:"dataDir"`   // etcd, keys, bundles; 0700
 	ConfigDir string `json:"configDir"` // directory of Kubernetes YAML that is watched; optional
-	Socket    string `json:"socket"`    // hanse's Unix socket; default DATADIR/hansed.sock
+	Socket    string `json:"socket"`    // hanse's Unix socket; default /run/hanse/hansed.sock
 
 	Federation Federation `json:"federation"`
 	Identity   Identity   `json:"identity"`
@@ -137,9 +137,7 @@ func LoadConfig(path string) (*Config, error) {
 func (c *Config) fill() {
 	c.Network = cmp.Or(c.Network, c.Cluster)
 	c.Mesh = cmp.Or(c.Mesh, "hanse")
-	if c.DataDir != "" {
-		c.Socket = cmp.Or(c.Socket, filepath.Join(c.DataDir, "hansed.sock"))
-	}
+	c.Socket = cmp.Or(c.Socket, "/run/hanse/hansed.sock")
 	c.Federation.Listen = cmp.Or(c.Federation.Listen, ":7443")
 	c.Identity.Listen = cmp.Or(c.Identity.Listen, ":7444")
 	c.XDS.Listen = cmp.Or(c.XDS.Listen, ":7445")

@@ -1,54 +1,56 @@
 package main
 
 import (
+	"bytes"
 	"context"
-	"strings"
+
+	"github.com/hanse-mesh/hanse/federation/etcd"
 )
 
-// kv is what hansed keeps in its own etcd. Values are small; a missing key is a nil value.
-type kv interface {
-	Get(ctx context.Context, key string) ([]byte, error)
-	Put(ctx context.Context, key string, value []byte) error
-	PutIfAbsent(ctx context.Context, key string, value []byte) (bool, error)
-	CompareAndDelete(ctx context.Context, key string, value []byte) (bool, error)
-	Delete(ctx context.Context, key string) error
-	List(ctx context.Context, prefix string) (map[string][]byte, error)
+// records is a part of the own etcd in the shape that attest.Store, spireapi.KV, drill.Store and the catalog want: keys without
+// the prefix, values compared by content.
+type records struct{ kv *etcd.KV }
+
+func recordsOf(store etcd.Store, prefix string) records { return records{etcd.NewKV(store, prefix)} }
+
+// Get returns the value of key, nil if there is none.
+func (r records) Get(ctx context.Context, key string) ([]byte, error) {
+	v, _, err := r.kv.Get(ctx, key)
+	return v, err
 }
 
-// below is a kv under a prefix: its users name keys without it.
-type below struct {
-	kv     kv
-	prefix string
+// Put stores value under key.
+func (r records) Put(ctx context.Context, key string, value []byte) error {
+	_, err := r.kv.Put(ctx, key, value)
+	return err
 }
 
-func (b below) Get(ctx context.Context, key string) ([]byte, error) {
-	return b.kv.Get(ctx, b.prefix+key)
+// PutIfAbsent stores value and returns true, unless key is there already.
+func (r records) PutIfAbsent(ctx context.Context, key string, value []byte) (bool, error) {
+	return r.kv.PutIfAbsent(ctx, key, value)
 }
 
-func (b below) Put(ctx context.Context, key string, value []byte) error {
-	return b.kv.Put(ctx, b.prefix+key, value)
+// CompareAndDelete removes key and returns true if its value is still value.
+func (r records) CompareAndDelete(ctx context.Context, key string, value []byte) (bool, error) {
+	now, rev, err := r.kv.Get(ctx, key)
+	if err != nil || rev == 0 || !bytes.Equal(now, value) {
+		return false, err
+	}
+	return r.kv.CompareAndDelete(ctx, key, rev)
 }
 
-func (b below) PutIfAbsent(ctx context.Context, key string, value []byte) (bool, error) {
-	return b.kv.PutIfAbsent(ctx, b.prefix+key, value)
-}
+// Delete removes key, if it is there.
+func (r records) Delete(ctx context.Context, key string) error { return r.kv.Delete(ctx, key) }
 
-func (b below) CompareAndDelete(ctx context.Context, key string, value []byte) (bool, error) {
-	return b.kv.CompareAndDelete(ctx, b.prefix+key, value)
-}
-
-func (b below) Delete(ctx context.Context, key string) error {
-	return b.kv.Delete(ctx, b.prefix+key)
-}
-
-func (b below) List(ctx context.Context, prefix string) (map[string][]byte, error) {
-	found, err := b.kv.List(ctx, b.prefix+prefix)
+// List returns all keys that begin with prefix, and their values.
+func (r records) List(ctx context.Context, prefix string) (map[string][]byte, error) {
+	found, _, err := r.kv.List(ctx, prefix)
 	if err != nil {
 		return nil, err
 	}
 	out := make(map[string][]byte, len(found))
-	for k, v := range found {
-		out[strings.TrimPrefix(k, b.prefix)] = v
+	for _, kv := range found {
+		out[kv.Key] = kv.Value
 	}
 	return out, nil
 }

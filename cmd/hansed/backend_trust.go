@@ -1,0 +1,184 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/discovery/v1alpha1"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+)
+
+// TrustList lists the trust domains that this cluster trusts, its own first.
+func (p *controlPlane) TrustList(context.Context) ([]admin.TrustDomain, error) {
+	rows := map[spiffeid.TrustDomain]admin.TrustDomain{}
+	for td, b := range p.bundles.All() {
+		rows[td] = p.trustRow(td, b)
+	}
+	for _, r := range p.bundles.Relations() {
+		if _, ok := rows[r.TrustDomain]; !ok {
+			row := p.trustRow(r.TrustDomain, nil)
+			row.Note = "waits for its bundle"
+			rows[r.TrustDomain] = row
+		}
+	}
+	out := make([]admin.TrustDomain, 0, len(rows))
+	for _, r := range rows {
+		out = append(out, r)
+	}
+	slices.SortFunc(out, func(a, b admin.TrustDomain) int { return cmp.Or(b2i(b.Own)-b2i(a.Own), cmp.Compare(a.Name, b.Name)) })
+	return out, nil
+}
+
+func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle) admin.TrustDomain {
+	row := admin.TrustDomain{Name: td.Name(), Own: td == p.td, Source: "applied", Authorities: []string{}}
+	for _, m := range p.mesh.Clusterset().Members {
+		if m.TrustDomain == td.Name() {
+			row.Member, row.Source = m.Name, "mesh"
+		}
+	}
+	if r, ok := p.bundles.Related(td); ok && r.URL != "" && row.Member == "" {
+		row.Source = "endpoint"
+	}
+	if row.Own {
+		row.Source, row.Member = "own authority", p.cfg.Cluster
+	}
+	if b == nil {
+		return row
+	}
+	row.Sequence, _ = b.SequenceNumber()
+	now := p.now()
+	for _, c := range b.X509Authorities() {
+		sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
+		left := "expired"
+		if d := c.NotAfter.Sub(now); d > 0 {
+			left = "expires in " + d.Round(time.Second).String()
+		}
+		row.Authorities = append(row.Authorities, fmt.Sprintf("%x…%x, %s", sum[:4], sum[30:], left))
+	}
+	if row.Own {
+		for member, seq := range p.mesh.Acked(td) {
+			if seq >= row.Sequence {
+				row.Acked = append(row.Acked, member)
+			} else {
+				row.Missing = append(row.Missing, member)
+			}
+		}
+		slices.Sort(row.Acked)
+		slices.Sort(row.Missing)
+	}
+	return row
+}
+
+// TrustShow returns one row, with the bundle.
+func (p *controlPlane) TrustShow(ctx context.Context, name string) (admin.TrustDomain, error) {
+	rows, err := p.TrustList(ctx)
+	if err != nil {
+		return admin.TrustDomain{}, err
+	}
+	for _, r := range rows {
+		if r.Name == name {
+			if b, ok := p.bundles.Get(spiffeid.RequireTrustDomainFromString(name)); ok {
+				if r.Bundle, err = b.Marshal(); err != nil {
+					return admin.TrustDomain{}, fmt.Errorf("encode the bundle of %s: %w", name, err)
+				}
+			}
+			return r, nil
+		}
+	}
+	return admin.TrustDomain{}, admin.NotFound("hanse trust list", "this cluster has no relation with the trust domain %q", name)
+}
+
+// TrustAdd applies a ClusterFederatedTrustDomain.
+func (p *controlPlane) TrustAdd(ctx context.Context, req admin.TrustAdd) (admin.TrustDomain, error) {
+	td, err := spiffeid.TrustDomainFromString(req.TrustDomain)
+	if err != nil {
+		return admin.TrustDomain{}, admin.Invalid("a trust domain is a name such as east.demo", "trust domain %q: %v", req.TrustDomain, err)
+	}
+	if td == p.td {
+		return admin.TrustDomain{}, admin.Invalid("its roots are this cluster's own authority", "%s is this cluster's own trust domain", td)
+	}
+	o := v1alpha1.ClusterFederatedTrustDomain{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "spire.spiffe.io/v1alpha1", Kind: "ClusterFederatedTrustDomain"},
+		ObjectMeta: metav1.ObjectMeta{Name: td.Name()},
+		Spec:       v1alpha1.ClusterFederatedTrustDomainSpec{TrustDomain: td.Name(), BundleEndpointURL: req.EndpointURL, TrustDomainBundle: string(req.Bundle)},
+	}
+	o.Spec.BundleEndpointProfile.Type = cmp.Or(req.Profile, string(bundle.HTTPSSPIFFE))
+	o.Spec.BundleEndpointProfile.EndpointSPIFFEID = req.EndpointID
+	b, err := json.Marshal(o)
+	if err != nil {
+		return admin.TrustDomain{}, err
+	}
+	if _, err := p.catalog.Apply(ctx, b, false); err != nil {
+		return admin.TrustDomain{}, err
+	}
+	if err := p.relate(o.Spec.TrustDomain, o.Spec.BundleEndpointURL, o.Spec.BundleEndpointProfile.Type, o.Spec.BundleEndpointProfile.EndpointSPIFFEID, o.Spec.TrustDomainBundle); err != nil {
+		return admin.TrustDomain{}, err
+	}
+	return p.TrustShow(ctx, td.Name())
+}
+
+// TrustRemove ends a relation: the domain's SVIDs are refused from now on, and live connections that rest on them are closed.
+func (p *controlPlane) TrustRemove(ctx context.Context, name string) error {
+	td, err := spiffeid.TrustDomainFromString(name)
+	if err != nil {
+		return admin.Invalid("hanse trust list", "trust domain %q: %v", name, err)
+	}
+	for _, m := range p.mesh.Clusterset().Members {
+		if m.TrustDomain == td.Name() {
+			return admin.Refused(fmt.Sprintf("remove the member instead: hanse leave %s", m.Name), "%s is the trust domain of the member cluster %s", td, m.Name)
+		}
+	}
+	if _, ok := p.bundles.Related(td); !ok {
+		return admin.NotFound("hanse trust list", "this cluster has no relation with the trust domain %q", name)
+	}
+	if _, err := p.catalog.Delete(ctx, "ClusterFederatedTrustDomain", "", td.Name()); err != nil {
+		return err
+	}
+	return p.bundles.Unrelate(td)
+}
+
+// relate brings one configured relation into force.
+func (p *controlPlane) relate(domain, url, profile, endpointID, bundleJSON string) error {
+	td, err := spiffeid.TrustDomainFromString(domain)
+	if err != nil {
+		return fmt.Errorf("trust domain %q: %w", domain, err)
+	}
+	r := bundle.Relation{TrustDomain: td, URL: url, Profile: bundle.Profile(profile)}
+	if endpointID != "" {
+		if r.EndpointID, err = spiffeid.FromString(endpointID); err != nil {
+			return fmt.Errorf("endpoint SPIFFE ID %q: %w", endpointID, err)
+		}
+	}
+	if old, ok := p.bundles.Related(td); !ok || old != r {
+		if err := p.bundles.Relate(r); err != nil {
+			return err
+		}
+	}
+	if bundleJSON == "" {
+		return nil
+	}
+	b, err := bundle.Parse(td, []byte(bundleJSON))
+	if err != nil {
+		return admin.Invalid("it must be the SPIFFE JSON form: hanse trust show -o json, or spire-server bundle show -format spiffe", "bundle of %s: %v", td, err)
+	}
+	if have, ok := p.bundles.Get(td); ok && !newer(b, have) {
+		return nil
+	}
+	return p.bundles.Set(td, b, "applied")
+}
+
+func newer(b, than *spiffebundle.Bundle) bool {
+	x, okX := b.SequenceNumber()
+	y, okY := than.SequenceNumber()
+	return !okX || !okY || x > y
+}

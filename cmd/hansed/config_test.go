@@ -1,0 +1,42 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestLoadConfigSaysWhatIsWrong(t *testing.T) {
+	good := "cluster: west\ntrustDomain: west.demo\ndataDir: data\n"
+	for _, c := range []struct{ name, yaml, want string }{
+		{"unknown field", good + "clutser: x\n", `unknown field "clutser"`},
+		{"not YAML", "cluster: [", "yaml"},
+		{"bad cluster", strings.Replace(good, "west\n", "West_1\n", 1), `cluster: "West_1" is not a DNS label`},
+		{"bad trust domain", strings.Replace(good, "west.demo", "West Demo", 1), "trustDomain"},
+		{"no data directory", "cluster: west\ntrustDomain: west.demo\n", "dataDir: missing"},
+		{"gateway without port", good + "gateways: [127.0.0.1]\n", `gateways[0]: "127.0.0.1"`},
+		{"admin for all", good + "admin: {listen: 0.0.0.0:7440}\n", "not a loopback address"},
+		{"short root", good + "identity: {rootLife: 1h, x509Life: 1h}\n", "rootLife"},
+		{"duration", good + "identity: {x509Life: 12}\n", "want a number with a unit"},
+		{"all together", "cluster: ''\ntrustDomain: ''\n", "3 faults"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "hansed.yaml")
+			if err := os.WriteFile(path, []byte(c.yaml), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := LoadConfig(path); err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), path) {
+				t.Errorf("err = %v\nwant one that names the file and has %q", err, c.want)
+			}
+		})
+	}
+	path := filepath.Join(t.TempDir(), "hansed.yaml")
+	if err := os.WriteFile(path, []byte(good), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := LoadConfig(path)
+	if err != nil || cfg.DataDir != filepath.Join(filepath.Dir(path), "data") || cfg.Network != "west" || cfg.XDS.Listen != ":7445" {
+		t.Errorf("good file: %+v, %v", cfg, err)
+	}
+}

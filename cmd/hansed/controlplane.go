@@ -1,0 +1,307 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/drill"
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/file"
+	"github.com/hanse-mesh/hanse/discovery/xdsgen"
+	"github.com/hanse-mesh/hanse/discovery/xdspb"
+	"github.com/hanse-mesh/hanse/discovery/xdsserver"
+	"github.com/hanse-mesh/hanse/federation/etcd"
+	"github.com/hanse-mesh/hanse/federation/peering"
+	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/identity/atomicfile"
+	"github.com/hanse-mesh/hanse/identity/attest"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/ca"
+	"github.com/hanse-mesh/hanse/identity/spireapi"
+)
+
+// controlPlane joins the parts of one hansed. It implements admin.Backend.
+type controlPlane struct {
+	// read-only after build
+	cfg     *Config
+	version string
+	td      spiffeid.TrustDomain
+	log     *slog.Logger
+	now     func() time.Time
+
+	stores    *stores
+	board     *switchboard
+	authority *ca.Authority
+	bundles   *bundle.Store
+	puller    *bundle.Puller
+	source    *identity.Source // the control plane's own SVID, and all bundles
+	tokens    *attest.Tokens
+	spire     *spireapi.Server
+	files     *file.Source // nil without a directory
+	catalog   *catalog
+	exporter  *etcd.Exporter
+	guard     *etcd.Guard
+	mesh      *peering.Mesh
+	xds       *xdsserver.Server
+	health    *healthBook
+	drills    *drill.Engine
+
+	listening chan struct{} // closed when every listener is open
+
+	configured map[spiffeid.TrustDomain]bool // relations that the catalog asked for; owned by reconcileTrust
+}
+
+// build opens the stores and joins the parts. Nothing runs yet; the caller closes p.stores.
+func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, reg prometheus.Registerer) (_ *controlPlane, err error) {
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, board: newSwitchboard(), source: identity.NewSource(),
+		health: newHealthBook(time.Now), listening: make(chan struct{}), configured: map[spiffeid.TrustDomain]bool{}}
+	if err := atomicfile.MakeDir(cfg.DataDir); err != nil {
+		return nil, fmt.Errorf("data directory %s: %w", cfg.DataDir, err)
+	}
+	if p.stores, err = openStores(ctx, cfg, log); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.stores.Close())
+		}
+	}()
+
+	// Identity.
+	p.authority, err = ca.Open(ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: td, RootLife: cfg.Identity.RootLife.Duration,
+		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: log.With("part", "ca"), Registerer: reg})
+	if err != nil {
+		return nil, err
+	}
+	if p.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(cfg.DataDir, "bundles"), TrustDomain: td, Log: log.With("part", "bundles")}); err != nil {
+		return nil, err
+	}
+	if err := p.bundles.Set(td, p.authority.Bundle(), "own authority"); err != nil && !errors.Is(err, bundle.ErrStale) {
+		return nil, fmt.Errorf("own bundle: %w", err)
+	}
+	svid, err := p.authority.NewSVID(identity.ControlPlaneID(td), cfg.Identity.X509Life.Duration)
+	if err != nil {
+		return nil, fmt.Errorf("own SVID: %w", err)
+	}
+	p.source.Set(svid, p.bundles.All())
+	if p.puller, err = bundle.NewPuller(bundle.PullerConfig{Store: p.bundles, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
+		return nil, err
+	}
+	p.tokens = attest.New(td, recordsOf(p.stores.own, "identity/tokens/"), time.Now)
+	p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, "identity/records/"),
+		Refresh: p.puller.Refresh, Log: log.With("part", "spire-api"), Registerer: reg})
+	if err != nil {
+		return nil, err
+	}
+
+	// Discovery.
+	self := discovery.Self{Cluster: cfg.Cluster, TrustDomain: cfg.TrustDomain, Network: cfg.Network, Region: cfg.Region}
+	for _, g := range cfg.Gateways {
+		self.Gateways = append(self.Gateways, netip.MustParseAddrPort(g)) // checked by Validate
+	}
+	if cfg.ConfigDir != "" {
+		p.files = file.New(file.Config{Dir: cfg.ConfigDir, Log: log.With("part", "files"), Registerer: reg})
+	}
+	p.catalog = newCatalog(self, recordsOf(p.stores.own, "config/"), p.files, filepath.Join(cfg.DataDir, "endpoint-ids.json"), log.With("part", "catalog"),
+		func(s *discovery.Snapshot) {
+			p.reconcileTrust(s)
+			p.mesh.SetLocal(s)
+		})
+
+	// Federation.
+	if p.mesh, err = p.newMesh(self, reg); err != nil {
+		return nil, err
+	}
+
+	// xDS and drills.
+	p.xds, err = xdsserver.New(xdsserver.Config{Source: p.source, TrustDomain: td, OnReport: p.onReport, Log: log.With("part", "xds"), Registerer: reg})
+	if err != nil {
+		return nil, err
+	}
+	p.drills = drill.New(drill.Config{Self: cfg.Cluster, Store: drillRecords{recordsOf(p.stores.own, "drills/")}, ControlPlane: p.board, View: p.mesh.Clusterset,
+		ReportEvery: p.xds.SetReportInterval, FaultsChanged: p.xds.FaultsChanged, Now: time.Now, Log: log.With("part", "drill")})
+	p.xds.SetFaults(func(v xdsgen.Viewer) *xdspb.Faults {
+		ips := make([]string, len(v.WorkloadIPs))
+		for i, a := range v.WorkloadIPs {
+			ips[i] = a.String()
+		}
+		return p.drills.Faults(ips, v.Kind == xdsgen.Gateway)
+	})
+	return p, nil
+}
+
+// Run serves until ctx ends, and has stopped everything when it returns.
+func (p *controlPlane) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	run := func(name string, f func(context.Context) error) {
+		g.Go(func() error {
+			if err := f(ctx); err != nil && !errors.Is(err, context.Canceled) {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		})
+	}
+	run("authority", p.authority.Run)
+	run("own SVID", func(ctx context.Context) error {
+		return p.authority.RunSVID(ctx, identity.ControlPlaneID(p.td), p.cfg.Identity.X509Life.Duration, p.source)
+	})
+	run("own bundle", p.publishOwnBundle)
+	run("bundles", func(ctx context.Context) error { return p.bundles.RunSource(ctx, p.source) })
+	run("bundle endpoints", p.puller.Run)
+	run("SPIRE API", p.spire.Run)
+	if p.files != nil {
+		run("files", p.files.Run)
+	}
+	run("catalog", p.catalog.Run)
+	run("federation", p.runMesh)
+	run("views", p.publishViews)
+	run("xDS", p.xds.Run)
+	run("drills", p.drills.Run)
+	run("acknowledgements", p.acknowledge)
+	run("listeners", p.serve)
+	return g.Wait()
+}
+
+// publishOwnBundle brings each change of the own roots into the bundle store, and from there everywhere.
+func (p *controlPlane) publishOwnBundle(ctx context.Context) error {
+	for {
+		changed := p.authority.Changed()
+		if err := p.bundles.Set(p.td, p.authority.Bundle(), "own authority"); err != nil && !errors.Is(err, bundle.ErrStale) {
+			p.log.Error("own bundle was not stored; the last one stays in force", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// publishViews hands each Clusterset and each change of trust to the xDS server.
+func (p *controlPlane) publishViews(ctx context.Context) error {
+	sweep := time.NewTicker(healthMemory)
+	defer sweep.Stop()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-p.mesh.Loaded(): // before that a view would take away what was known
+	}
+	for {
+		updated, trust := p.mesh.Updated(), p.bundles.Changed()
+		if set := p.mesh.Clusterset(); set.Local.Complete {
+			p.xds.SetView(set)
+		}
+		p.xds.SetTrust(names(p.bundles.Sequences()))
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-updated:
+		case <-trust:
+		case <-sweep.C:
+			p.health.Sweep()
+		}
+	}
+}
+
+func names(by map[spiffeid.TrustDomain]uint64) map[string]uint64 {
+	out := make(map[string]uint64, len(by))
+	for td, seq := range by {
+		out[td.Name()] = seq
+	}
+	return out
+}
+
+// acknowledge tells the mesh which bundles this control plane and all its proxies have loaded.
+func (p *controlPlane) acknowledge(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		acked := map[spiffeid.TrustDomain]uint64{}
+		proxies := p.xds.TrustAcked()
+		for td, seq := range p.bundles.Sequences() {
+			acked[td] = min(seq, proxies[td.Name()])
+		}
+		p.mesh.SetAcked(acked)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// rootAcknowledged says whether everybody who must has loaded the own bundle of that sequence: members, proxies and stock agents.
+func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
+	var missing []string
+	for member, seq := range p.mesh.Acked(p.td) {
+		if seq < sequence {
+			missing = append(missing, "cluster "+member)
+		}
+	}
+	if p.xds.TrustAcked()[p.td.Name()] < sequence {
+		missing = append(missing, "a proxy of this cluster")
+	}
+	for _, a := range p.spire.Missing(p.td, sequence) {
+		missing = append(missing, "agent "+a)
+	}
+	return len(missing) == 0, missing
+}
+
+// onReport spreads what a proxy reports.
+func (p *controlPlane) onReport(r xdsserver.Report) {
+	samples, alive := p.health.Note(r)
+	p.drills.Observe(samples)
+	for _, member := range alive {
+		p.mesh.ReportSuccess(member)
+	}
+}
+
+// reconcileTrust brings the configured bundle federation into force, and ends what is no longer configured. What fails is said
+// and tried again at the next change.
+func (p *controlPlane) reconcileTrust(s *discovery.Snapshot) {
+	next := map[spiffeid.TrustDomain]bool{}
+	for _, t := range s.TrustDomains {
+		td, err := spiffeid.TrustDomainFromString(t.TrustDomain)
+		if err == nil {
+			next[td] = true
+			err = p.relate(t.TrustDomain, t.EndpointURL, t.Profile, t.EndpointID, t.Bundle)
+		}
+		if err != nil {
+			p.log.Error("configured trust domain is not in force", "object", t.Name, "err", err)
+		}
+	}
+	members := p.mesh.Clusterset().Members
+	for td := range p.configured {
+		member := false // whose trust rests on its membership
+		for _, m := range members {
+			member = member || m.TrustDomain == td.Name()
+		}
+		if !next[td] && !member {
+			if err := p.bundles.Unrelate(td); err != nil {
+				p.log.Error("trust domain is still trusted", "trust_domain", td.Name(), "err", err)
+				next[td] = true
+			}
+		}
+	}
+	p.configured = next
+}
+
+// drillRecords is records without their reads of one key.
+type drillRecords struct{ records }
+
+func (r drillRecords) List(ctx context.Context) (map[string][]byte, error) {
+	return r.records.List(ctx, "")
+}

@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
+)
+
+func main() {
+	if err := command().Execute(); err != nil {
+		fmt.Fprintln(os.Stderr, "hansed:", err)
+		var h interface{ Hint() string }
+		if errors.As(err, &h) {
+			fmt.Fprintln(os.Stderr, "hint:", h.Hint())
+		}
+		var u usageError
+		if errors.As(err, &u) {
+			os.Exit(2)
+		}
+		os.Exit(1)
+	}
+}
+
+// usageError is a command line that cannot be meant.
+type usageError struct{ error }
+
+// Hint says where to look.
+func (usageError) Hint() string { return "hansed --help" }
+
+func command() *cobra.Command {
+	var path string
+	var check bool
+	var endpoints []string
+	cmd := &cobra.Command{
+		Use:   "hansed --config FILE",
+		Short: "Control plane of one cluster of a Hanse mesh",
+		Example: `  hansed --config /etc/hanse/hansed.yaml
+  hansed --config /etc/hanse/hansed.yaml --check      # is the file good? changes nothing
+  hansed --config /etc/hanse/hansed.yaml --etcd-endpoints https://10.0.0.7:2379`,
+		Version:       daemon.Version,
+		Args:          cobra.NoArgs,
+		SilenceErrors: true, SilenceUsage: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if path == "" {
+				return usageError{errors.New("no configuration file: give one with --config")}
+			}
+			cfg, err := LoadConfig(path)
+			if err != nil {
+				return err
+			}
+			if len(endpoints) > 0 {
+				cfg.Etcd.Endpoints = endpoints
+			}
+			if check {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s is good: cluster %q, trust domain %s.\n", path, cfg.Cluster, cfg.TrustDomain)
+				return nil
+			}
+			return run(cmd.Context(), cfg)
+		},
+	}
+	cmd.Flags().StringVar(&path, "config", "", "configuration file (YAML); docs/operations.md lists its fields")
+	cmd.Flags().BoolVar(&check, "check", false, "check the configuration and end")
+	cmd.Flags().StringSliceVar(&endpoints, "etcd-endpoints", nil, "use this external etcd instead of the embedded one")
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	return cmd
+}
+
+// run is the process: it returns when a signal came and everything has ended.
+func run(ctx context.Context, cfg *Config) error {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	level := new(slog.LevelVar)
+	l, err := daemon.ParseLevel(cfg.Log.Level)
+	if err != nil {
+		return err
+	}
+	level.Set(l)
+	log := daemon.Logger(os.Stderr, level).With("cluster", cfg.Cluster)
+	ctx, stop := daemon.Signals(ctx, log)
+	defer stop()
+
+	reg := daemon.NewRegistry()
+	p, err := build(ctx, cfg, daemon.Version, log, reg)
+	if err != nil {
+		return err
+	}
+	adminListener, err := net.Listen("tcp", cfg.Admin.Listen)
+	if err != nil {
+		return errors.Join(fmt.Errorf("admin: listen on %s: %w", cfg.Admin.Listen, err), p.stores.Close())
+	}
+	page := &daemon.Admin{Ready: p.ready, Gatherer: reg, Level: level, Snapshot: p.snapshot, Log: log}
+	var g daemon.Group
+	g.Add("stores", p.stores.run)
+	g.Add("admin", func(ctx context.Context) error { return page.Run(ctx, adminListener) })
+	g.Add("control plane", p.Run)
+	log.Info("hansed starts", "version", daemon.Version, "trust_domain", cfg.TrustDomain, "data", cfg.DataDir)
+	err = g.Run(ctx, log)
+	log.Info("hansed has ended")
+	return err
+}
+
+// ready says why this control plane cannot serve yet. It needs no peer.
+func (p *controlPlane) ready() error {
+	select {
+	case <-p.listening:
+	default:
+		return errors.New("listeners are not open yet")
+	}
+	select {
+	case <-p.mesh.Loaded():
+	default:
+		return errors.New("the state of the mesh is being read")
+	}
+	if !p.mesh.Clusterset().Local.Complete {
+		return errors.New("configuration has not been read whole yet")
+	}
+	return nil
+}
+
+// snapshot is what /debug/snapshot shows.
+func (p *controlPlane) snapshot() any {
+	set := p.mesh.Clusterset()
+	type service struct {
+		Name string
+		Data any
+	}
+	view := struct {
+		Local    any
+		Services []service
+		Imports  []service
+		Members  any
+		Trusted  map[string]uint64
+		Revision uint64
+	}{Local: set.Local, Members: set.Members, Trusted: set.Trusted, Revision: set.Revision}
+	for n, s := range set.Local.Services {
+		view.Services = append(view.Services, service{n.String(), s})
+	}
+	for n, s := range set.Imports {
+		view.Imports = append(view.Imports, service{n.String(), s})
+	}
+	return view
+}

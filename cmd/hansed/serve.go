@@ -1,0 +1,224 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/federation/etcd"
+	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+)
+
+// drainTime bounds how long open calls may take when hansed ends.
+const drainTime = 5 * time.Second
+
+// serve opens every listener before it serves on any, so that a start that cannot succeed fails whole.
+func (p *controlPlane) serve(ctx context.Context) error {
+	var servers []func(context.Context) error
+	var opened []net.Listener
+	fail := func(err error) error {
+		for _, l := range opened {
+			l.Close()
+		}
+		return err
+	}
+	tcp := func(what, addr string, federation bool) (net.Listener, error) {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		if err != nil {
+			return nil, fmt.Errorf("%s: listen on %s: %w", what, addr, err)
+		}
+		l = p.board.listen(l, federation)
+		opened = append(opened, l)
+		return l, nil
+	}
+
+	// 7443: federation and join.
+	l, err := tcp("federation", p.cfg.Federation.Listen, true)
+	if err != nil {
+		return fail(err)
+	}
+	seed := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
+	fed := l
+	servers = append(servers, func(ctx context.Context) error {
+		return p.mesh.Serve(ctx, fed, p.guard.Register, etcd.ServerOptions(seed)...)
+	})
+
+	// 7444: SPIRE Server API for agents, and on a Unix socket for administrators.
+	if l, err = tcp("identity", p.cfg.Identity.Listen, false); err != nil {
+		return fail(err)
+	}
+	limits := []grpc.ServerOption{grpc.MaxRecvMsgSize(4 << 20), grpc.ConnectionTimeout(10 * time.Second), grpc.MaxConcurrentStreams(100),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 10 * time.Minute}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true})}
+	agents := grpc.NewServer(append(limits, grpc.Creds(credentials.NewTLS(p.spire.TLSConfig())))...)
+	p.spire.RegisterAgent(agents)
+	servers = append(servers, serveGRPC(agents, l))
+
+	if l, err = unixListener(filepath.Join(p.cfg.DataDir, "spire-server", "api.sock")); err != nil {
+		return fail(err)
+	}
+	opened = append(opened, l)
+	admins := grpc.NewServer(limits...)
+	p.spire.RegisterAdmin(admins)
+	servers = append(servers, serveGRPC(admins, l))
+
+	// 7445: xDS.
+	if l, err = tcp("xDS", p.cfg.XDS.Listen, false); err != nil {
+		return fail(err)
+	}
+	xds := grpc.NewServer(p.xds.ServerOptions()...)
+	p.xds.Register(xds)
+	servers = append(servers, serveGRPC(xds, l))
+
+	// 7446: bundle endpoint.
+	if l, err = tcp("bundle endpoint", p.cfg.Bundle.Listen, false); err != nil {
+		return fail(err)
+	}
+	bundles := httpServer(p.bundles.Handler(), p.log)
+	bundles.TLSConfig = bundle.EndpointTLS(p.source)
+	servers = append(servers, serveHTTP(bundles, l, true))
+
+	// The socket of hanse, and 7447 for it from afar.
+	if l, err = unixListener(p.cfg.Socket); err != nil {
+		return fail(err)
+	}
+	opened = append(opened, l)
+	handler := admin.Handler(p, p.log.With("part", "admin"))
+	servers = append(servers, serveHTTP(streaming(handler, p.log), l, false))
+	if p.cfg.Remote.Listen != "" {
+		if l, err = tcp("remote administration", p.cfg.Remote.Listen, false); err != nil {
+			return fail(err)
+		}
+		remote := streaming(handler, p.log)
+		remote.TLSConfig = identity.ServerTLS(p.source, func(id spiffeid.ID) error {
+			if !identity.IsAdminID(p.td, id) {
+				return fmt.Errorf("%s is no administrator of %s", id, p.td)
+			}
+			return nil
+		}, "http/1.1")
+		servers = append(servers, serveHTTP(remote, l, true))
+	}
+	p.log.Info("serving", "federation", p.cfg.Federation.Listen, "identity", p.cfg.Identity.Listen, "xds", p.cfg.XDS.Listen,
+		"bundle_endpoint", p.cfg.Bundle.Listen, "socket", p.cfg.Socket)
+	close(p.listening)
+
+	g, ctx := errgroup.WithContext(ctx)
+	for _, s := range servers {
+		g.Go(func() error { return s(ctx) })
+	}
+	return g.Wait()
+}
+
+// serveGRPC returns a function that serves until ctx ends, then drains.
+func serveGRPC(s *grpc.Server, l net.Listener) func(context.Context) error {
+	return func(ctx context.Context) error {
+		done := make(chan struct{})
+		stop := context.AfterFunc(ctx, func() {
+			defer close(done)
+			hard := time.AfterFunc(drainTime, s.Stop) // streams of proxies and peers do not end by themselves
+			defer hard.Stop()
+			s.GracefulStop()
+		})
+		err := s.Serve(l)
+		if !stop() {
+			<-done
+		}
+		if errors.Is(err, grpc.ErrServerStopped) {
+			return nil
+		}
+		return err
+	}
+}
+
+func serveHTTP(s *http.Server, l net.Listener, tls bool) func(context.Context) error {
+	return func(ctx context.Context) error {
+		done := make(chan struct{})
+		stop := context.AfterFunc(ctx, func() {
+			defer close(done)
+			drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+			defer cancel()
+			if s.Shutdown(drain) != nil {
+				s.Close()
+			}
+		})
+		var err error
+		if tls {
+			err = s.ServeTLS(l, "", "")
+		} else {
+			err = s.Serve(l)
+		}
+		if !stop() {
+			<-done
+		}
+		if errors.Is(err, http.ErrServerClosed) {
+			return nil
+		}
+		return err
+	}
+}
+
+func httpServer(h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+}
+
+// streaming is a server whose handler sets its own write deadlines, since some answers last.
+func streaming(h http.Handler, log *slog.Logger) *http.Server {
+	s := httpServer(h, log)
+	s.WriteTimeout, s.ReadTimeout = 0, 0
+	return s
+}
+
+// unixListener listens on a socket that only its owner may use. A socket that a dead process left is replaced; one that answers is not.
+func unixListener(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("socket %s: another process answers there already", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	// The socket is made under a name that nobody knows, closed to others, and then moved into place.
+	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
+	l, err := net.Listen("unix", tmp)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	u := l.(*net.UnixListener)
+	u.SetUnlinkOnClose(false)
+	if err := errors.Join(os.Chmod(tmp, 0o600), os.Rename(tmp, path)); err != nil {
+		l.Close()
+		os.Remove(tmp)
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	return &unlinking{Listener: l, path: path}, nil
+}
+
+// unlinking removes its socket when it is closed.
+type unlinking struct {
+	net.Listener
+	path string
+}
+
+func (u *unlinking) Close() error {
+	return errors.Join(u.Listener.Close(), os.Remove(u.path))
+}

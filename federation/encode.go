@@ -77,6 +77,24 @@ func (e *Exports) Scope(n discovery.Name) string {
 	return e.services[n].scope
 }
 
+// In returns how many endpoints a scope has.
+func (e *Exports) In(scope string) int {
+	n := 0
+	e.Each(func(_ discovery.Name, in string, endpoints int) {
+		if in == scope {
+			n += endpoints
+		}
+	})
+	return n
+}
+
+// Each calls f for every service.
+func (e *Exports) Each(f func(n discovery.Name, scope string, endpoints int)) {
+	for n, x := range e.services {
+		f(n, x.scope, x.endpoints)
+	}
+}
+
 // Readable returns the scopes that a member of this name may read, sorted.
 func (e *Exports) Readable(member string) []string {
 	var scopes []string
@@ -119,6 +137,7 @@ func Restore(scopes map[string]map[string][]byte) *Exports {
 			if proto.Unmarshal(value, &pb) == nil {
 				for _, ep := range pb.Endpoints {
 					x.slots[hex.EncodeToString(ep.Id)] = slot
+					x.endpoints = len(x.slots)
 				}
 			}
 		}

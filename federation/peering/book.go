@@ -54,7 +54,7 @@ func (m *Mesh) change(ctx context.Context, f func(b *federation.Book) (changed [
 func (m *Mesh) storeEntry(ctx context.Context, b *federation.Book, id string) error {
 	e := b.Entries[id]
 	if e == nil {
-		if err := m.cfg.Stores.KV.Delete(ctx, memberPath+id); err != nil {
+		if err := m.kv.Delete(ctx, memberPath+id); err != nil {
 			return fmt.Errorf("forget member %.8s: %w", id, err)
 		}
 		return nil
@@ -67,7 +67,7 @@ func (m *Mesh) storeEntry(ctx context.Context, b *federation.Book, id string) er
 	if err != nil {
 		return fmt.Errorf("encode member %.8s: %w", id, err)
 	}
-	if err := m.cfg.Stores.KV.Put(ctx, memberPath+id, value); err != nil {
+	if err := m.kv.Put(ctx, memberPath+id, value); err != nil {
 		return fmt.Errorf("store member %.8s: %w", id, err)
 	}
 	return nil
@@ -75,7 +75,7 @@ func (m *Mesh) storeEntry(ctx context.Context, b *federation.Book, id string) er
 
 // loadBook reads the Book, or begins one with a new member ID: a mesh of one.
 func (m *Mesh) loadBook(ctx context.Context) (*federation.Book, error) {
-	kv := m.cfg.Stores.KV
+	kv := m.kv
 	self, err := kv.Get(ctx, selfKey)
 	if err != nil {
 		return nil, fmt.Errorf("read this cluster's member ID: %w", err)

@@ -2,17 +2,15 @@ package peering
 
 import (
 	"context"
-	"crypto/sha256"
-	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
-	"time"
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/federationpb"
 )
 
@@ -24,115 +22,65 @@ func encode(m proto.Message) []byte {
 	return b
 }
 
-// lingering is a key that has moved to another scope and stays readable in the old one for a while.
-type lingering struct {
-	value []byte
-	until time.Time
-}
-
-// exportServices writes the exported services of the local Snapshot. Nothing is exported before every source has been read whole: what was
-// exported before stays until then.
-func (m *Mesh) exportServices(ctx context.Context) error {
-	s, now := m.local.Load(), m.cfg.Now()
-	if s == nil || !s.Complete {
-		return nil
+// loadExports reads what the last run exported: slots, export times and scope lists go on from there.
+func (m *Mesh) loadExports(ctx context.Context) error {
+	scopes, err := etcd.ReadExports(ctx, m.cfg.Own, "")
+	if err != nil {
+		return fmt.Errorf("read own exports: %w", err)
 	}
-	settling := len(m.moved) > 0
-	if s == m.exportedFrom && !settling {
-		return nil
-	}
-	if s != m.exportedFrom && m.exportedFrom != nil {
-		if m.exportDue.IsZero() {
-			m.exportDue = now.Add(m.cfg.Timers.Debounce)
+	services := map[string]map[string][]byte{}
+	for scope, keys := range scopes {
+		if isServiceScope(scope) {
+			services[scope] = keys
 		}
-		if now.Before(m.exportDue) {
-			return nil
+		id, isPeer := strings.CutPrefix(scope, federation.PeerScope(""))
+		list := &federationpb.Scopes{}
+		if isPeer && proto.Unmarshal(keys[federation.ScopesKey], list) == nil {
+			m.restored[id] = list.Scopes
 		}
 	}
-	m.exportDue = time.Time{}
-	prev := m.exports.Load()
-	next, faults := federation.Encode(s, prev, now)
-	m.reportFaults(faults)
-	m.linger(prev, next, now)
-
-	var errs []error
-	written := map[string]bool{}
-	for scope, keys := range next.Scopes {
-		written[scope] = true
-		errs = append(errs, m.setScope(ctx, scope, m.withLingering(scope, keys)))
-	}
-	for scope := range m.moved {
-		if !written[scope] {
-			written[scope] = true
-			errs = append(errs, m.setScope(ctx, scope, m.withLingering(scope, nil)))
-		}
-	}
-	for scope := range m.scopes {
-		if isServiceScope(scope) && !written[scope] {
-			errs = append(errs, m.setScope(ctx, scope, nil))
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
-		m.exportDue = now.Add(time.Second)
-		return err
-	}
-	m.exports.Store(next)
-	m.exportedFrom = s
+	m.exports.Store(federation.Restore(services))
 	return nil
 }
 
 func isServiceScope(scope string) bool {
-	return scope != federation.MembersScope && scope != federation.AcksScope && !strings.HasPrefix(scope, "peers/")
+	return scope != federation.MembersScope && scope != federation.AcksScope && !strings.HasPrefix(scope, federation.PeerScope(""))
 }
 
-// linger notes keys that have left a scope although their service is still exported, and forgets those whose time is over.
-func (m *Mesh) linger(prev, next *federation.Exports, now time.Time) {
-	for scope, keys := range m.moved {
-		for key, l := range keys {
-			if n, _, err := federation.ParseKey(key); err != nil || !now.Before(l.until) || next.Since(n).IsZero() {
-				delete(keys, key)
-			}
-		}
-		if len(keys) == 0 {
-			delete(m.moved, scope)
-		}
+// exportServices gives the exporter the exported services of the local Snapshot. Nothing is exported before every source has been read
+// whole: what was exported before stays until then.
+func (m *Mesh) exportServices() {
+	s := m.local.Load()
+	if s == nil || !s.Complete || s == m.exportedFrom {
+		return
 	}
-	for scope, keys := range prev.Scopes {
-		for key, value := range keys {
-			n, _, err := federation.ParseKey(key)
-			if err != nil || next.Scope(n) == "" || next.Scope(n) == scope {
-				continue
-			}
-			if m.moved[scope] == nil {
-				m.moved[scope] = map[string]lingering{}
-			}
-			m.moved[scope][key] = lingering{value, now.Add(m.cfg.Timers.Move)}
-		}
-	}
-}
-
-func (m *Mesh) withLingering(scope string, keys map[string][]byte) map[string][]byte {
-	if len(m.moved[scope]) == 0 {
-		return keys
-	}
-	out := map[string][]byte{}
-	for key, l := range m.moved[scope] {
-		out[key] = l.value
-	}
-	maps.Copy(out, keys)
-	return out
-}
-
-func (m *Mesh) reportFaults(faults []federation.Fault) {
+	prev := m.exports.Load()
+	next, faults := federation.Encode(s, prev, m.cfg.Now())
 	if old := m.faults.Swap(&faults); old == nil || !slices.Equal(*old, faults) {
 		for _, f := range faults {
 			m.log.Error("service is not exported as it is now", "scope", f.Scope, "key", f.Key, "reason", f.Reason)
 		}
 	}
+	for scope, keys := range next.Scopes {
+		m.exporter.Set(scope, etcd.Scope{Keys: keys, Endpoints: next.In(scope), Complete: true, Explained: explained(prev, next, scope)})
+	}
+	m.exports.Store(next)
+	m.exportedFrom = s
 }
 
-// exportMembership writes the records, scope lists and acknowledgements that peers read.
-func (m *Mesh) exportMembership(ctx context.Context) error {
+// explained counts the endpoints that a scope loses because their service is no longer exported, or in another scope.
+func explained(prev, next *federation.Exports, scope string) int {
+	n := 0
+	prev.Each(func(name discovery.Name, in string, endpoints int) {
+		if in == scope && next.Scope(name) != scope {
+			n += endpoints
+		}
+	})
+	return n
+}
+
+// exportMembership gives the exporter the records, scope lists and acknowledgements that peers read.
+func (m *Mesh) exportMembership() {
 	b := m.book.Load()
 	scopes := map[string]map[string][]byte{federation.MembersScope: {}, federation.AcksScope: {}}
 	for _, r := range b.Exports() {
@@ -145,16 +93,38 @@ func (m *Mesh) exportMembership(ctx context.Context) error {
 		r := &member.Record
 		scopes[federation.PeerScope(r.ID)] = map[string][]byte{federation.ScopesKey: encode(&federationpb.Scopes{Scopes: m.readable(r)})}
 	}
-	var errs []error
-	for scope := range m.scopes {
-		if !isServiceScope(scope) && scopes[scope] == nil {
-			errs = append(errs, m.setScope(ctx, scope, nil))
+	var names []string
+	for scope, keys := range scopes {
+		names = append(names, scope)
+		if !sameKeys(m.membership[scope], keys) {
+			m.exporter.Set(scope, etcd.Scope{Keys: keys, Complete: true})
 		}
 	}
-	for scope, keys := range scopes {
-		errs = append(errs, m.setScope(ctx, scope, keys))
+	if m.exportedFrom == nil {
+		m.membership = scopes
+		return // which service scopes there are is not known yet
 	}
-	return errors.Join(errs...)
+	for scope := range m.exports.Load().Scopes {
+		names = append(names, scope)
+	}
+	slices.Sort(names)
+	if !slices.Equal(names, m.retained) {
+		m.exporter.Retain(names...)
+		m.retained = names
+	}
+	m.membership = scopes
+}
+
+func sameKeys(a, b map[string][]byte) bool {
+	if a == nil || len(a) != len(b) {
+		return false
+	}
+	for k, v := range b {
+		if old, ok := a[k]; !ok || string(old) != string(v) {
+			return false
+		}
+	}
+	return true
 }
 
 // readable returns the scopes that a member may read beside its own, sorted. Until this run has exported once it is what the last run said:
@@ -166,30 +136,4 @@ func (m *Mesh) readable(r *federation.Record) []string {
 	scopes := append(m.exports.Load().Readable(r.Name), federation.MembersScope, federation.AcksScope)
 	slices.Sort(scopes)
 	return scopes
-}
-
-// setScope writes a scope unless it was written so before; nil removes it.
-func (m *Mesh) setScope(ctx context.Context, scope string, keys map[string][]byte) error {
-	d := digest(keys)
-	if keys != nil && m.scopes[scope] == d {
-		return nil
-	}
-	if err := m.cfg.Stores.Exporter.Set(ctx, scope, keys, true); err != nil {
-		return fmt.Errorf("export scope %s: %w", scope, err)
-	}
-	if keys == nil {
-		delete(m.scopes, scope)
-	} else {
-		m.scopes[scope] = d
-	}
-	return nil
-}
-
-func digest(keys map[string][]byte) string {
-	h := sha256.New()
-	for _, k := range slices.Sorted(maps.Keys(keys)) {
-		fmt.Fprintf(h, "%d %s %d ", len(k), k, len(keys[k]))
-		h.Write(keys[k])
-	}
-	return string(h.Sum(nil))
 }

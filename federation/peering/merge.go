@@ -7,6 +7,7 @@ import (
 
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 )
 
 // mergeInput is what a Clusterset was made of.
@@ -108,7 +109,7 @@ type MemberStatus struct {
 	Record    federation.Record
 	State     string
 	Since     time.Time
-	Mirror    MirrorStatus
+	Mirror    etcd.MirrorStatus
 	SeenAge   time.Duration // since its last answer; negative if none since the start
 	Exports   int
 	Endpoints int
@@ -120,10 +121,10 @@ type MemberStatus struct {
 
 // Lag is how many revisions the mirror is behind; ok is false if that is not known.
 func (s *MemberStatus) Lag() (revisions int64, ok bool) {
-	if s.Mirror.Answer.IsZero() || s.State != string(discovery.Fresh) {
+	if s.Mirror.LastAnswer.IsZero() || s.State != string(discovery.Fresh) {
 		return 0, false
 	}
-	return max(0, s.Mirror.Head-s.Mirror.Revision), true
+	return s.Mirror.LagRevisions, true
 }
 
 // Status returns what is known now.
@@ -170,8 +171,8 @@ func (m *Mesh) peerStatus(ms *MemberStatus, p *peer, now time.Time) {
 	j, part := p.judged.Load(), p.part.Load()
 	ms.State, ms.Since = string(j.state), j.since
 	ms.Mirror = p.mirror.Status()
-	if !ms.Mirror.Answer.IsZero() {
-		ms.SeenAge = now.Sub(ms.Mirror.Answer)
+	if !ms.Mirror.LastAnswer.IsZero() {
+		ms.SeenAge = now.Sub(ms.Mirror.LastAnswer)
 	}
 	ms.Exports, ms.Endpoints = len(part.Exports), part.Endpoints
 	ms.Faults = part.Faults

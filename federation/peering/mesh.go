@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,11 +15,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/protobuf/proto"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/federation"
-	"github.com/hanse-mesh/hanse/federation/federationpb"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/join"
 	"github.com/hanse-mesh/hanse/identity"
 )
@@ -46,6 +45,17 @@ func (t Timers) withDefaults() Timers {
 	return t
 }
 
+// Bundles is the trust store of this cluster. What it holds reaches handshakes through the identity.Source.
+type Bundles interface {
+	// Add relates with a trust domain and takes its bundle for first contact. A newer bundle that is already there stays.
+	Add(td spiffeid.TrustDomain, b *spiffebundle.Bundle) error
+	// Update takes the bundle that a member exports of itself. An older one changes nothing. Where a person has ended the relation it is
+	// an error and changes nothing.
+	Update(td spiffeid.TrustDomain, b *spiffebundle.Bundle) error
+	// Remove ends the relation: the trust domain is not trusted any more.
+	Remove(td spiffeid.TrustDomain) error
+}
+
 // Config is what a Mesh needs.
 type Config struct {
 	Self      discovery.Self
@@ -54,14 +64,27 @@ type Config struct {
 	Advertise []string         // host:port at which peers reach the federation listener
 	Source    *identity.Source // the control plane's SVID, and all bundles
 	Bundles   Bundles
-	Stores    Stores
-	Dial      func(ctx context.Context, network, address string) (net.Conn, error) // to other clusters; nil: net.Dialer
-	Timers    Timers
-	Patience  federation.Patience // zero: federation.DefaultPatience
-	JoinRate  float64             // calls of strangers per second; 0 is join's default
-	Log       *slog.Logger
-	Metrics   prometheus.Registerer // may be nil
-	Now       func() time.Time      // nil: time.Now
+	Own       etcd.Store // this cluster's own etcd: exports, members, tokens
+	Imports   etcd.Store // where peers' exports are mirrored to
+	// Servers is the own etcd's API, which peers read through a guard. Nil (tests without one): Serve has no guard.
+	Servers func() (pb.KVServer, pb.WatchServer)
+	// DialPeer connects to a member's exports; nil: its federation listener, by Dial.
+	DialPeer    func(ctx context.Context, to Target) (etcd.Remote, error)
+	Dial        func(ctx context.Context, network, address string) (net.Conn, error) // to other clusters; nil: net.Dialer
+	Timers      Timers
+	ImportQuota int64               // bytes of keys and values of one peer; 0 is federation/etcd's default
+	Patience    federation.Patience // zero: federation.DefaultPatience
+	JoinRate    float64             // calls of strangers per second; 0 is join's default
+	Log         *slog.Logger
+	Metrics     prometheus.Registerer // may be nil
+	Now         func() time.Time      // nil: time.Now
+}
+
+// Target is a member to be mirrored.
+type Target struct {
+	MemberID    string
+	TrustDomain spiffeid.TrustDomain
+	Addresses   []string
 }
 
 // Mesh is one cluster's side of the mesh. Its methods are safe for concurrent use.
@@ -71,6 +94,10 @@ type Mesh struct {
 	td       spiffeid.TrustDomain
 	log      *slog.Logger
 	join     *join.Server
+	kv       join.KV
+	imports  imports
+	exporter *etcd.Exporter
+	guard    *etcd.Guard        // nil without Servers
 	loaded   chan struct{}      // closed when the stores have been read
 	kick     chan struct{}      // wakes the loop
 	settling chan chan struct{} // closed by the loop after a step
@@ -95,9 +122,8 @@ type Mesh struct {
 
 	// owned by the loop in Run
 	exportedFrom *discovery.Snapshot
-	exportDue    time.Time
-	scopes       map[string]string               // digest of what is in each scope
-	moved        map[string]map[string]lingering // by scope and key
+	membership   map[string]map[string][]byte    // as given to the exporter, by scope and key
+	retained     []string                        // scopes
 	restored     map[string][]string             // scopes by member ID, as the last run exported them
 	trusted      map[spiffeid.TrustDomain]string // bundle as it was given to Bundles
 	merged       mergeInput
@@ -112,7 +138,7 @@ type published struct {
 // grant is what one trust domain's control plane may read.
 type grant struct {
 	memberID string
-	scopes   []string
+	prefixes []string
 }
 
 // New builds a Mesh. Run brings it to life.
@@ -142,7 +168,7 @@ func New(cfg Config) (*Mesh, error) {
 	m := &Mesh{
 		cfg: cfg, td: td, log: cfg.Log, loaded: make(chan struct{}), kick: make(chan struct{}, 1), settling: make(chan chan struct{}), accessChanged: make(chan struct{}, 1),
 		peers: map[string]*peer{}, provisional: map[spiffeid.TrustDomain]*spiffebundle.Bundle{},
-		scopes: map[string]string{}, restored: map[string][]string{}, moved: map[string]map[string]lingering{}, trusted: map[spiffeid.TrustDomain]string{},
+		restored: map[string][]string{}, trusted: map[spiffeid.TrustDomain]string{},
 	}
 	m.access.Store(&map[spiffeid.TrustDomain]grant{})
 	m.acked.Store(&map[spiffeid.TrustDomain]uint64{})
@@ -150,13 +176,25 @@ func New(cfg Config) (*Mesh, error) {
 		Local: &discovery.Snapshot{Self: cfg.Self}, Imports: map[discovery.Name]*discovery.Import{},
 		Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{},
 	}, make(chan struct{})})
+	m.kv, m.imports = kv{etcd.NewKV(cfg.Own, "")}, imports{cfg.Imports}
+	m.exporter = etcd.NewExporter(etcd.ExporterConfig{Store: cfg.Own, Linger: cfg.Timers.Debounce, Move: cfg.Timers.Move, Log: cfg.Log, Now: cfg.Now})
+	if cfg.Servers != nil {
+		kvServer, watchServer := cfg.Servers()
+		m.guard = etcd.NewGuard(etcd.GuardConfig{
+			KV: kvServer, Watch: watchServer, Source: cfg.Source, Authorize: m.authorizePrefixes, Changed: m.accessChanged,
+			Log: cfg.Log, Metrics: cfg.Metrics, Now: cfg.Now,
+		})
+	}
+	if m.cfg.DialPeer == nil {
+		m.cfg.DialPeer = m.dialPeer
+	}
 	if cfg.Metrics != nil {
 		if err := cfg.Metrics.Register(newCollector(m)); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
 	m.join = join.NewServer(join.Config{
-		KV: cfg.Stores.KV, Registry: registry{m}, Source: cfg.Source, Dial: cfg.Dial, Log: cfg.Log, Now: cfg.Now, Rate: cfg.JoinRate,
+		KV: m.kv, Registry: registry{m}, Source: cfg.Source, Dial: cfg.Dial, Log: cfg.Log, Now: cfg.Now, Rate: cfg.JoinRate,
 	})
 	return m, nil
 }
@@ -200,6 +238,15 @@ func (m *Mesh) Run(ctx context.Context) error {
 	defer running.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	failed := make(chan error, 1)
+	running.Go(func() {
+		if err := m.exporter.Run(ctx); err != nil && ctx.Err() == nil {
+			failed <- err
+		}
+	})
+	if m.guard != nil {
+		running.Go(func() { m.guard.Run(ctx) })
+	}
 	if err := m.startPeers(ctx, &running); err != nil {
 		return fmt.Errorf("start federation: %w", err)
 	}
@@ -217,16 +264,13 @@ func (m *Mesh) Run(ctx context.Context) error {
 			close(settled)
 			settled = nil
 		}
-		var due <-chan time.Time
-		if !m.exportDue.IsZero() {
-			due = time.After(m.exportDue.Sub(m.cfg.Now()))
-		}
 		select {
 		case <-ctx.Done():
 			return nil
+		case err := <-failed:
+			return err
 		case <-m.kick:
 		case <-bundles:
-		case <-due:
 		case <-tick.C:
 		case settled = <-m.settling:
 		}
@@ -249,20 +293,7 @@ func (m *Mesh) load(ctx context.Context) error {
 	if err := m.join.Load(ctx); err != nil {
 		return err
 	}
-	scopes, err := m.cfg.Stores.Exporter.Load(ctx)
-	if err != nil {
-		return fmt.Errorf("read own exports: %w", err)
-	}
-	m.exports.Store(federation.Restore(scopes))
-	for scope, keys := range scopes {
-		m.scopes[scope] = digest(keys)
-		id, isPeer := strings.CutPrefix(scope, federation.PeerScope(""))
-		list := &federationpb.Scopes{}
-		if isPeer && proto.Unmarshal(keys[federation.ScopesKey], list) == nil {
-			m.restored[id] = list.Scopes
-		}
-	}
-	return nil
+	return m.loadExports(ctx)
 }
 
 // step brings everything outside in line with the Book, the local Snapshot and what the peers' goroutines have found.
@@ -280,8 +311,8 @@ func (m *Mesh) step(ctx context.Context, running *sync.WaitGroup) error {
 	}
 	note(m.expireJoining(ctx))
 	note(m.trust(ctx))
-	note(m.exportServices(ctx))
-	note(m.exportMembership(ctx))
+	m.exportServices()
+	m.exportMembership()
 	m.authorize()
 	note(m.reconcilePeers(ctx, running))
 	m.judge(ctx)
@@ -330,10 +361,14 @@ func (m *Mesh) authorize() {
 		if err != nil || m.disabled(r.Name) {
 			continue
 		}
-		next[td] = grant{memberID: r.ID, scopes: append(slices.Clone(m.readable(r)), federation.PeerScope(r.ID))}
+		g := grant{memberID: r.ID}
+		for _, scope := range append(slices.Clone(m.readable(r)), federation.PeerScope(r.ID)) {
+			g.prefixes = append(g.prefixes, etcd.ExportPrefix+scope+"/")
+		}
+		next[td] = g
 	}
 	old := m.access.Swap(&next)
-	if !maps.EqualFunc(*old, next, func(a, b grant) bool { return a.memberID == b.memberID && slices.Equal(a.scopes, b.scopes) }) {
+	if !maps.EqualFunc(*old, next, func(a, b grant) bool { return a.memberID == b.memberID && slices.Equal(a.prefixes, b.prefixes) }) {
 		select {
 		case m.accessChanged <- struct{}{}:
 		default:
@@ -341,17 +376,20 @@ func (m *Mesh) authorize() {
 	}
 }
 
-// AccessChanged receives when answers of Authorize have changed. It has one reader: the guard.
-func (m *Mesh) AccessChanged() <-chan struct{} { return m.accessChanged }
-
-// Authorize returns the member ID behind a peer's SPIFFE ID and the scopes that it may read; ok is false for everyone but the
-// control planes of live members.
-func (m *Mesh) Authorize(id spiffeid.ID) (memberID string, scopes []string, ok bool) {
+// authorizePrefixes is the guard's question: what may this peer read? Nothing, for everyone but the control planes of live members.
+func (m *Mesh) authorizePrefixes(id spiffeid.ID) (prefixes []string, ok bool) {
 	g, ok := (*m.access.Load())[id.TrustDomain()]
 	if !ok || id != identity.ControlPlaneID(id.TrustDomain()) {
-		return "", nil, false
+		return nil, false
 	}
-	return g.memberID, g.scopes, true
+	return g.prefixes, true
+}
+
+func (m *Mesh) dialPeer(ctx context.Context, to Target) (etcd.Remote, error) {
+	return etcd.DialPeer(ctx, etcd.PeerConfig{
+		Addresses: to.Addresses, TLS: identity.ClientTLS(m.cfg.Source, identity.AuthorizeID(identity.ControlPlaneID(to.TrustDomain)), "h2"),
+		Dialer: func(ctx context.Context, addr string) (net.Conn, error) { return m.cfg.Dial(ctx, "tcp", addr) },
+	})
 }
 
 func (m *Mesh) disabled(name string) bool {
@@ -362,7 +400,7 @@ func (m *Mesh) disabled(name string) bool {
 // trust keeps the trust store in line with the members' bundles. A marker says that this Mesh has added a trust domain: it is added once,
 // so that a person who removes it is obeyed, and removed once.
 func (m *Mesh) trust(ctx context.Context) error {
-	markers, err := m.cfg.Stores.KV.List(ctx, trustedPath)
+	markers, err := m.kv.List(ctx, trustedPath)
 	if err != nil {
 		return fmt.Errorf("read trusted members: %w", err)
 	}
@@ -399,7 +437,7 @@ func (m *Mesh) trust(ctx context.Context) error {
 			continue
 		}
 		m.log.Info("trust domain no longer trusted", "trust_domain", td.Name())
-		if err := m.cfg.Stores.KV.Delete(ctx, key); err != nil {
+		if err := m.kv.Delete(ctx, key); err != nil {
 			errs = append(errs, fmt.Errorf("end trust in %s: %w", td, err))
 		}
 	}
@@ -418,7 +456,7 @@ func (m *Mesh) trustMember(ctx context.Context, td spiffeid.TrustDomain, r *fede
 		return err
 	}
 	m.log.Info("trust domain trusted", "trust_domain", td.Name(), "cluster", r.Name)
-	return m.cfg.Stores.KV.Put(ctx, trustedPath+td.Name(), []byte{})
+	return m.kv.Put(ctx, trustedPath+td.Name(), []byte{})
 }
 
 func sameBundle(b *spiffebundle.Bundle, data []byte) bool {

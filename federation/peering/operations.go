@@ -324,7 +324,7 @@ func (m *Mesh) leave(ctx context.Context, force bool) (*LeaveResult, error) {
 	if len(members) > 0 && !force && !m.anyReachable(ctx, members) {
 		return nil, fmt.Errorf("%w that this cluster leaves: none answers", ErrNobodyTold)
 	}
-	if err := m.cfg.Stores.KV.Put(ctx, leavingKey, left.Bytes()); err != nil {
+	if err := m.kv.Put(ctx, leavingKey, left.Bytes()); err != nil {
 		return nil, fmt.Errorf("note the leave: %w", err)
 	}
 	type answer struct {
@@ -403,7 +403,7 @@ func (m *Mesh) finishLeave(ctx context.Context, left federation.Record) error {
 		return err
 	}
 	m.log.Info("left the mesh", "mesh", left.Mesh)
-	if err := m.cfg.Stores.KV.Delete(ctx, leavingKey); err != nil {
+	if err := m.kv.Delete(ctx, leavingKey); err != nil {
 		return fmt.Errorf("note the leave: %w", err)
 	}
 	return nil
@@ -411,7 +411,7 @@ func (m *Mesh) finishLeave(ctx context.Context, left federation.Record) error {
 
 // resumeLeave finishes a leave that a crash interrupted.
 func (m *Mesh) resumeLeave(ctx context.Context) error {
-	value, err := m.cfg.Stores.KV.Get(ctx, leavingKey)
+	value, err := m.kv.Get(ctx, leavingKey)
 	if err != nil || value == nil {
 		return err
 	}
@@ -488,7 +488,8 @@ func (m *Mesh) AcceptHeld(ctx context.Context, member string) error {
 	if err != nil {
 		return err
 	}
-	if p := m.currentPeers()[e.Record.ID]; p != nil && p.mirror.Accept() {
+	if p := m.currentPeers()[e.Record.ID]; p != nil && p.mirror.Status().Held != "" {
+		p.mirror.Accept()
 		accepted = true
 	}
 	if !accepted {

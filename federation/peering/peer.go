@@ -21,6 +21,7 @@ import (
 
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/federationpb"
 	"github.com/hanse-mesh/hanse/federation/join"
 	"github.com/hanse-mesh/hanse/identity"
@@ -38,7 +39,7 @@ type peer struct {
 	record federation.Record // as it was when the work began; a change of what matters begins it anew
 	key    string
 	td     spiffeid.TrustDomain
-	mirror Mirror
+	mirror *etcd.Mirror
 	stop   context.CancelFunc
 	ended  chan struct{}
 	read   chan struct{} // closed when everything that was there has been read once
@@ -133,13 +134,13 @@ func (m *Mesh) forgetPeer(ctx context.Context, id string) error {
 	m.peersMu.Lock()
 	delete(m.peers, id)
 	m.peersMu.Unlock()
-	if err := m.cfg.Stores.KV.Delete(ctx, statePath+id); err != nil {
+	if err := m.kv.Delete(ctx, statePath+id); err != nil {
 		return fmt.Errorf("forget the state of member %.8s: %w", id, err)
 	}
 	if e := m.book.Load().Entries[id]; e != nil && e.Live() && m.book.Load().Own().Standing == federation.Joined {
 		return nil // only disabled: its imports stay for when it is enabled
 	}
-	if err := m.cfg.Stores.Imports.Drop(ctx, id); err != nil {
+	if err := m.imports.drop(ctx, id); err != nil {
 		return fmt.Errorf("drop imports of member %.8s: %w", id, err)
 	}
 	return nil
@@ -150,7 +151,7 @@ func (m *Mesh) startPeers(ctx context.Context, running *sync.WaitGroup) error {
 	if err := m.reconcilePeers(ctx, running); err != nil {
 		return err
 	}
-	stored, err := m.cfg.Stores.Imports.Members(ctx)
+	stored, err := m.imports.members(ctx)
 	if err != nil {
 		return fmt.Errorf("list imports: %w", err)
 	}
@@ -184,7 +185,13 @@ func (m *Mesh) startPeer(ctx context.Context, running *sync.WaitGroup, r *federa
 	}
 	ctx, stop := context.WithCancel(ctx)
 	p := &peer{record: *r, key: m.peerKey(r), td: td, stop: stop, ended: make(chan struct{}), read: make(chan struct{})}
-	p.mirror = m.cfg.Stores.NewMirror(MirrorTarget{MemberID: r.ID, Name: r.Name, TrustDomain: td, Addresses: r.Addresses})
+	p.mirror = etcd.NewMirror(etcd.MirrorConfig{
+		Peer: r.ID, Self: m.book.Load().Self, Local: m.cfg.Imports, Log: m.log.With("cluster", r.Name), Now: m.cfg.Now,
+		Timers: etcd.MirrorTimers{Probe: m.cfg.Timers.Probe}, QuotaBytes: m.cfg.ImportQuota,
+		Dial: func(ctx context.Context) (etcd.Remote, error) {
+			return m.cfg.DialPeer(ctx, Target{MemberID: r.ID, TrustDomain: td, Addresses: r.Addresses})
+		},
+	})
 	if old != nil { // what was known stays until it is known anew
 		old.mu.Lock()
 		p.observed, p.probe = old.observed, old.probe
@@ -212,7 +219,7 @@ func (m *Mesh) startPeer(ctx context.Context, running *sync.WaitGroup, r *federa
 // lastJudgement is the state that a peer had when this cluster stopped.
 func (m *Mesh) lastJudgement(ctx context.Context, id string, now time.Time) *judgement {
 	j := &judgement{state: discovery.Fresh, since: now}
-	value, err := m.cfg.Stores.KV.Get(ctx, statePath+id)
+	value, err := m.kv.Get(ctx, statePath+id)
 	if err != nil {
 		return j
 	}
@@ -248,7 +255,7 @@ func (m *Mesh) follow(ctx context.Context, p *peer) {
 	started := false
 	for ctx.Err() == nil {
 		r := newReader(m, p, log)
-		err := m.cfg.Stores.Imports.Follow(ctx, p.record.ID, func(first bool, changes []federation.Change) {
+		err := m.imports.follow(ctx, p.record.ID, func(first bool, changes []federation.Change) {
 			r.take(first, changes)
 			if first && !started {
 				started = true
@@ -370,10 +377,10 @@ func (m *Mesh) judge(ctx context.Context) {
 	for id, p := range m.currentPeers() {
 		st := p.mirror.Status()
 		p.mu.Lock()
-		if st.Answer.After(p.observed.Answer) {
-			p.observed = m.cfg.Patience.Heard(p.observed, st.Answer)
+		if st.LastAnswer.After(p.observed.Answer) {
+			p.observed = m.cfg.Patience.Heard(p.observed, st.LastAnswer)
 		}
-		if st.Restarting {
+		if st.PlannedRestart > 0 {
 			p.observed.Grace = p.observed.Answer.Add(m.cfg.Patience.Grace)
 		}
 		o := p.observed
@@ -385,7 +392,7 @@ func (m *Mesh) judge(ctx context.Context) {
 		}
 		p.judged.Store(&judgement{state: state, since: now})
 		m.log.Info("peer state changed", "cluster", p.record.Name, "state", string(state), "was", string(was.state), "last_answer", o.Answer)
-		if err := m.cfg.Stores.KV.Put(ctx, statePath+id, []byte(state)); err != nil {
+		if err := m.kv.Put(ctx, statePath+id, []byte(state)); err != nil {
 			m.log.Warn("peer state not stored", "cluster", p.record.Name, "error", err)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"sync"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/join"
 	"github.com/hanse-mesh/hanse/federation/join/joinpb"
 	"github.com/hanse-mesh/hanse/identity"
@@ -26,13 +28,15 @@ const handshakeTime = 10 * time.Second
 //
 //	SNI join.hanse.mesh, while a mesh token is open: any client that has the key of its certificate; hanse.join.v1 and nothing else
 //	SNI probe.<member ID>: a verified client; nothing: the connection is closed
-//	any other: control planes of trusted domains; register's services (the etcd guard) and hanse.join.v1
+//	any other: control planes of trusted domains; the guard of the own etcd and hanse.join.v1
 //
-// options are for the servers; register adds the guard to the one for verified peers. Serve closes lis.
-func (m *Mesh) Serve(ctx context.Context, lis net.Listener, register func(grpc.ServiceRegistrar), options ...grpc.ServerOption) error {
-	options = append(options, grpc.Creds(acceptedTLS{}))
+// Serve closes lis.
+func (m *Mesh) Serve(ctx context.Context, lis net.Listener) error {
+	options := append(etcd.ServerOptions(rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))), grpc.Creds(acceptedTLS{}))
 	peers, strangers := grpc.NewServer(options...), grpc.NewServer(options...)
-	register(peers)
+	if m.guard != nil {
+		m.guard.Register(peers)
+	}
 	joinpb.RegisterJoinServer(peers, m.join)
 	joinpb.RegisterJoinServer(strangers, m.join)
 

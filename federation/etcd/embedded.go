@@ -87,10 +87,7 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 	if cfg.History == 0 {
 		cfg.History = defaultHistory
 	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	cfg.Log = cfg.Log.With("etcd", cfg.Name)
+	cfg.Log = orDiscard(cfg.Log).With("etcd", cfg.Name)
 	if err := checkDir(cfg.Dir); err != nil {
 		return nil, &DataError{cfg.Dir, err}
 	}
@@ -295,9 +292,7 @@ func (e *Embedded) compact(ctx context.Context, upTo int64) error {
 
 // newZap sends etcd's log to an slog one level lower, since its Info is its own affairs; fatal errors go to f instead of ending the process.
 func newZap(log *slog.Logger, f *failure) *zap.Logger {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	log = orDiscard(log)
 	var opts []zap.Option
 	if f != nil {
 		opts = append(opts, zap.WithFatalHook(fatalHook{f}))

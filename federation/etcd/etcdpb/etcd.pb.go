@@ -106,6 +106,7 @@ type Checkpoint struct {
 	Revision      int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"` // the peer's; everything up to it is here
 	Synced        bool                   `protobuf:"varint,5,opt,name=synced,proto3" json:"synced,omitempty"`     // a list was completed under this epoch
 	Meta          []byte                 `protobuf:"bytes,6,opt,name=meta,proto3" json:"meta,omitempty"`          // the peer's Meta as of revision
+	Held          bool                   `protobuf:"varint,7,opt,name=held,proto3" json:"held,omitempty"`         // some keys here are not the peer's any more
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -182,6 +183,13 @@ func (x *Checkpoint) GetMeta() []byte {
 	return nil
 }
 
+func (x *Checkpoint) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
 var File_etcd_proto protoreflect.FileDescriptor
 
 const file_etcd_proto_rawDesc = "" +
@@ -192,7 +200,7 @@ const file_etcd_proto_rawDesc = "" +
 	"\x04keys\x18\x01 \x01(\x03R\x04keys\x12\x1c\n" +
 	"\tendpoints\x18\x02 \x01(\x03R\tendpoints\x12\x1a\n" +
 	"\bcomplete\x18\x03 \x01(\bR\bcomplete\x12'\n" +
-	"\x0frestart_seconds\x18\x04 \x01(\x03R\x0erestartSeconds\"\x9d\x01\n" +
+	"\x0frestart_seconds\x18\x04 \x01(\x03R\x0erestartSeconds\"\xb1\x01\n" +
 	"\n" +
 	"Checkpoint\x12\x1d\n" +
 	"\n" +
@@ -201,7 +209,8 @@ const file_etcd_proto_rawDesc = "" +
 	"\x04tick\x18\x03 \x01(\fR\x04tick\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x03R\brevision\x12\x16\n" +
 	"\x06synced\x18\x05 \x01(\bR\x06synced\x12\x12\n" +
-	"\x04meta\x18\x06 \x01(\fR\x04metaB4Z2github.com/hanse-mesh/hanse/federation/etcd/etcdpbb\x06proto3"
+	"\x04meta\x18\x06 \x01(\fR\x04meta\x12\x12\n" +
+	"\x04held\x18\a \x01(\bR\x04heldB4Z2github.com/hanse-mesh/hanse/federation/etcd/etcdpbb\x06proto3"
 
 var (
 	file_etcd_proto_rawDescOnce sync.Once

@@ -1,0 +1,725 @@
+package etcd
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hanse-mesh/hanse/federation/etcd/etcdpb"
+)
+
+const (
+	holdEndpoints = 50 // more than this many
+	holdPercent   = 30 // and more than this share, lost without an explanation, are held back
+)
+
+// ExporterConfig says where exports are written.
+type ExporterConfig struct {
+	Store  Store         // an Election's, where there is more than one replica
+	Prefix string        // "" is ExportPrefix
+	Linger time.Duration // from the first change to its Txn: 100 ms
+	Tick   time.Duration // between ticks: 1 min
+	Move   time.Duration // that a service stays in its old scope after it is in a new one: 30 s
+	Log    *slog.Logger
+	Now    func() time.Time // nil is time.Now
+	Rand   io.Reader        // of epochs and ticks; nil is crypto/rand
+}
+
+// Scope is what a scope shall be.
+type Scope struct {
+	Keys      map[string][]byte // all of it; neither map nor values may be changed later. A value that is the same slice as before costs nothing
+	Endpoints int               // in these keys
+	Complete  bool              // all sources have been read. Until then nothing is deleted
+	Explained int               // endpoints that are gone since the Set before because their object was deleted, or moved to another scope
+}
+
+// ScopeStatus is the state of an exported scope.
+type ScopeStatus struct {
+	Keys      int    // written
+	Endpoints int    // written
+	Complete  bool   // peers list it
+	Pending   int    // keys to write
+	Held      string // why the last Set is held back; Accept lets it through
+}
+
+// Exporter writes a cluster's exports into its own etcd: differences only, in batches, each with the count of keys that it leaves.
+type Exporter struct {
+	cfg    ExporterConfig
+	dirty  chan struct{} // something is to be written
+	urgent chan struct{} // without lingering
+
+	mu      sync.Mutex // guards all below
+	scopes  map[string]*exportScope
+	loaded  bool
+	restart time.Duration
+	err     error
+	settled chan struct{} // closed after each flush
+}
+
+// exportScope is one scope as it shall be and as it is stored.
+type exportScope struct {
+	want      map[string][]byte // nil: unknown, what is stored stays
+	complete  bool
+	endpoints int
+	explained int  // of the Set before the load
+	owned     bool // want is ours to change
+	held      *Scope
+	remove    bool
+
+	stored map[string][]byte
+	epoch  []byte
+	meta   []byte
+	last   *etcdpb.Meta // meta decoded
+
+	check map[string]bool      // keys that may differ
+	queue []string             // of them, those to look at, by service
+	due   map[string]time.Time // deletions that wait, since their service has moved
+}
+
+// NewExporter returns an Exporter.
+func NewExporter(cfg ExporterConfig) *Exporter {
+	if cfg.Prefix == "" {
+		cfg.Prefix = ExportPrefix
+	}
+	if cfg.Linger == 0 {
+		cfg.Linger = 100 * time.Millisecond
+	}
+	if cfg.Tick == 0 {
+		cfg.Tick = time.Minute
+	}
+	if cfg.Move == 0 {
+		cfg.Move = 30 * time.Second
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Rand == nil {
+		cfg.Rand = rand.Reader
+	}
+	cfg.Log = orDiscard(cfg.Log)
+	return &Exporter{cfg: cfg, dirty: make(chan struct{}, 1), urgent: make(chan struct{}, 1), scopes: map[string]*exportScope{}, settled: make(chan struct{})}
+}
+
+// ReadExports returns what is stored under an export prefix ("" is ExportPrefix), by scope and key, without bookkeeping.
+func ReadExports(ctx context.Context, store Store, prefix string) (map[string]map[string][]byte, error) {
+	e := NewExporter(ExporterConfig{Store: store, Prefix: prefix})
+	if err := e.load(ctx); err != nil {
+		return nil, err
+	}
+	out := map[string]map[string][]byte{}
+	for name, s := range e.scopes {
+		out[name] = s.stored
+	}
+	return out, nil
+}
+
+// splitScope cuts "<scope>/<key>". A scope is one segment, or two if the first is "peers".
+func splitScope(path string) (scope, key string, ok bool) {
+	if rest, found := strings.CutPrefix(path, peersPart); found {
+		id, key, ok := strings.Cut(rest, "/")
+		return peersPart + id, key, ok
+	}
+	return strings.Cut(path, "/")
+}
+
+// load reads what is stored and compares all of it with what shall be.
+func (e *Exporter) load(ctx context.Context) error {
+	stored := map[string]*exportScope{}
+	_, err := e.cfg.Store.List(ctx, e.cfg.Prefix, 0, func(kv KeyValue) error {
+		name, key, ok := splitScope(kv.Key[len(e.cfg.Prefix):])
+		if !ok {
+			return nil
+		}
+		s := stored[name]
+		if s == nil {
+			s = newExportScope()
+			stored[name] = s
+		}
+		switch key {
+		case epochKey:
+			s.epoch = kv.Value
+		case tickKey:
+		case metaKey:
+			s.meta = kv.Value
+			if err := proto.Unmarshal(kv.Value, s.last); err != nil {
+				s.meta = nil // written anew
+			}
+		default:
+			s.stored[key] = kv.Value
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("read own exports: %w", err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	first := !e.loaded
+	for name, old := range e.scopes {
+		s := stored[name]
+		if s == nil {
+			s = newExportScope()
+			stored[name] = s
+		}
+		s.want, s.owned, s.complete, s.endpoints, s.explained = old.want, old.owned, old.complete, old.endpoints, old.explained
+		s.held, s.remove, s.due = old.held, old.remove, old.due
+	}
+	e.scopes, e.loaded = stored, true
+	for name, s := range stored {
+		if first && s.want != nil && s.complete && s.epoch != nil { // Set came before this
+			if lost := unexplained(int(s.last.Endpoints), s.endpoints, s.explained); lost > 0 {
+				s.hold(e, name, &Scope{Keys: s.want, Endpoints: s.endpoints, Complete: true, Explained: s.explained}, lost)
+				s.want = nil
+			}
+		}
+		s.compare()
+		maps.DeleteFunc(s.due, func(key string, _ time.Time) bool { return !s.check[key] })
+	}
+	return nil
+}
+
+func newExportScope() *exportScope {
+	return &exportScope{stored: map[string][]byte{}, last: &etcdpb.Meta{}, check: map[string]bool{}, due: map[string]time.Time{}}
+}
+
+// unexplained returns how many endpoints are lost beyond what may happen without a person, or 0.
+func unexplained(before, after, explained int) int {
+	lost := before - after - explained
+	if lost > holdEndpoints && lost*100 > before*holdPercent {
+		return lost
+	}
+	return 0
+}
+
+func (s *exportScope) hold(e *Exporter, name string, want *Scope, lost int) {
+	if s.held == nil {
+		e.cfg.Log.Error("export is held back: too many endpoints would go without an explanation",
+			"scope", name, "lost", lost, "before", s.last.Endpoints, "after", want.Endpoints)
+	}
+	s.held = want
+}
+
+// compare marks every key that may differ.
+func (s *exportScope) compare() {
+	for key, v := range s.want {
+		if old, ok := s.stored[key]; !ok || !same(old, v) {
+			s.check[key] = true
+		} else {
+			s.stored[key] = v // share memory with the caller
+		}
+	}
+	if s.want == nil && !s.remove {
+		return
+	}
+	for key := range s.stored {
+		if _, ok := s.want[key]; !ok {
+			s.check[key] = true
+		}
+	}
+}
+
+// same is bytes.Equal, and free for one and the same slice.
+func same(a, b []byte) bool {
+	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0] || bytes.Equal(a, b))
+}
+
+func (e *Exporter) scope(name string) *exportScope {
+	s := e.scopes[name]
+	if s == nil {
+		s = newExportScope()
+		e.scopes[name] = s
+	}
+	s.remove = false
+	return s
+}
+
+// Set says what a scope shall be. It returns at once. A loss that nothing explains is held back.
+func (e *Exporter) Set(scope string, want Scope) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.set(scope, e.scope(scope), want)
+}
+
+func (e *Exporter) set(scope string, s *exportScope, want Scope) {
+	if s.held != nil {
+		want.Explained += s.held.Explained
+	}
+	if e.loaded && want.Complete && s.epoch != nil {
+		if lost := unexplained(int(s.last.Endpoints), want.Endpoints, want.Explained); lost > 0 {
+			s.hold(e, scope, &want, lost)
+			return
+		}
+	}
+	e.take(s, want)
+}
+
+func (e *Exporter) take(s *exportScope, want Scope) {
+	s.held = nil
+	s.want, s.owned, s.endpoints, s.explained = want.Keys, false, want.Endpoints, want.Explained
+	if s.want == nil {
+		s.want = map[string][]byte{}
+	}
+	s.complete = s.complete || want.Complete
+	if e.loaded {
+		s.compare()
+	}
+	wake(e.dirty)
+}
+
+// Update changes some keys of a scope that was Set (nil deletes). endpoints and explained are as in Scope.
+func (e *Exporter) Update(scope string, changed map[string][]byte, endpoints, explained int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	s := e.scope(scope)
+	if s.want == nil || s.held != nil || unexplained(int(s.last.Endpoints), endpoints, explained) > 0 {
+		want := Scope{Keys: map[string][]byte{}, Endpoints: endpoints, Explained: explained, Complete: s.complete}
+		if s.held != nil {
+			maps.Copy(want.Keys, s.held.Keys)
+		} else {
+			maps.Copy(want.Keys, s.want)
+		}
+		patch(want.Keys, changed, nil)
+		e.set(scope, s, want)
+		return
+	}
+	if !s.owned {
+		s.want, s.owned = maps.Clone(s.want), true
+	}
+	patch(s.want, changed, s.check)
+	s.endpoints = endpoints
+	wake(e.dirty)
+}
+
+func patch(keys, changed map[string][]byte, mark map[string]bool) {
+	for k, v := range changed {
+		if v == nil {
+			delete(keys, k)
+		} else {
+			keys[k] = v
+		}
+		if mark != nil {
+			mark[k] = true
+		}
+	}
+}
+
+// Retain removes every scope that is not among these. Call it when all sources have been read.
+func (e *Exporter) Retain(scopes ...string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for name, s := range e.scopes {
+		if !slices.Contains(scopes, name) && !s.remove {
+			s.remove, s.want, s.held = true, nil, nil
+			s.compare()
+			wake(e.dirty)
+		}
+	}
+}
+
+// Accept lets what is held back of a scope through (a person's decision).
+func (e *Exporter) Accept(scope string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if s := e.scopes[scope]; s != nil && s.held != nil {
+		e.cfg.Log.Info("held export was accepted", "scope", scope, "endpoints", s.held.Endpoints)
+		e.take(s, *s.held)
+	}
+}
+
+// Status returns the state of each scope, and the last failure if it has not been overcome.
+func (e *Exporter) Status() (map[string]ScopeStatus, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	out := make(map[string]ScopeStatus, len(e.scopes))
+	for name, s := range e.scopes {
+		st := ScopeStatus{Keys: len(s.stored), Endpoints: int(s.last.Endpoints), Complete: s.epoch != nil, Pending: len(s.check)}
+		if s.held != nil {
+			st.Held = fmt.Sprintf("of %d endpoints only %d would remain, and %d deletions explain it", s.last.Endpoints, s.held.Endpoints, s.held.Explained)
+		}
+		out[name] = st
+	}
+	return out, e.err
+}
+
+// AnnounceRestart tells peers that silence of up to d is planned, and returns when that is written. The next Run takes it back.
+func (e *Exporter) AnnounceRestart(ctx context.Context, d time.Duration) error {
+	e.mu.Lock()
+	e.restart = d
+	e.mu.Unlock()
+	return e.Flush(ctx)
+}
+
+// Flush returns when everything that was said before is written, except for what waits by intention.
+func (e *Exporter) Flush(ctx context.Context) error {
+	for {
+		e.mu.Lock()
+		done, settled := e.loaded, e.settled
+		for _, s := range e.scopes {
+			done = done && s.settled(e.restart)
+		}
+		err := e.err
+		e.mu.Unlock()
+		if done {
+			return nil
+		}
+		wake(e.urgent)
+		select {
+		case <-settled:
+		case <-ctx.Done():
+			return fmt.Errorf("write exports: %w", errors.Join(ctx.Err(), err))
+		}
+	}
+}
+
+// Run writes until ctx ends (nil), or until the Store says that this is not the leader any more.
+func (e *Exporter) Run(ctx context.Context) error {
+	const minWait, maxWait = 100 * time.Millisecond, 5 * time.Second
+	tick := time.NewTicker(e.cfg.Tick)
+	defer tick.Stop()
+	wait, fresh := minWait, true // fresh: what is stored is not known
+	for {
+		err := e.round(ctx, fresh)
+		fresh = false
+		e.settle(err)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, ErrNotLeader):
+			return fmt.Errorf("write exports: %w", err)
+		case err != nil:
+			e.cfg.Log.Error("exports are not written; peers keep what they have", "error", err)
+			if !sleep(ctx, wait) {
+				return nil
+			}
+			wait, fresh = min(wait*2, maxWait), true
+			continue
+		}
+		wait = minWait
+		due := time.NewTimer(e.untilDue())
+		select {
+		case <-ctx.Done():
+		case <-e.urgent:
+		case <-due.C:
+		case <-e.dirty:
+			e.linger(ctx)
+		case <-tick.C:
+			if err := e.ticks(ctx); err != nil && ctx.Err() == nil {
+				e.cfg.Log.Warn("tick is not written", "error", err)
+				if errors.Is(err, ErrNotLeader) {
+					due.Stop()
+					return fmt.Errorf("write tick: %w", err)
+				}
+			}
+		}
+		due.Stop()
+	}
+}
+
+func (e *Exporter) linger(ctx context.Context) {
+	t := time.NewTimer(e.cfg.Linger)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-e.urgent:
+	case <-ctx.Done():
+	}
+}
+
+func (e *Exporter) settle(err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.err = err
+	close(e.settled)
+	e.settled = make(chan struct{})
+}
+
+// untilDue is the wait for the next delayed deletion.
+func (e *Exporter) untilDue() time.Duration {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	next := 24 * time.Hour
+	for _, s := range e.scopes {
+		for _, at := range s.due {
+			next = min(next, max(0, at.Sub(e.cfg.Now())))
+		}
+	}
+	return next
+}
+
+// round writes all there is to write. The first round after a start or a failure reads what is stored, and writes a new tick
+// before anything else: what a restored backup lacks then differs from it at every later revision.
+func (e *Exporter) round(ctx context.Context, fresh bool) error {
+	if fresh {
+		if err := e.load(ctx); err != nil {
+			return err
+		}
+		if err := e.ticks(ctx); err != nil {
+			return fmt.Errorf("write tick: %w", err)
+		}
+	}
+	for {
+		name, ops, done := e.next()
+		if ops == nil {
+			return nil
+		}
+		for i := range ops {
+			ops[i].Key = e.cfg.Prefix + name + "/" + ops[i].Key
+		}
+		if _, _, err := e.cfg.Store.Txn(ctx, nil, ops); err != nil {
+			return fmt.Errorf("scope %s: %w", name, err)
+		}
+		done()
+	}
+}
+
+// ticks writes a new tick into every complete scope, all at one revision.
+func (e *Exporter) ticks(ctx context.Context) error {
+	var ops []Op
+	e.mu.Lock()
+	for _, name := range slices.Sorted(maps.Keys(e.scopes)) {
+		if s := e.scopes[name]; s.epoch != nil && !s.remove {
+			v, err := e.random()
+			if err != nil {
+				e.mu.Unlock()
+				return err
+			}
+			ops = append(ops, Op{Key: e.cfg.Prefix + name + "/" + tickKey, Value: v})
+		}
+	}
+	e.mu.Unlock()
+	for part := range slices.Chunk(ops, MaxOps) {
+		if _, _, err := e.cfg.Store.Txn(ctx, nil, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e *Exporter) random() ([]byte, error) {
+	b := make([]byte, 16)
+	if _, err := io.ReadFull(e.cfg.Rand, b); err != nil {
+		return nil, fmt.Errorf("read randomness: %w", err)
+	}
+	return b, nil
+}
+
+// next returns one Txn of one scope, and what to call when it has been applied.
+func (e *Exporter) next() (string, []Op, func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := e.cfg.Now()
+	for _, name := range slices.Sorted(maps.Keys(e.scopes)) {
+		if ops, done := e.scopes[name].batch(e, name, now); ops != nil {
+			return name, ops, func() {
+				e.mu.Lock()
+				defer e.mu.Unlock()
+				done()
+			}
+		}
+	}
+	return "", nil, nil
+}
+
+// batch returns the scope's next Txn, with keys relative to it.
+func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func()) {
+	ops := s.differences(e, name, now)
+	left := len(s.stored)
+	for _, op := range ops {
+		_, exists := s.stored[op.Key]
+		switch {
+		case op.Delete:
+			left--
+		case !exists:
+			left++
+		}
+	}
+	if s.remove && left == 0 {
+		return s.bury(e, name, ops)
+	}
+	last := len(s.check)-len(ops) <= len(s.due) // nothing more to write, except what waits
+	meta := &etcdpb.Meta{Keys: int64(left), Endpoints: s.last.Endpoints, Complete: s.last.Complete, RestartSeconds: int64(e.restart / time.Second)}
+	var epoch, tick []byte
+	if last && s.want != nil {
+		meta.Endpoints = int64(s.endpoints)
+		if s.complete {
+			meta.Complete = true
+			if s.epoch == nil {
+				epoch, tick = e.birth()
+			}
+		}
+	}
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(meta)
+	if err != nil { // not of a valid message
+		return nil, nil
+	}
+	fresh := !same(raw, s.meta) && (s.meta != nil || s.want != nil)
+	if len(ops) == 0 && !fresh && epoch == nil {
+		return nil, nil
+	}
+	all := slices.Clone(ops)
+	if fresh {
+		all = append(all, Op{Key: metaKey, Value: raw})
+	}
+	if epoch != nil {
+		all = append(all, Op{Key: epochKey, Value: epoch}, Op{Key: tickKey, Value: tick})
+	}
+	return all, func() {
+		s.applied(ops)
+		s.meta, s.last = raw, meta
+		if epoch != nil {
+			s.epoch = epoch
+		}
+	}
+}
+
+// differences returns up to one Txn of writes and deletions. Keys of one service go together where they fit.
+func (s *exportScope) differences(e *Exporter, name string, now time.Time) []Op {
+	if len(s.queue) == 0 && len(s.check) > 0 {
+		s.queue = slices.SortedFunc(maps.Keys(s.check), func(a, b string) int {
+			return cmp.Or(strings.Compare(owner(a), owner(b)), strings.Compare(a, b))
+		})
+	}
+	var ops []Op
+	size := 0
+	for ; len(s.queue) > 0; s.queue = s.queue[1:] {
+		key := s.queue[0]
+		value, wanted := s.want[key]
+		old, exists := s.stored[key]
+		switch {
+		case wanted && exists && same(old, value), !wanted && !exists:
+			s.agree(key)
+			continue
+		case wanted:
+			delete(s.due, key)
+		case !s.remove && (s.want == nil || !s.complete):
+			s.agree(key) // absence means nothing yet
+			continue
+		case s.waits(e, name, key, now):
+			continue
+		}
+		if len(ops) >= MaxOps-3 || (len(ops) > 0 && size+len(key)+len(value) > MaxBytes) {
+			return ops
+		}
+		ops = append(ops, Op{Key: key, Value: value, Delete: !wanted})
+		size += len(key) + len(value) + overhead
+	}
+	return ops
+}
+
+func (s *exportScope) agree(key string) {
+	delete(s.check, key)
+	delete(s.due, key)
+}
+
+// waits reports whether the deletion of a key has to wait, because its service has moved to another scope.
+func (s *exportScope) waits(e *Exporter, name, key string, now time.Time) bool {
+	at, ok := s.due[key]
+	if !ok {
+		if !e.elsewhere(name, owner(key)) {
+			return false
+		}
+		at = now.Add(e.cfg.Move)
+		s.due[key] = at
+	}
+	return now.Before(at)
+}
+
+func (e *Exporter) elsewhere(scope, service string) bool {
+	if service == "" {
+		return false
+	}
+	for name, s := range e.scopes {
+		if _, ok := s.want["svc/"+service]; ok && name != scope {
+			return true
+		}
+	}
+	return false
+}
+
+// owner returns the service ("<namespace>/<name>") of svc/<namespace>/<name> and ep/<namespace>/<name>/<slot>, or "".
+func owner(key string) string {
+	if rest, ok := strings.CutPrefix(key, "svc/"); ok {
+		return rest
+	}
+	if rest, ok := strings.CutPrefix(key, "ep/"); ok {
+		if i := strings.LastIndexByte(rest, '/'); i > 0 {
+			return rest[:i]
+		}
+	}
+	return ""
+}
+
+// birth makes the epoch of a scope and its first tick.
+func (e *Exporter) birth() (epoch, tick []byte) {
+	epoch, err := e.random()
+	if err == nil {
+		tick, err = e.random()
+	}
+	if err != nil {
+		e.cfg.Log.Error("scope stays unlisted", "error", err)
+		return nil, nil
+	}
+	return epoch, tick
+}
+
+// bury deletes the last keys of a removed scope, its epoch last of all.
+func (s *exportScope) bury(e *Exporter, name string, ops []Op) ([]Op, func()) {
+	gone := func() {
+		if e.scopes[name] == s && s.remove {
+			delete(e.scopes, name)
+			return
+		}
+		s.applied(ops) // it was Set again meanwhile
+		s.epoch, s.meta, s.last = nil, nil, &etcdpb.Meta{}
+		s.compare()
+	}
+	if s.epoch == nil && s.meta == nil && len(ops) == 0 {
+		gone()
+		return nil, nil
+	}
+	all := slices.Clone(ops)
+	for _, key := range []string{metaKey, tickKey, epochKey} {
+		all = append(all, Op{Key: key, Delete: true})
+	}
+	return all, gone
+}
+
+// applied notes what a Txn has written.
+func (s *exportScope) applied(ops []Op) {
+	for _, op := range ops {
+		if op.Delete {
+			delete(s.stored, op.Key)
+		} else {
+			s.stored[op.Key] = op.Value
+		}
+		value, wanted := s.want[op.Key]
+		if wanted != op.Delete && (!wanted || same(value, op.Value)) {
+			s.agree(op.Key)
+		}
+	}
+}
+
+// settled reports whether nothing is left to write, except what waits by intention.
+func (s *exportScope) settled(restart time.Duration) bool {
+	switch {
+	case len(s.check) != len(s.due), s.meta != nil && s.last.RestartSeconds != int64(restart/time.Second):
+		return false
+	case s.remove:
+		return len(s.due) > 0
+	case s.want == nil:
+		return true
+	}
+	return s.meta != nil && s.last.Endpoints == int64(s.endpoints) && s.complete == (s.epoch != nil)
+}

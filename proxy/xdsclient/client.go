@@ -356,11 +356,11 @@ func (r *run) takeWanted() {
 	fresh := r.wanted
 	r.wanted = map[string]struct{}{}
 	r.mu.Unlock()
-	for _, n := range slices.Sorted(maps.Keys(fresh)) {
+	for n := range fresh {
 		if _, ok := r.store.unknown[n]; ok && r.now().Sub(r.store.unknown[n]) < unknownFor {
 			continue // answered while this was on its way
 		}
-		r.send(r.store.want(n)...)
+		r.store.want(n)
 	}
 }
 

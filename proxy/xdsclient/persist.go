@@ -138,8 +138,7 @@ func (s *store) restore(kept []*discoveryv3.DeltaDiscoveryResponse, now time.Tim
 		}
 		for _, res := range r.Resources {
 			if k.url == listenerType && !slices.Contains(s.inbound, res.Name) && !s.gateway && len(s.names) < maxNames {
-				s.names[res.Name] = &name{authority: res.Name}
-				s.stale = true
+				s.want(res.Name)
 			}
 		}
 		s.subscribe()

@@ -30,7 +30,9 @@ type store struct {
 	trusted map[string]uint64 // loaded
 
 	table    *proxy.Table
-	stale    bool // names changed: the wanted Clusters must be worked out again
+	touched  map[string]struct{} // authorities whose subscriptions must be worked out again
+	leads    map[string][]string // xDS clusters that each authority needs
+	refs     map[string]int      // how many authorities need an xDS cluster
 	clusters map[string]*merged
 	saved    bool // nothing worth keeping has changed since the last snapshot
 }
@@ -85,6 +87,7 @@ func newStore(gateway bool, inbound []string) *store {
 	s := &store{
 		gateway: gateway, inbound: inbound, byURL: map[string]*kind{}, names: map[string]*name{}, pending: map[string]*name{},
 		unknown: map[string]time.Time{}, clusters: map[string]*merged{}, saved: true,
+		touched: map[string]struct{}{}, leads: map[string][]string{}, refs: map[string]int{},
 		table: &proxy.Table{
 			Listeners: map[string]*proxy.Listener{}, Unknown: map[string]time.Time{}, Clusters: map[string]*proxy.Cluster{},
 			SNI: map[string][]proxy.Target{}, Trust: map[string]uint64{},
@@ -110,14 +113,13 @@ func newStore(gateway bool, inbound []string) *store {
 
 // want asks for an authority. The xDS cluster of the same name, to which most routes lead, is asked for with it, so that one
 // round trip does.
-func (s *store) want(authority string) []*discoveryv3.DeltaDiscoveryRequest {
-	if s.gateway || s.names[authority] != nil {
-		return nil
+func (s *store) want(authority string) {
+	if s.names[authority] != nil {
+		return
 	}
 	delete(s.unknown, authority)
 	s.names[authority] = &name{authority: authority}
-	s.stale = true
-	return s.subscribe()
+	s.touched[authority] = struct{}{}
 }
 
 // forget gives an authority up.
@@ -128,61 +130,82 @@ func (s *store) forget(authority string) {
 	delete(s.names, authority)
 	delete(s.pending, authority)
 	s.kinds[listeners].changed[authority] = struct{}{}
-	s.stale, s.saved = true, false
+	s.touched[authority] = struct{}{}
+	s.saved = false
 }
 
-// subscribe makes the wanted names follow from s.names, and returns the changes to be sent.
+// subscribe makes the wanted names follow from the touched authorities, and returns what is to be sent.
 func (s *store) subscribe() []*discoveryv3.DeltaDiscoveryRequest {
-	if !s.stale {
+	if len(s.touched) == 0 {
 		return nil
 	}
-	s.stale = false
-	want := [3]map[string]struct{}{{}, {}, {}}
-	for _, n := range s.inbound {
-		want[listeners][n] = struct{}{}
-	}
-	add := func(cluster string) { want[clusters][cluster], want[endpoints][cluster] = struct{}{}, struct{}{} }
-	for authority, n := range s.names {
-		want[listeners][authority] = struct{}{}
-		if n.next == nil {
-			add(authority)
+	ls, moved := map[string]bool{}, map[string]bool{} // those to look at, and whether they are wanted
+	for authority := range s.touched {
+		n := s.names[authority]
+		ls[authority] = n != nil
+		for _, c := range s.leads[authority] {
+			s.refs[c]--
+			moved[c] = true
+		}
+		if n == nil {
+			delete(s.leads, authority)
 			continue
 		}
-		for _, c := range n.next.clusters {
-			add(c)
-		}
-		if n.current != nil {
-			for _, c := range n.current.clusters {
-				add(c)
-			}
+		s.leads[authority] = n.leads()
+		for _, c := range s.leads[authority] {
+			s.refs[c]++
+			moved[c] = true
 		}
 	}
-	if s.gateway {
-		want[endpoints]["*"] = struct{}{}
+	clear(s.touched)
+	for c := range moved {
+		if moved[c] = s.refs[c] > 0; !moved[c] {
+			delete(s.refs, c)
+		}
 	}
 	var out []*discoveryv3.DeltaDiscoveryRequest
-	for i, w := range want {
-		k := s.kinds[i]
-		r := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: k.url}
-		for n := range w {
-			if _, ok := k.wanted[n]; !ok {
-				r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, n)
-			}
-		}
-		for n := range k.wanted {
-			if _, ok := w[n]; !ok {
-				r.ResourceNamesUnsubscribe = append(r.ResourceNamesUnsubscribe, n)
-				k.drop(n)
-			}
-		}
-		k.wanted = w
-		if len(r.ResourceNamesSubscribe)+len(r.ResourceNamesUnsubscribe) > 0 {
-			slices.Sort(r.ResourceNamesSubscribe)
-			slices.Sort(r.ResourceNamesUnsubscribe)
+	for i, wanted := range []map[string]bool{ls, moved, moved} {
+		if r := s.kinds[i].follow(wanted); r != nil {
 			out = append(out, r)
 		}
 	}
 	return out
+}
+
+// leads are the xDS clusters that a name needs.
+func (n *name) leads() []string {
+	if n.next == nil {
+		return []string{n.authority}
+	}
+	if n.current == nil || n.current == n.next {
+		return n.next.clusters
+	}
+	out := slices.Concat(n.next.clusters, n.current.clusters)
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// follow subscribes to names and unsubscribes from others; nil where nothing changes.
+func (k *kind) follow(wanted map[string]bool) *discoveryv3.DeltaDiscoveryRequest {
+	r := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: k.url}
+	for n, want := range wanted {
+		_, have := k.wanted[n]
+		switch {
+		case want && !have:
+			k.wanted[n] = struct{}{}
+			r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, n)
+		case !want && have:
+			delete(k.wanted, n)
+			k.drop(n)
+			r.ResourceNamesUnsubscribe = append(r.ResourceNamesUnsubscribe, n)
+		}
+	}
+	if len(r.ResourceNamesSubscribe)+len(r.ResourceNamesUnsubscribe) == 0 {
+		return nil
+	}
+	slices.Sort(r.ResourceNamesSubscribe)
+	slices.Sort(r.ResourceNamesUnsubscribe)
+	return r
 }
 
 // drop forgets what is known of a name.
@@ -197,7 +220,6 @@ func (k *kind) drop(n string) {
 
 // connect begins a stream: everything that is wanted, with the versions that are held.
 func (s *store) connect() []*discoveryv3.DeltaDiscoveryRequest {
-	s.stale = true
 	s.subscribe() // the requests below say it all
 	var out []*discoveryv3.DeltaDiscoveryRequest
 	for i, k := range s.kinds {
@@ -274,7 +296,7 @@ func (s *store) take(k *kind, n, version string, a *anypb.Any, now time.Time) er
 		if at := s.names[n]; at != nil {
 			at.next = o
 			s.pending[n] = at
-			s.stale = true
+			s.touched[n] = struct{}{}
 		}
 	}
 	return nil
@@ -298,12 +320,15 @@ func stamp(fs []proxy.Fault, held *resource, now time.Time) {
 
 // remove takes the server's word that there is no such resource.
 func (s *store) remove(k *kind, n string, now time.Time) {
-	delete(k.rejected, n)
+	_, known := k.absent[n]
+	if k.held[n] != nil || k.rejected[n] != nil || k.url == endpointType && !known {
+		k.changed[n] = struct{}{}
+	}
 	if k.held[n] != nil {
-		delete(k.held, n)
 		s.saved = false
 	}
-	k.changed[n] = struct{}{}
+	delete(k.rejected, n)
+	delete(k.held, n)
 	if !k.all() {
 		k.absent[n] = struct{}{}
 	}
@@ -330,7 +355,7 @@ func (s *store) promote() {
 			n.current = n.next
 			delete(s.pending, authority)
 			s.kinds[listeners].changed[authority] = struct{}{}
-			s.stale = true
+			s.touched[authority] = struct{}{}
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -118,20 +119,30 @@ func (a *Agent) Source() *identity.Source { return a.src }
 // Run works until ctx ends. It returns an error when nothing but a person can help: a damaged state file, a refused
 // token with nothing to go on with, a ban.
 func (a *Agent) Run(ctx context.Context) error {
+	if a.cfg.WorkloadAPI == "" {
+		if err := a.lock(ctx); err != nil {
+			return nil
+		}
+		err := a.loadState()
+		<-a.work
+		if err != nil {
+			return fmt.Errorf("identity agent: %w", err)
+		}
+	}
+	var lis net.Listener
+	if a.cfg.SocketPath != "" {
+		var err error
+		if lis, err = listenUnix(a.cfg.SocketPath); err != nil {
+			return fmt.Errorf("identity agent: %w", err)
+		}
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	if a.cfg.WorkloadAPI != "" {
 		g.Go(func() error { return a.followWorkloadAPI(ctx) })
 	} else {
-		if err := a.loadState(); err != nil {
-			return fmt.Errorf("identity agent: %w", err)
-		}
 		g.Go(func() error { return a.runServer(ctx) })
 	}
-	if a.cfg.SocketPath != "" {
-		lis, err := listenUnix(a.cfg.SocketPath)
-		if err != nil {
-			return fmt.Errorf("identity agent: %w", err)
-		}
+	if lis != nil {
 		g.Go(func() error { return a.ServeWorkloadAPI(ctx, lis) })
 	}
 	if a.cfg.FilesDir != "" {
@@ -202,8 +213,9 @@ func (a *Agent) lock(ctx context.Context) error {
 func jitter(d time.Duration) time.Duration { return d - time.Duration(rand.Int64N(int64(d)/10+1)) }
 
 // TrustRefresh loads bundles until each named trust domain's has at least the given sequence, and returns when they are
-// in the Source: a proxy may then acknowledge them. It returns the last error when ctx ends first. Following another
-// agent's Workload API, where sequences are unknown, it returns after one sync interval.
+// in the Source: a proxy may then acknowledge them. A trust domain that this workload does not federate with is not waited
+// for. It returns the last error when ctx ends first. Following another agent's Workload API, where sequences are unknown,
+// it returns after one sync interval.
 func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]uint64) error {
 	if a.cfg.WorkloadAPI != "" {
 		timer := time.NewTimer(a.cfg.SyncInterval)
@@ -216,6 +228,7 @@ func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]
 		}
 	}
 	wait := 50 * time.Millisecond
+	want = maps.Clone(want)
 	for {
 		behind := a.behind(want)
 		if len(behind) == 0 {
@@ -226,7 +239,11 @@ func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]
 		}
 		var err error
 		if behind = a.behind(want); len(behind) > 0 { // another caller may have fetched them
-			err = a.step(ctx)
+			if err = a.step(ctx); err == nil {
+				maps.DeleteFunc(want, func(td spiffeid.TrustDomain, _ uint64) bool {
+					return td != a.cfg.TrustDomain && !slices.Contains(a.state.federates, td.Name())
+				})
+			}
 			behind = a.behind(want)
 		}
 		<-a.work

@@ -45,7 +45,7 @@ func TestAttestAndRenew(t *testing.T) {
 		s.start()
 		reg := prometheus.NewRegistry()
 		cfg := s.agentConfig(s.token(frontend))
-		cfg.Registerer, cfg.SyncInterval = reg, time.Minute
+		cfg.Registerer, cfg.SyncInterval = reg, 4*time.Minute
 		a, _ := runAgent(t, cfg)
 		wait(t, a.Source())
 		first, err := a.Source().GetX509SVID()
@@ -296,7 +296,7 @@ func TestForgotten(t *testing.T) {
 		check(t, err)
 		_, err = s.admin(t).DeleteAgent(t.Context(), &agentv1.DeleteAgentRequest{Id: spiretypes.FromID(s.agentID(t))})
 		check(t, err)
-		time.Sleep(10 * time.Minute)
+		time.Sleep(2 * time.Minute)
 		if svid, err := a.Source().GetX509SVID(); err != nil || svid != first {
 			t.Errorf("does not serve on: %v", err)
 		}
@@ -438,7 +438,7 @@ func TestRotationUnderLoad(t *testing.T) {
 
 		time.Sleep(time.Second) // both have synced each other's bundle
 		issuers, svids, requests, failed := map[string]bool{}, map[string]bool{}, 0, 0
-		for began := time.Now(); time.Since(began) < 70*time.Second; time.Sleep(300 * time.Millisecond) {
+		for began := time.Now(); time.Since(began) < 55*time.Second; time.Sleep(300 * time.Millisecond) {
 			requests++
 			leaf, err := request(lis, identity.ClientTLS(client, identity.AuthorizeID(payments)))
 			if err != nil {
@@ -450,7 +450,7 @@ func TestRotationUnderLoad(t *testing.T) {
 			svids[leaf.SerialNumber.String()] = true
 		}
 		t.Logf("%d requests, %d failed, %d server SVIDs of %d roots", requests, failed, len(svids), len(issuers))
-		if len(issuers) < 3 || len(svids) < 20 {
+		if len(issuers) < 3 || len(svids) < 15 {
 			t.Errorf("%d roots and %d SVIDs seen: that was no rotation", len(issuers), len(svids))
 		}
 	})
@@ -509,6 +509,8 @@ func TestTrustRefresh(t *testing.T) {
 		if err := a.TrustRefresh(ctx, want); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "east.demo") {
 			t.Errorf("error: %v", err)
 		}
+		// What this workload does not federate with is not waited for.
+		check(t, a.TrustRefresh(t.Context(), map[spiffeid.TrustDomain]uint64{spiffeid.RequireTrustDomainFromString("north.demo"): 7}))
 		// A trust domain that is not related any more is not trusted after the next sync.
 		check(t, s.bundles.Unrelate(east.td))
 		delete(want, east.td)
@@ -614,6 +616,7 @@ func TestFiles(t *testing.T) {
 
 // Whoever opens the folder once reads one consistent set, however often it changes.
 func TestFilesAreConsistent(t *testing.T) {
+	t.Parallel()
 	s := newServer(t, "west.demo", options{ca: ca.Config{X509Life: time.Second}})
 	s.start()
 	cfg := s.agentConfig(s.token(frontend))

@@ -38,11 +38,12 @@ func (c *credential) valid(now time.Time) bool {
 
 // state is what an agent knows, and what it keeps on disk.
 type state struct {
-	agent    *credential // nil: never attested
-	svid     *credential // nil: none yet
-	entryID  string      // of svid
-	revision int64       // of that entry
-	bundles  map[spiffeid.TrustDomain]*spiffebundle.Bundle
+	agent     *credential // nil: never attested
+	svid      *credential // nil: none yet
+	entryID   string      // of svid
+	revision  int64       // of that entry
+	federates []string    // trust domains that it federates with, as last heard; not kept
+	bundles   map[spiffeid.TrustDomain]*spiffebundle.Bundle
 }
 
 // due is how long until there is something to do.

@@ -266,6 +266,7 @@ func (a *Agent) sync(ctx context.Context) error {
 		return fmt.Errorf("sync with %s: entry %s: %w", c.addr, entry.Id, err)
 	}
 	own := bundles[a.cfg.TrustDomain]
+	a.state.federates = entry.FederatesWith
 	next := a.state
 	next.bundles, next.entryID, next.revision = bundles, entry.Id, entry.RevisionNumber
 	now := a.cfg.Now()

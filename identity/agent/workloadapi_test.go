@@ -37,7 +37,7 @@ func socketDir(t *testing.T) string {
 // workloadAPI is west, federated with east, and an agent that serves frontend's Workload API on a Unix socket.
 func workloadAPI(t *testing.T) (west, east *server, a *agent.Agent, addr string) {
 	t.Helper()
-	west, east = newServer(t, "west.demo", options{ca: ca.Config{X509Life: 3 * time.Second}}), newServer(t, "east.demo", options{})
+	west, east = newServer(t, "west.demo", options{ca: ca.Config{X509Life: 2 * time.Second}}), newServer(t, "east.demo", options{})
 	west.start()
 	check(t, west.bundles.Relate(bundle.Relation{TrustDomain: east.td}))
 	check(t, west.bundles.Set(east.td, east.authority.Bundle(), "join"))
@@ -65,6 +65,7 @@ func workloadAPI(t *testing.T) (west, east *server, a *agent.Agent, addr string)
 }
 
 func TestWorkloadAPI(t *testing.T) {
+	t.Parallel()
 	west, east, _, addr := workloadAPI(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -197,6 +198,7 @@ func (r *recorder) OnX509ContextWatchError(error) {}
 
 // JWT-SVIDs go on from the cache while the server is dead.
 func TestJWTWithServerDead(t *testing.T) {
+	t.Parallel()
 	west, _, _, addr := workloadAPI(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -218,6 +220,7 @@ func TestJWTWithServerDead(t *testing.T) {
 
 // An agent that follows another's Workload API (SPIRE's, say) feeds the same Source.
 func TestFollowWorkloadAPI(t *testing.T) {
+	t.Parallel()
 	_, east, _, addr := workloadAPI(t)
 	dir := filepath.Join(t.TempDir(), "files")
 	a, stop := runAgent(t, agent.Config{WorkloadAPI: addr, FilesDir: dir, SyncInterval: 10 * time.Millisecond})
@@ -245,6 +248,7 @@ func TestFollowWorkloadAPI(t *testing.T) {
 }
 
 func TestSocketInUse(t *testing.T) {
+	t.Parallel()
 	_, _, _, addr := workloadAPI(t)
 	s := newServer(t, "west.demo", options{})
 	cfg := s.agentConfig(s.token(frontend))
@@ -258,6 +262,7 @@ func TestSocketInUse(t *testing.T) {
 
 // The first trust in a server may be a SPIFFE bundle as well as PEM.
 func TestBootstrapBundles(t *testing.T) {
+	t.Parallel()
 	s := newServer(t, "west.demo", options{})
 	s.start()
 	good, err := s.authority.Bundle().Marshal()

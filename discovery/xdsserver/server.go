@@ -28,10 +28,10 @@ import (
 
 // Bounds and intervals.
 const (
-	maxNames      = 4096    // of all types, on one stream
-	maxTypes      = 16      // on one stream
-	maxMessage    = 4 << 20 // bytes received
-	maxResponse   = 1 << 20 // bytes of resources in one delta response, unless one is larger
+	maxNames      = 3*4096 + 64 // of all types, on one stream: 4,096 authorities need a Listener, a Cluster and endpoints each
+	maxTypes      = 16          // on one stream
+	maxMessage    = 4 << 20     // bytes received
+	maxResponse   = 256 << 10   // bytes of resources in one delta response, unless one is larger
 	reportDefault = 5 * time.Second
 	callersEvery  = 30 * time.Second // how often shares of callers are taken anew
 )

@@ -35,7 +35,7 @@ func TestDeltaOnDemand(t *testing.T) {
 		"catalog":  {endpoint("b", "10.0.0.2", "catalog")},
 	}}
 	h.view(set.set())
-	c := h.delta(h.dial(h.west, frontend), node("frontend-1", "hanse-proxy", nil))
+	c := h.delta(h.dial(h.own, frontend), node("frontend-1", "hanse-proxy", nil))
 
 	c.subscribe(xdsgen.ListenerType, name("payments"), name("nobody"))
 	c.expect(xdsgen.ListenerType, []string{name("payments")}, []string{name("nobody")})
@@ -73,7 +73,7 @@ func TestDeltaOnDemand(t *testing.T) {
 	c.expect(xdsgen.ClusterType, []string{name("payments")}, nil) // its SANs went with the endpoints
 
 	// A reconnecting client says what it has, and gets what differs.
-	c2 := h.delta(h.dial(h.west, frontend), node("frontend-1", "hanse-proxy", nil))
+	c2 := h.delta(h.dial(h.own, frontend), node("frontend-1", "hanse-proxy", nil))
 	last := c.resend(xdsgen.ListenerType, name("payments"))
 	c2.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: xdsgen.ListenerType,
 		ResourceNamesSubscribe:  []string{name("payments"), name("gone")},
@@ -95,7 +95,7 @@ func TestDependenciesComeWithTheListener(t *testing.T) {
 		"payments-v2": {endpoint("b", "10.0.0.2", "payments-v2")},
 	}}
 	h.view(set.set())
-	c := h.delta(h.dial(h.west, frontend), node("frontend-1", "hanse-proxy", map[string]any{"push_dependencies": true}))
+	c := h.delta(h.dial(h.own, frontend), node("frontend-1", "hanse-proxy", map[string]any{"push_dependencies": true}))
 	c.subscribe(xdsgen.ListenerType, name("payments"))
 	c.expect(xdsgen.ClusterType, []string{name("payments")}, nil)
 	c.expect(xdsgen.EndpointType, []string{name("payments")}, nil)
@@ -123,14 +123,14 @@ func TestOnlyOwnConfiguration(t *testing.T) {
 	h.view(shop{exported: true, services: map[string][]*discovery.Endpoint{"payments": {endpoint("a", "10.0.0.1", "payments")}}}.set())
 
 	in := xdsgen.InboundPrefix + "10.0.0.1"
-	h.delta(h.dial(h.west, "/ns/shop/sa/payments"), node("p", "hanse-proxy", nil)).with(xdsgen.ListenerType, in, true)
-	h.delta(h.dial(h.west, frontend), node("p", "hanse-proxy", nil)).with(xdsgen.ListenerType, in, false)
+	h.delta(h.dial(h.own, "/ns/shop/sa/payments"), node("p", "hanse-proxy", nil)).with(xdsgen.ListenerType, in, true)
+	h.delta(h.dial(h.own, frontend), node("p", "hanse-proxy", nil)).with(xdsgen.ListenerType, in, false)
 
 	// Claiming a role gives nothing: the SVID decides.
-	c := h.delta(h.dial(h.west, frontend), node("p", "hanse-proxy", map[string]any{"role": "gateway"}))
+	c := h.delta(h.dial(h.own, frontend), node("p", "hanse-proxy", map[string]any{"role": "gateway"}))
 	c.subscribe(xdsgen.EndpointType)
 	c.expect(xdsgen.EndpointType, nil, nil)
-	g := h.delta(h.dial(h.west, "/hanse/gateway"), node("g", "hanse-proxy", map[string]any{"role": "gateway"}))
+	g := h.delta(h.dial(h.own, "/hanse/gateway"), node("g", "hanse-proxy", map[string]any{"role": "gateway"}))
 	g.subscribe(xdsgen.EndpointType)
 	g.expect(xdsgen.EndpointType, []string{"8080.payments.shop.svc.clusterset.local", "a.endpoint.hanse", "payments.shop.svc.clusterset.local"}, nil)
 
@@ -138,7 +138,7 @@ func TestOnlyOwnConfiguration(t *testing.T) {
 	east := newAuthority(t, "east.demo")
 	for _, trusted := range []bool{false, true} {
 		if trusted {
-			h.src.SetBundles(bundles(h.west, east))
+			h.src.SetBundles(bundles(h.own, east))
 		}
 		stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(h.dial(east, frontend)).DeltaAggregatedResources(t.Context())
 		if err == nil {
@@ -164,14 +164,14 @@ func (c *deltaClient) with(typeURL, name string, exists bool) {
 func TestGatewayTable(t *testing.T) {
 	h := start(t)
 	set := shop{exported: true, services: map[string][]*discovery.Endpoint{}}
-	const n = 12000
+	const n = 3000
 	for i := range n {
 		set.services["bulk"] = append(set.services["bulk"], endpoint(fmt.Sprintf("%032x", i), fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255), "bulk"))
 	}
 	set.services["one"] = []*discovery.Endpoint{endpoint("x", "10.99.0.1", "one")}
 	set.services["two"] = []*discovery.Endpoint{endpoint("x", "10.99.0.1", "two")} // the same workload behind another service
 	h.view(set.set())
-	c := h.delta(h.dial(h.west, "/hanse/gateway"), node("g", "hanse-proxy", nil))
+	c := h.delta(h.dial(h.own, "/hanse/gateway"), node("g", "hanse-proxy", nil))
 	c.subscribe(xdsgen.EndpointType, "*")
 	have := make(map[string]string)
 	responses := 0
@@ -194,7 +194,7 @@ func TestGatewayTable(t *testing.T) {
 	// After a reconnect only what differs is sent.
 	set.services["three"] = []*discovery.Endpoint{endpoint("y", "10.99.0.2", "three")}
 	h.view(set.set())
-	c2 := h.delta(h.dial(h.west, "/hanse/gateway"), node("g", "hanse-proxy", nil))
+	c2 := h.delta(h.dial(h.own, "/hanse/gateway"), node("g", "hanse-proxy", nil))
 	c2.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: xdsgen.EndpointType, ResourceNamesSubscribe: []string{"*"}, InitialResourceVersions: have})
 	c2.expect(xdsgen.EndpointType, []string{"8080.three.shop.svc.clusterset.local", "three.shop.svc.clusterset.local", "y.endpoint.hanse"},
 		[]string{"8080.one.shop.svc.clusterset.local", "8080.two.shop.svc.clusterset.local", "one.shop.svc.clusterset.local", "two.shop.svc.clusterset.local", "x.endpoint.hanse"})
@@ -208,7 +208,7 @@ func TestAcknowledgements(t *testing.T) {
 	if got := h.TrustAcked(); got["west.demo"] != 3 || got["east.demo"] != 5 {
 		t.Errorf("without proxies: %v", got)
 	}
-	c := h.delta(h.dial(h.west, frontend), node("frontend-1", "hanse-proxy", map[string]any{"role": "sidecar", "version": "v1"}))
+	c := h.delta(h.dial(h.own, frontend), node("frontend-1", "hanse-proxy", map[string]any{"role": "sidecar", "version": "v1"}))
 	c.subscribe(xdsgen.TrustType, "trust")
 	resp := c.next()
 	var trust xdspb.Trust
@@ -263,7 +263,7 @@ func counter(t *testing.T, c prometheus.Counter) float64 {
 func TestFaults(t *testing.T) {
 	h := start(t)
 	h.view(shop{}.set())
-	c := h.delta(h.dial(h.west, "/ns/shop/sa/payments"), node("p", "hanse-proxy", map[string]any{"workload_ips": []any{"10.0.0.1", "nonsense"}}))
+	c := h.delta(h.dial(h.own, "/ns/shop/sa/payments"), node("p", "hanse-proxy", map[string]any{"workload_ips": []any{"10.0.0.1", "nonsense"}}))
 	c.subscribe(xdsgen.FaultsType, "faults")
 	c.expect(xdsgen.FaultsType, []string{"faults"}, nil)
 	renewal := uint64(0)
@@ -288,7 +288,7 @@ func TestFaults(t *testing.T) {
 func TestStreamEndsWithItsTrust(t *testing.T) {
 	h := start(t)
 	h.view(shop{}.set())
-	c := h.delta(h.dial(h.west, frontend), node("p", "hanse-proxy", nil))
+	c := h.delta(h.dial(h.own, frontend), node("p", "hanse-proxy", nil))
 	c.subscribe(xdsgen.ListenerType, "x")
 	c.recv()
 	other := newAuthority(t, "west.demo")
@@ -301,7 +301,7 @@ func TestStreamEndsWithItsTrust(t *testing.T) {
 func TestBounds(t *testing.T) {
 	h := start(t)
 	h.view(shop{services: map[string][]*discovery.Endpoint{"payments": nil}}.set())
-	c := h.delta(h.dial(h.west, frontend), node(strings.Repeat("x", 1000), "hanse-proxy", nil))
+	c := h.delta(h.dial(h.own, frontend), node(strings.Repeat("x", 1000), "hanse-proxy", nil))
 	var names []string
 	for i := range maxNames {
 		names = append(names, fmt.Sprintf("s%d", i))
@@ -333,10 +333,10 @@ func TestSlowReaderBlocksNobody(t *testing.T) {
 	// A gateway that never reads, while its table grows beyond every window.
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	slow, err := discoveryv3.NewAggregatedDiscoveryServiceClient(h.dial(h.west, "/hanse/gateway")).DeltaAggregatedResources(ctx)
+	slow, err := discoveryv3.NewAggregatedDiscoveryServiceClient(h.dial(h.own, "/hanse/gateway")).DeltaAggregatedResources(ctx)
 	must(t, err)
 	must(t, slow.Send(&discoveryv3.DeltaDiscoveryRequest{Node: node("slow", "hanse-proxy", nil), TypeUrl: xdsgen.EndpointType}))
-	fast := h.delta(h.dial(h.west, frontend), node("fast", "hanse-proxy", nil))
+	fast := h.delta(h.dial(h.own, frontend), node("fast", "hanse-proxy", nil))
 	fast.with(xdsgen.EndpointType, name("payments"), false)
 	for round := range 5 {
 		var bulk []*discovery.Endpoint
@@ -359,7 +359,7 @@ func TestStateOfTheWorld(t *testing.T) {
 	h.view(set.set())
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(h.dial(h.west, frontend)).StreamAggregatedResources(ctx)
+	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(h.dial(h.own, frontend)).StreamAggregatedResources(ctx)
 	must(t, err)
 	send := func(typeURL, nonce string, names ...string) {
 		t.Helper()
@@ -413,7 +413,7 @@ func TestLoadReports(t *testing.T) {
 	h.view(shop{}.set())
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	stream, err := loadv3.NewLoadReportingServiceClient(h.dial(h.west, frontend)).StreamLoadStats(ctx)
+	stream, err := loadv3.NewLoadReportingServiceClient(h.dial(h.own, frontend)).StreamLoadStats(ctx)
 	must(t, err)
 	must(t, stream.Send(&loadv3.LoadStatsRequest{Node: node("frontend-1", "hanse-proxy", nil)}))
 	every := func(want time.Duration) {

@@ -107,11 +107,11 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// harness is a Server on loopback, of the cluster west.
+// harness is a Server on loopback.
 type harness struct {
 	*Server
 	t    testing.TB
-	west *authority
+	own  *authority
 	src  *identity.Source
 	addr string
 	reg  *prometheus.Registry
@@ -119,9 +119,14 @@ type harness struct {
 
 func start(t testing.TB, change ...func(*Config)) *harness {
 	t.Helper()
-	west := newAuthority(t, "west.demo")
-	h := &harness{t: t, west: west, src: west.source(t, "/hanse/control-plane"), reg: prometheus.NewRegistry()}
-	cfg := Config{Source: h.src, TrustDomain: west.td, Debounce: time.Millisecond, Registerer: h.reg, Log: slog.New(slog.DiscardHandler)}
+	return startFor(t, newAuthority(t, "west.demo"), change...)
+}
+
+// startFor serves a trust domain.
+func startFor(t testing.TB, own *authority, change ...func(*Config)) *harness {
+	t.Helper()
+	h := &harness{t: t, own: own, src: own.source(t, "/hanse/control-plane"), reg: prometheus.NewRegistry()}
+	cfg := Config{Source: h.src, TrustDomain: own.td, Debounce: time.Millisecond, Registerer: h.reg, Log: slog.New(slog.DiscardHandler)}
 	for _, f := range change {
 		f(&cfg)
 	}
@@ -168,8 +173,8 @@ func eventually(t testing.TB, ok func() bool) {
 // dial connects with an SVID of an authority.
 func (h *harness) dial(a *authority, path string) *grpc.ClientConn {
 	h.t.Helper()
-	src := a.source(h.t, path, h.west)
-	conn, err := grpc.NewClient(h.addr, grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(src, h.west))))
+	src := a.source(h.t, path, h.own)
+	conn, err := grpc.NewClient(h.addr, grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(src, h.own))))
 	must(h.t, err)
 	h.t.Cleanup(func() { conn.Close() })
 	return conn

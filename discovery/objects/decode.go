@@ -51,6 +51,10 @@ func Decode(data []byte, file string) ([]Object, error) {
 		return nil, asError([]*Fault{{File: file, Reason: fmt.Sprintf(
 			"%s; split it (an EndpointSlice holds at most %d endpoints, and a Service may have many slices)", tooLarge, MaxEndpoints)}})
 	}
+	if m := findStrangeBreak(data); m != nil {
+		return nil, asError([]*Fault{{File: file, Line: 1 + bytes.Count(data[:m[0]], []byte("\n")), Value: string(data[m[0]:m[1]]),
+			Reason: `a line break that editors do not show; end lines with \n or \r\n, and write others in double quotes, as "\u2028"`}})
+	}
 	d := &decoder{file: file, fields: map[reflect.Type]map[string][]int{}}
 	for _, doc := range splitDocuments(data) {
 		d.document(doc)
@@ -58,6 +62,18 @@ func Decode(data []byte, file string) ([]Object, error) {
 	d.refuseDuplicates()
 	slices.SortStableFunc(d.faults, func(a, b *Fault) int { return cmp.Compare(a.Line, b.Line) })
 	return d.objects, asError(d.faults)
+}
+
+// strangeBreak matches what YAML counts as a line break beside \n and \r\n: with one, its line numbers are not those of the file.
+var strangeBreak = regexp.MustCompile(`\r[^\n]|\r$|\x{85}|\x{2028}|\x{2029}`)
+
+func findStrangeBreak(data []byte) []int {
+	for _, b := range []string{"\r", "\u0085", "\u2028", "\u2029"} { // cheap, and in most files there is none
+		if bytes.Contains(data, []byte(b)) {
+			return strangeBreak.FindIndex(data)
+		}
+	}
+	return nil
 }
 
 // document is the text of one YAML document and the number of lines of the file before it.

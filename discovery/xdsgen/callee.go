@@ -49,8 +49,8 @@ const PlaintextAnnotation = "hanse.mesh/plaintext"
 // lookup finds what an authority names. Only the canonical form, "name.namespace.svc.clusterset.local:port" or
 // "….svc.cluster.local:port", is a resource name. The error says why there is nothing to call.
 func (v *View) lookup(authority string) (*callee, error) {
-	n, number, local, ok := discovery.ParseAuthority(authority)
-	if !ok || number == 0 || authority != authorityOf(n, number, local) {
+	n, number, local, _ := discovery.ParseAuthority(authority)
+	if !canonical(authority) {
 		return nil, fmt.Errorf("%q is not of the form name.namespace.%s:port", authority, discovery.ClustersetDomain)
 	}
 	c := &callee{name: n, authority: authority, local: local, policy: v.Set.Local.TrafficPolicy[n]}
@@ -78,6 +78,12 @@ func (v *View) lookup(authority string) (*callee, error) {
 	}
 	c.port = *p
 	return c, nil
+}
+
+// canonical reports whether a name has the one form of a resource name, whether or not there is such a service.
+func canonical(authority string) bool {
+	n, number, local, ok := discovery.ParseAuthority(authority)
+	return ok && number != 0 && authority == authorityOf(n, number, local)
 }
 
 func authorityOf(n discovery.Name, port uint16, local bool) string {

@@ -28,29 +28,45 @@ const (
 
 // listener is the outbound Listener of an authority, with its routes inline.
 func (v *View) listener(viewer *Viewer, c *callee) (proto.Message, error) {
-	var config proto.Message
-	if c.port.Protocol.IsHTTP() || viewer.Kind == GRPC {
-		routes, err := v.routeConfiguration(viewer, c)
-		if err != nil {
-			return nil, err
-		}
-		router, err := httpFilter("envoy.filters.http.router", &routerv3.Router{})
-		if err != nil {
-			return nil, err
-		}
-		config = &hcmv3.HttpConnectionManager{
-			StatPrefix:     c.authority,
-			RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: routes},
-			HttpFilters:    []*hcmv3.HttpFilter{router},
-		}
-	} else {
-		config = &tcpv3.TcpProxy{StatPrefix: c.authority, ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: c.authority}}
+	if !c.port.Protocol.IsHTTP() && viewer.Kind != GRPC {
+		return apiListener(c.authority, &tcpv3.TcpProxy{StatPrefix: c.authority, ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: c.authority}})
 	}
+	routes, err := v.routeConfiguration(viewer, c)
+	if err != nil {
+		return nil, err
+	}
+	return httpListener(c.authority, routes)
+}
+
+func httpListener(name string, routes *routev3.RouteConfiguration) (proto.Message, error) {
+	router, err := httpFilter("envoy.filters.http.router", &routerv3.Router{})
+	if err != nil {
+		return nil, err
+	}
+	return apiListener(name, &hcmv3.HttpConnectionManager{
+		StatPrefix:     name,
+		RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: routes},
+		HttpFilters:    []*hcmv3.HttpFilter{router},
+	})
+}
+
+func apiListener(name string, config proto.Message) (proto.Message, error) {
 	api, err := packed(config)
 	if err != nil {
 		return nil, err
 	}
-	return &listenerv3.Listener{Name: c.authority, ApiListener: &listenerv3.ApiListener{ApiListener: api}}, nil
+	return &listenerv3.Listener{Name: name, ApiListener: &listenerv3.ApiListener{ApiListener: api}}, nil
+}
+
+// failingListener lets calls to an unknown name fail at once: of what is absent from a state-of-the-world response a gRPC client
+// waits 15 s for.
+func failingListener(name, why string) (proto.Message, error) {
+	return httpListener(name, &routev3.RouteConfiguration{Name: name, VirtualHosts: []*routev3.VirtualHost{{
+		Name: name, Domains: []string{"*"}, Routes: []*routev3.Route{{
+			Match:  &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
+			Action: directResponse(404, why),
+		}},
+	}}})
 }
 
 func httpFilter(name string, m proto.Message) (*hcmv3.HttpFilter, error) {

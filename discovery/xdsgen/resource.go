@@ -117,6 +117,10 @@ func (v *View) message(viewer *Viewer, typeURL, name string) (m proto.Message, p
 	}
 	c, err := v.lookup(name)
 	if err != nil {
+		if viewer.Kind == GRPC && typeURL == ListenerType && canonical(name) {
+			m, err = failingListener(name, err.Error())
+			return m, false, err
+		}
 		return nil, false, nil // an unknown name is an answer, not an error
 	}
 	switch typeURL {

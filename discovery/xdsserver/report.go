@@ -81,6 +81,9 @@ func (s *Server) StreamLoadStats(stream grpc.BidiStreamingServer[loadv3.LoadStat
 	if err != nil {
 		return err
 	}
+	if err := s.awaitView(stream.Context()); err != nil {
+		return err
+	}
 	ctx, end := context.WithCancelCause(stream.Context())
 	defer end(nil)
 	r := &reporter{peer: p, wake: make(chan struct{}, 1), end: end}

@@ -59,6 +59,8 @@ type Server struct {
 	metrics *metrics
 	cache   *cache
 	wake    chan struct{} // to Run: a view is pending
+	ready   chan struct{} // closed by Run when there is a first view
+	done    chan struct{} // closed by Run at its end
 
 	mu           sync.Mutex
 	pending      *discovery.Clusterset                    // guarded by mu; nil: none
@@ -87,6 +89,8 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		cfg: cfg, log: cfg.Log, now: cfg.Now, metrics: m, cache: newCache(),
 		wake:        make(chan struct{}, 1),
+		ready:       make(chan struct{}),
+		done:        make(chan struct{}),
 		sessions:    make(map[*session]struct{}),
 		reporters:   make(map[*reporter]struct{}),
 		callers:     make(xdsgen.Callers),
@@ -130,7 +134,8 @@ func (s *Server) ServerOptions() []grpc.ServerOption {
 	}
 }
 
-// Run applies views and serves streams until ctx ends; then it ends all streams.
+// Run applies views and serves streams until ctx ends; then it ends all streams. Before the first view streams wait: a control
+// plane that knows nothing yet must not take away what clients have.
 func (s *Server) Run(ctx context.Context) error {
 	defer s.end()
 	tick := time.NewTicker(callersEvery)
@@ -166,6 +171,9 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		if s.cache.apply(set, callers, s.pendingTime()) {
 			s.wakeAll()
+		}
+		if last.IsZero() {
+			close(s.ready)
 		}
 		last = s.now()
 	}
@@ -251,6 +259,18 @@ func (s *Server) SetReportInterval(d time.Duration) {
 	s.mu.Unlock()
 }
 
+// awaitView blocks until there is a view.
+func (s *Server) awaitView(ctx context.Context) error {
+	select {
+	case <-s.ready:
+		return nil
+	case <-s.done:
+		return errShutdown
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 func (s *Server) wakeAll() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -290,6 +310,7 @@ func (s *Server) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
+	close(s.done)
 	gone := status.Error(codes.Unavailable, "the control plane is shutting down")
 	for ss := range s.sessions {
 		ss.end(gone)

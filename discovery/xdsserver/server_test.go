@@ -88,6 +88,20 @@ func (c *deltaClient) resend(typeURL, name string) string {
 	return c.expect(typeURL, []string{name}, nil).Resources[0].Version
 }
 
+func TestNothingBeforeTheFirstView(t *testing.T) {
+	h := start(t)
+	c := h.delta(h.dial(h.own, frontend), node("frontend-1", "hanse-proxy", nil))
+	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: xdsgen.ListenerType, ResourceNamesSubscribe: []string{name("payments")},
+		InitialResourceVersions: map[string]string{name("payments"): "from before"}})
+	select {
+	case resp := <-c.got:
+		t.Fatalf("answered without a view: %v", resp)
+	case <-time.After(50 * time.Millisecond):
+	}
+	h.view(shop{services: map[string][]*discovery.Endpoint{"payments": nil}}.set())
+	c.expect(xdsgen.ListenerType, []string{name("payments")}, nil)
+}
+
 func TestDependenciesComeWithTheListener(t *testing.T) {
 	h := start(t)
 	set := shop{services: map[string][]*discovery.Endpoint{
@@ -385,14 +399,14 @@ func TestStateOfTheWorld(t *testing.T) {
 		}
 		return resp
 	}
-	send(xdsgen.ListenerType, "", name("payments"), name("nobody"))
+	send(xdsgen.ListenerType, "", name("payments"), "nobody")
 	first := recv(xdsgen.ListenerType, name("payments"))
-	send(xdsgen.ListenerType, first.Nonce, name("payments"), name("nobody")) // ACK
+	send(xdsgen.ListenerType, first.Nonce, name("payments"), "nobody") // ACK
 	// A further name: Listeners come all together.
-	send(xdsgen.ListenerType, first.Nonce, name("payments"), name("nobody"), name("catalog"))
+	send(xdsgen.ListenerType, first.Nonce, name("payments"), "nobody", name("catalog"))
 	second := recv(xdsgen.ListenerType, name("catalog"), name("payments"))
 	send(xdsgen.ListenerType, first.Nonce, name("payments")) // stale: ignored
-	send(xdsgen.ListenerType, second.Nonce, name("payments"), name("nobody"), name("catalog"))
+	send(xdsgen.ListenerType, second.Nonce, name("payments"), "nobody", name("catalog"))
 	send(xdsgen.EndpointType, "", name("payments"))
 	eds := recv(xdsgen.EndpointType, name("payments"))
 	send(xdsgen.EndpointType, eds.Nonce, name("payments"), name("catalog")) // only what is new
@@ -403,7 +417,7 @@ func TestStateOfTheWorld(t *testing.T) {
 	delete(set.services, "catalog")
 	h.view(set.set())
 	recv(xdsgen.EndpointType, name("payments"))
-	recv(xdsgen.ListenerType, name("payments"))
+	recv(xdsgen.ListenerType, name("catalog"), name("payments")) // the first fails all calls now
 	eventually(t, func() bool { return h.Proxies()[0].Types[0].Acked != "" })
 }
 

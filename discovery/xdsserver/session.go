@@ -102,6 +102,9 @@ func (s *Server) open(ctx context.Context, protocol string) (context.Context, *s
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := s.awaitView(ctx); err != nil {
+		return nil, nil, err
+	}
 	ctx, end := context.WithCancelCause(ctx)
 	ss := &session{
 		s: s, peer: p, since: s.now(), wake: make(chan struct{}, 1), end: end,

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -125,6 +126,7 @@ type Mesh struct {
 	membership   map[string]map[string][]byte    // as given to the exporter, by scope and key
 	retained     []string                        // scopes
 	restored     map[string][]string             // scopes by member ID, as the last run exported them
+	markers      map[string]bool                 // trust domains that this Mesh has added, as stored
 	trusted      map[spiffeid.TrustDomain]string // bundle as it was given to Bundles
 	merged       mergeInput
 }
@@ -400,9 +402,15 @@ func (m *Mesh) disabled(name string) bool {
 // trust keeps the trust store in line with the members' bundles. A marker says that this Mesh has added a trust domain: it is added once,
 // so that a person who removes it is obeyed, and removed once.
 func (m *Mesh) trust(ctx context.Context) error {
-	markers, err := m.kv.List(ctx, trustedPath)
-	if err != nil {
-		return fmt.Errorf("read trusted members: %w", err)
+	if m.markers == nil {
+		stored, err := m.kv.List(ctx, trustedPath)
+		if err != nil {
+			return fmt.Errorf("read trusted members: %w", err)
+		}
+		m.markers = map[string]bool{}
+		for key := range stored {
+			m.markers[strings.TrimPrefix(key, trustedPath)] = true
+		}
 	}
 	var errs []error
 	live := map[string]bool{}
@@ -414,15 +422,15 @@ func (m *Mesh) trust(ctx context.Context) error {
 			continue
 		}
 		live[td.Name()] = true
-		if _, added := markers[trustedPath+td.Name()]; added && m.trusted[td] == string(r.Bundle) {
+		if m.markers[td.Name()] && m.trusted[td] == string(r.Bundle) {
 			continue
-		} else if err := m.trustMember(ctx, td, r, added); err != nil {
+		}
+		if err := m.trustMember(ctx, td, r); err != nil {
 			errs = append(errs, fmt.Errorf("trust cluster %s: %w", r.Name, err))
 		}
 		m.trusted[td] = string(r.Bundle)
 	}
-	for key := range markers {
-		name := key[len(trustedPath):]
+	for name := range m.markers {
 		if live[name] {
 			continue
 		}
@@ -437,26 +445,32 @@ func (m *Mesh) trust(ctx context.Context) error {
 			continue
 		}
 		m.log.Info("trust domain no longer trusted", "trust_domain", td.Name())
-		if err := m.kv.Delete(ctx, key); err != nil {
+		if err := m.kv.Delete(ctx, trustedPath+name); err != nil {
 			errs = append(errs, fmt.Errorf("end trust in %s: %w", td, err))
+			continue
 		}
+		delete(m.markers, name)
 	}
 	return errors.Join(errs...)
 }
 
-func (m *Mesh) trustMember(ctx context.Context, td spiffeid.TrustDomain, r *federation.Record, added bool) error {
+func (m *Mesh) trustMember(ctx context.Context, td spiffeid.TrustDomain, r *federation.Record) error {
 	b, err := spiffebundle.Parse(td, r.Bundle)
 	if err != nil {
 		return fmt.Errorf("its bundle: %w", err)
 	}
-	if added {
+	if m.markers[td.Name()] {
 		return m.cfg.Bundles.Update(td, b)
 	}
 	if err := m.cfg.Bundles.Add(td, b); err != nil {
 		return err
 	}
 	m.log.Info("trust domain trusted", "trust_domain", td.Name(), "cluster", r.Name)
-	return m.kv.Put(ctx, trustedPath+td.Name(), []byte{})
+	if err := m.kv.Put(ctx, trustedPath+td.Name(), []byte{}); err != nil {
+		return err
+	}
+	m.markers[td.Name()] = true
+	return nil
 }
 
 func sameBundle(b *spiffebundle.Bundle, data []byte) bool {

@@ -203,6 +203,9 @@ func (m *Mesh) startPeer(ctx context.Context, running *sync.WaitGroup, r *federa
 		now := m.cfg.Now()
 		p.observed.Answer, p.observed.Success = now, now // patience begins now
 		p.judged.Store(m.lastJudgement(ctx, r.ID, now))
+		if p.judged.Load().state == discovery.Withdrawn { // its data path was dead: that stays so until a success
+			p.observed.FailedRound, p.observed.Success = m.cfg.Patience.Rounds, time.Time{}
+		}
 	}
 	var work sync.WaitGroup
 	work.Go(func() { m.runMirror(ctx, p) })

@@ -51,7 +51,7 @@ type Balancer struct {
 	ramp           int64
 	suspectGateway func(netip.AddrPort)
 	probe          func(context.Context, *proxy.Endpoint, netip.AddrPort) error
-	wake           chan struct{} // of Run: somebody is dead
+	wake           chan struct{} // of Run: something has happened
 
 	clusters atomic.Pointer[map[string]*cluster]
 
@@ -74,6 +74,7 @@ type cluster struct {
 	dropped        atomic.Uint64
 	refusedRetries atomic.Uint64
 	ejections      atomic.Uint64
+	died           atomic.Pointer[proxy.Endpoint] // the last to lose its connection; nil: Run has seen it
 
 	mu sync.Mutex
 
@@ -289,10 +290,7 @@ func (c *cluster) rebuild(now int64, cause string) {
 	c.due.Store(min(due, c.due.Load()))
 	c.noteShift(s, now, cause)
 	if c.b.probe != nil && (due < math.MaxInt64 || len(s.trials) > 0) {
-		select {
-		case c.b.wake <- struct{}{}:
-		default:
-		}
+		c.b.kick()
 	}
 }
 
@@ -492,6 +490,14 @@ func (b *Balancer) gatewayReturned(g *gateway) {
 	if wasDown {
 		b.log.Info("gateway can be reached again", "gateway", g.addr)
 		b.gatewayChanged(g, now)
+	}
+}
+
+// kick wakes Run.
+func (b *Balancer) kick() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
 	}
 }
 

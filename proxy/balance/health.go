@@ -173,14 +173,20 @@ func (p *Pick) Done(r Result) {
 	now := c.b.clock()
 	switch r.Outcome {
 	case GatewayFailed:
-		if p.g != nil {
-			c.b.gatewayFailed(p.g, now, r.describe())
+		if p.g == nil {
+			c.fail(h, now, &r)
 			return
 		}
+		if !p.g.down.Load() {
+			c.b.event(now, c.name, h.id, proxy.FirstFailure, r.describe()+" "+p.g.addr.String())
+		}
+		c.b.gatewayFailed(p.g, now, r.describe())
+	case Dead, ConnectFailed:
+		if !h.dead.down.Load() {
+			c.died.Store(p.Endpoint)
+		}
 		c.fail(h, now, &r)
-	case Dead:
-		c.fail(h, now, &r)
-		if p.g != nil && c.b.suspectGateway != nil {
+		if r.Outcome == Dead && p.g != nil && c.b.suspectGateway != nil {
 			c.b.suspectGateway(p.g.addr)
 		}
 	default:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
@@ -14,34 +15,36 @@ var ErrGateway = errors.New("gateway cannot be reached")
 // maxProbes is how many are under way at once.
 const maxProbes = 32
 
-// Run tries dead endpoints and gateways by Config.Probe, until ctx ends. Without Config.Probe it only waits: then requests are let
-// through to try.
+// Run logs what happens to endpoints, and with Config.Probe tries dead ones again and looks after the neighbours of one that has
+// just died, until ctx ends. Without Config.Probe requests are let through to try.
 func (b *Balancer) Run(ctx context.Context) error {
-	if b.probe == nil {
-		<-ctx.Done()
-		return nil
-	}
 	var running sync.WaitGroup
 	defer running.Wait()
 	slots := make(chan struct{}, maxProbes)
 	tick := time.NewTicker(firstBackoff / 4)
 	defer tick.Stop()
+	logged := b.events.last()
 	for {
-		due, dead := b.dueProbes()
-		for _, p := range due {
-			select {
-			case slots <- struct{}{}:
-			case <-ctx.Done():
-				return nil
-			}
-			running.Go(func() {
-				defer func() { <-slots }()
-				p.run(ctx)
-			})
-		}
+		logged = b.logEvents(logged)
 		next := tick.C
-		if !dead {
-			next = nil // nobody is dead: sleep until somebody is
+		if b.probe != nil {
+			due, dead := b.dueProbes()
+			for _, p := range append(due, b.neighbours()...) {
+				select {
+				case slots <- struct{}{}:
+				case <-ctx.Done():
+					return nil
+				}
+				running.Go(func() {
+					defer func() { <-slots }()
+					p.run(ctx)
+				})
+			}
+			if !dead {
+				next = nil // sleep until somebody is
+			}
+		} else {
+			next = nil
 		}
 		select {
 		case <-ctx.Done():
@@ -52,12 +55,52 @@ func (b *Balancer) Run(ctx context.Context) error {
 	}
 }
 
+func (b *Balancer) logEvents(from uint64) (next uint64) {
+	events, next := b.events.after(from)
+	for _, e := range events {
+		b.log.Info("endpoint health", "event", string(e.Kind), "cluster", e.Cluster, "endpoint", e.Endpoint, "detail", e.Detail, "at", e.Time)
+	}
+	return next
+}
+
+// neighbours are the endpoints beside one that has died: in the same place, or behind the same gateway. In a black hole they are dead too, and
+// nobody has noticed where no request is open.
+func (b *Balancer) neighbours() (out []probe) {
+	for _, c := range *b.clusters.Load() {
+		dead := c.died.Swap(nil)
+		if dead == nil {
+			continue
+		}
+		s := c.state.Load()
+		for i := range s.levels {
+			for j := range s.levels[i].all {
+				m := &s.levels[i].all[j]
+				if m.host.id == dead.ID || !m.available() || m.endpoint.Locality != dead.Locality && !common(m.endpoint.Gateways, dead.Gateways) {
+					continue
+				}
+				p := probe{c: c, m: m, check: true}
+				if len(m.gateways) > 0 {
+					p.g = b.pickGateway(m.gateways, c.turn.Add(1), b.clock(), 0)
+					p.through = p.g.addr
+				}
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
+
+func common(a, b []netip.AddrPort) bool {
+	return slices.ContainsFunc(a, func(x netip.AddrPort) bool { return slices.Contains(b, x) })
+}
+
 // probe is one attempt at somebody dead.
 type probe struct {
 	c       *cluster
 	m       *candidate
 	g       *gateway // whose trial it is; nil: the endpoint's
 	through netip.AddrPort
+	check   bool // nobody's trial: the endpoint is thought to be well
 }
 
 // dueProbes takes the trials that are due, and says whether anybody is dead at all.
@@ -98,12 +141,18 @@ func (b *Balancer) dueProbes() (due []probe, dead bool) {
 
 func (p *probe) run(ctx context.Context) {
 	b := p.c.b
-	limited, cancel := context.WithTimeout(ctx, p.c.state.Load().def.ConnectTimeout+time.Second)
+	limit := p.c.state.Load().def.ConnectTimeout
+	if !p.check {
+		limit += time.Second
+	}
+	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	err := b.probe(limited, p.m.endpoint, p.through)
 	now := b.clock()
 	switch {
-	case ctx.Err() != nil: // it says nothing about the endpoint
+	case ctx.Err() != nil, p.check && err == nil: // it says nothing about the endpoint, or nothing new
+	case p.check && !errors.Is(err, ErrGateway):
+		p.c.fail(p.m.host, now, &Result{Outcome: ConnectFailed, Reason: err.Error()})
 	case p.g != nil && (err == nil || !errors.Is(err, ErrGateway)): // the gateway did its part
 		b.gatewayReturned(p.g)
 	case p.g != nil:

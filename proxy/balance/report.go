@@ -46,28 +46,28 @@ func (r *eventRing) last() uint64 {
 	return r.next
 }
 
-// after returns the events from number from on, as far as they are still kept.
-func (r *eventRing) after(from uint64) []proxy.Event {
+// after returns the events from number from on, as far as they are still kept, and the number to go on with.
+func (r *eventRing) after(from uint64) (out []proxy.Event, next uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	var out []proxy.Event
 	if oldest := r.next - uint64(len(r.events)); from < oldest {
 		from = oldest
 	}
 	for ; from < r.next; from++ {
 		out = append(out, r.events[from%ringSize])
 	}
-	return out
+	return out, r.next
 }
 
 func (b *Balancer) event(now int64, cluster, endpoint string, kind proxy.EventKind, detail string) {
 	b.events.add(proxy.Event{Time: b.time(now), Cluster: cluster, Endpoint: endpoint, Kind: kind, Detail: detail})
-	b.log.Info("health changed", "cluster", cluster, "endpoint", endpoint, "event", string(kind), "detail", detail)
+	b.kick()
 }
 
 // Events returns the last events, oldest first: those not before since.
 func (b *Balancer) Events(since time.Time) []proxy.Event {
-	return slices.DeleteFunc(b.events.after(0), func(e proxy.Event) bool { return e.Time.Before(since) })
+	all, _ := b.events.after(0)
+	return slices.DeleteFunc(all, func(e proxy.Event) bool { return e.Time.Before(since) })
 }
 
 // Report returns what has happened since the Report before. Endpoints of which there is nothing to say are left out.
@@ -90,8 +90,8 @@ func (c *cluster) report() proxy.ClusterLoad {
 	out := proxy.ClusterLoad{Cluster: c.name, Interval: time.Duration(now - c.reportedAt), Dropped: c.dropped.Load() - c.reportedDrops}
 	c.reportedAt, c.reportedDrops = now, c.reportedDrops+out.Dropped
 	events := map[string][]proxy.Event{}
-	next := c.b.events.last()
-	for _, e := range c.b.events.after(c.reportedEvent) {
+	fresh, next := c.b.events.after(c.reportedEvent)
+	for _, e := range fresh {
 		if e.Cluster == c.name {
 			events[e.Endpoint] = append(events[e.Endpoint], e)
 		}

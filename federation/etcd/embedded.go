@@ -9,9 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"time"
 
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
@@ -27,7 +30,8 @@ const (
 	defaultHistory = 15 * time.Minute
 	compactEvery   = time.Minute
 	startTimeout   = 30 * time.Second
-	txnOps         = MaxOps + 8 // a batch, its checkpoint, its fence
+	lockTimeout    = 5 * time.Second // for a process before this one to end
+	txnOps         = MaxOps + 8      // a batch, its checkpoint, its fence
 )
 
 // EmbeddedConfig describes one etcd inside this process.
@@ -49,6 +53,8 @@ type Embedded struct {
 	stop   context.CancelFunc // of the compaction loop
 	done   chan struct{}      // closed when the compaction loop has ended
 	fail   *failure
+
+	closing sync.Once
 }
 
 // failure is the first fatal error of a server.
@@ -157,7 +163,35 @@ func checkDir(dir string) error {
 			return fmt.Errorf("incomplete: %w", err)
 		}
 	}
-	return nil
+	return checkDatabase(filepath.Join(dir, "member", "snap", "db"))
+}
+
+// checkDatabase opens the database as etcd will, here where its panics can be caught: etcd opens it in a goroutine of its own.
+func checkDatabase(path string) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a file cut short faults where it is mapped
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("database %s is damaged: %v", path, r)
+		}
+	}()
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, PreLoadFreelist: true, Timeout: lockTimeout})
+	if errors.Is(err, berrors.ErrTimeout) {
+		return fmt.Errorf("database %s is in use by another process", path)
+	}
+	if err != nil {
+		return fmt.Errorf("database %s is damaged: %w", path, err)
+	}
+	defer db.Close()
+	return db.View(func(tx *bbolt.Tx) error {
+		info, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		if info.Size() < tx.Size() {
+			return fmt.Errorf("database %s is damaged: %d bytes of %d", path, info.Size(), tx.Size())
+		}
+		return tx.ForEach(func([]byte, *bbolt.Bucket) error { return nil }) // reads the root
+	})
 }
 
 func (e *Embedded) settings() *embed.Config {
@@ -198,18 +232,24 @@ func (e *Embedded) Wait(ctx context.Context) error {
 	}
 }
 
-// Close stops the server and returns when its files are closed.
+// Close stops the server and returns when its files are closed. Once is enough.
 func (e *Embedded) Close() error {
-	e.stop()
-	<-e.done
-	_ = e.client.Close() // says only that its context ended
+	e.closing.Do(func() {
+		e.stop()
+		<-e.done
+		_ = e.client.Close() // says only that its context ended
+		select {
+		case <-e.fail.c: // it no longer answers its own Close
+		default:
+			e.etcd.Close()
+		}
+	})
 	select {
-	case <-e.fail.c: // it no longer answers its own Close
+	case <-e.fail.c:
 		return &DataError{e.cfg.Dir, e.fail.err}
 	default:
+		return nil
 	}
-	e.etcd.Close()
-	return nil
 }
 
 // Sizes returns the bytes of the database file, and of them those in use.
@@ -295,7 +335,7 @@ func newZap(log *slog.Logger, f *failure) *zap.Logger {
 	log = orDiscard(log)
 	var opts []zap.Option
 	if f != nil {
-		opts = append(opts, zap.WithFatalHook(fatalHook{f}))
+		opts = append(opts, zap.WithFatalHook(fatalHook{f}), zap.WithPanicHook(fatalHook{f}))
 	}
 	return zap.New(&slogCore{log: log}, opts...)
 }

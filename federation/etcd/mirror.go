@@ -46,6 +46,7 @@ const maxScopes = 512 // of one peer
 // MirrorTimers are the waits of a Mirror. Zero fields take the defaults.
 type MirrorTimers struct {
 	Probe      time.Duration // between probes of a scope: 5 s
+	Answer     time.Duration // to a probe: 5 s
 	Silence    time.Duration // of a stream whose progress was asked for, until it is given up: 15 s
 	BackoffMin time.Duration // after the first failure: 100 ms
 	BackoffMax time.Duration // 5 s
@@ -57,7 +58,7 @@ func (t MirrorTimers) withDefaults() MirrorTimers {
 		v *time.Duration
 		d time.Duration
 	}{
-		{&t.Probe, 5 * time.Second}, {&t.Silence, 15 * time.Second}, {&t.Retry, 5 * time.Second},
+		{&t.Probe, 5 * time.Second}, {&t.Answer, 5 * time.Second}, {&t.Silence, 15 * time.Second}, {&t.Retry, 5 * time.Second},
 		{&t.BackoffMin, 100 * time.Millisecond}, {&t.BackoffMax, 5 * time.Second},
 	} {
 		if *f.v == 0 {
@@ -328,7 +329,7 @@ func (m *Mirror) session(ctx context.Context) error {
 		wg.Go(func() {
 			defer close(r.done)
 			if err := s.run(rctx, remote); err != nil && rctx.Err() == nil {
-				cancel(fmt.Errorf("scope %s: %w", s.name, err))
+				cancel(err)
 			}
 		})
 	}

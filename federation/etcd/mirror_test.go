@@ -158,7 +158,7 @@ type world struct {
 
 func newWorld(t testing.TB) *world {
 	w := &world{t: t, westCA: newAuthority(t, "west.test"), eastCA: newAuthority(t, "east.test"), net: &netFault{}}
-	w.timers = etcd.MirrorTimers{Probe: 100 * time.Millisecond, Silence: 400 * time.Millisecond, BackoffMin: 10 * time.Millisecond, BackoffMax: 100 * time.Millisecond, Retry: 50 * time.Millisecond}
+	w.timers = etcd.MirrorTimers{Probe: 100 * time.Millisecond, Answer: time.Second, Silence: 2 * time.Second, BackoffMin: 10 * time.Millisecond, BackoffMax: 100 * time.Millisecond, Retry: 50 * time.Millisecond}
 	w.westSource, w.eastSource = w.westCA.source(t, w.eastCA), w.eastCA.source(t, w.westCA)
 	w.west, w.east = startEmbedded(t, t.TempDir()), startEmbedded(t, t.TempDir())
 	w.allow("all", "members", "acks", "peers/"+self)

@@ -125,7 +125,9 @@ func (l *listener) start() {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	l.addr = lis.Addr().String()
+	if l.server == nil {
+		l.addr = lis.Addr().String()
+	}
 	opts := etcd.ServerOptions(mrand.New(mrand.NewPCG(1, 2)))
 	l.server = grpc.NewServer(append(opts, grpc.Creds(credentials.NewTLS(identity.ServerTLS(l.source, identity.AuthorizeAny(), "h2"))))...)
 	l.guard.Register(l.server)

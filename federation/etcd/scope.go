@@ -181,7 +181,7 @@ type heads struct {
 }
 
 func (s *scopeMirror) heads(ctx context.Context, remote Remote) (heads, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.m.cfg.Timers.Probe)
+	ctx, cancel := context.WithTimeout(ctx, s.m.cfg.Timers.Answer)
 	defer cancel()
 	var h heads
 	hdr, err := remote.List(ctx, s.remote+"!", 0, func(kv KeyValue) error {

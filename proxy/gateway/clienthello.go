@@ -42,8 +42,8 @@ func readHello(r io.Reader) (raw []byte, name string, err error) {
 		raw = append(raw, head[:]...)
 		at := len(raw)
 		raw = append(raw, make([]byte, n)...)
-		if _, err := io.ReadFull(r, raw[at:]); err != nil {
-			return raw, "", err
+		if got, err := io.ReadFull(r, raw[at:]); err != nil {
+			return raw[:at+got], "", err
 		}
 		msg = append(msg, raw[at:]...)
 		if len(msg) >= 4 {

@@ -40,8 +40,9 @@ type Config struct {
 	MaxConns         int           // default 10,000
 	HandshakeTimeout time.Duration // for the ClientHello; default 5 s
 	ConnectTimeout   time.Duration // per target; default 1 s
-	IdleTimeout      time.Duration // without a byte in one direction; default 10 min
+	IdleTimeout      time.Duration // without a byte either way; default 10 min
 	DrainTimeout     time.Duration // after ctx ended; default 30 s
+	DrainIdle        time.Duration // silence after which a connection is closed while draining; default 1.5 s: the hop's PINGs come every second while streams are open
 	Log              *slog.Logger
 	Metrics          prometheus.Registerer
 }
@@ -69,6 +70,7 @@ type conn struct {
 	target  net.Conn // guarded by Gateway.mu; nil until dialled
 	opened  time.Time
 	in, out atomic.Uint64
+	active  atomic.Int64 // Unix nanoseconds of the last byte seen
 }
 
 // New builds a Gateway.
@@ -78,7 +80,7 @@ func New(cfg Config) *Gateway {
 	}
 	for d, v := range map[*time.Duration]time.Duration{
 		&cfg.HandshakeTimeout: 5 * time.Second, &cfg.ConnectTimeout: time.Second,
-		&cfg.IdleTimeout: 10 * time.Minute, &cfg.DrainTimeout: 30 * time.Second,
+		&cfg.IdleTimeout: 10 * time.Minute, &cfg.DrainTimeout: 30 * time.Second, &cfg.DrainIdle: 1500 * time.Millisecond,
 	} {
 		if *d == 0 {
 			*d = v
@@ -100,7 +102,7 @@ func New(cfg Config) *Gateway {
 	return g
 }
 
-// Serve accepts until ctx ends, waits for open connections up to DrainTimeout, then closes them. It closes ln.
+// Serve accepts until ctx ends, then closes each connection when it falls silent, and all after DrainTimeout. It closes ln.
 func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { _ = ln.Close() })
 	defer stop()
@@ -142,20 +144,54 @@ func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 	}
 	done := make(chan struct{})
 	go func() { conns.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-time.After(g.cfg.DrainTimeout):
-	}
+	g.drain(done)
 	cancel() // also wakes what is silenced by a fault
-	g.each(func(c *conn) {
-		_ = c.Close()
-		if c.target != nil {
-			_ = c.target.Close()
-		}
-	})
+	g.each((*conn).closeBoth)
 	<-done
 	watchers.Wait()
 	return err
+}
+
+// drain closes what is silent, until done or DrainTimeout. A gateway cannot send GOAWAY into what it cannot read.
+func (g *Gateway) drain(done <-chan struct{}) {
+	deadline := time.NewTimer(g.cfg.DrainTimeout)
+	defer deadline.Stop()
+	look := time.NewTicker(g.cfg.DrainIdle)
+	defer look.Stop()
+	seen := map[*conn]uint64{}
+	for {
+		g.each(func(c *conn) {
+			now := c.in.Load() + c.out.Load()
+			if before, ok := seen[c]; ok && before == now {
+				c.closeBoth()
+			}
+			seen[c] = now
+			c.wake() // so that the counts are right at the next look
+		})
+		select {
+		case <-done:
+			return
+		case <-deadline.C:
+			return
+		case <-look.C:
+		}
+	}
+}
+
+// wake makes the copies look around. It needs Gateway.mu.
+func (c *conn) wake() {
+	if c.target != nil {
+		_ = c.SetReadDeadline(time.Now())
+		_ = c.target.SetReadDeadline(time.Now())
+	}
+}
+
+// closeBoth needs Gateway.mu.
+func (c *conn) closeBoth() {
+	_ = c.Close()
+	if c.target != nil {
+		_ = c.target.Close()
+	}
 }
 
 func (g *Gateway) each(f func(*conn)) {
@@ -212,13 +248,7 @@ func (g *Gateway) watchFaults(ctx context.Context) {
 	for {
 		faults, changed := g.faults.Active()
 		if len(faults) > 0 {
-			now := time.Now()
-			g.each(func(c *conn) {
-				_ = c.SetReadDeadline(now)
-				if c.target != nil {
-					_ = c.target.SetReadDeadline(now)
-				}
-			})
+			g.each((*conn).wake)
 		}
 		select {
 		case <-changed:
@@ -289,6 +319,7 @@ func (g *Gateway) handle(ctx context.Context, c *conn) {
 		return
 	}
 	g.metrics.conns.WithLabelValues(name, "ok").Inc()
+	c.active.Store(time.Now().UnixNano())
 	c.in.Add(uint64(len(raw)))
 	inBytes, outBytes := g.metrics.bytes.WithLabelValues(name, "in"), g.metrics.bytes.WithLabelValues(name, "out")
 	inBytes.Add(float64(len(raw)))
@@ -332,8 +363,11 @@ func choose(targets []proxy.Target) int {
 	return 0
 }
 
-// chunk is how much is spliced between two looks at faults and idleness.
-const chunk = 4 << 20
+// Between two looks at faults, counters and idleness a copy carries at most chunk, and takes at most lookEvery.
+const (
+	chunk     = 4 << 20
+	lookEvery = 5 * time.Second
+)
 
 // copy carries one direction to its end; *net.TCPConn.ReadFrom splices in the kernel. A clean end is passed on, a broken one
 // breaks both directions.
@@ -342,11 +376,13 @@ func (g *Gateway) copy(ctx context.Context, c *conn, dst, src net.Conn, total *a
 		if g.audible(ctx, c) != nil {
 			break
 		}
-		_ = src.SetReadDeadline(time.Now().Add(g.cfg.IdleTimeout))
-		began := time.Now()
+		_ = src.SetReadDeadline(time.Now().Add(min(lookEvery, g.cfg.IdleTimeout)))
 		n, err := io.CopyN(dst, src, chunk)
-		total.Add(uint64(n))
-		counter.Add(float64(n))
+		if n > 0 {
+			total.Add(uint64(n))
+			counter.Add(float64(n))
+			c.active.Store(time.Now().UnixNano())
+		}
 		switch {
 		case err == nil:
 			continue
@@ -354,8 +390,8 @@ func (g *Gateway) copy(ctx context.Context, c *conn, dst, src net.Conn, total *a
 			if w, ok := dst.(interface{ CloseWrite() error }); ok && w.CloseWrite() == nil {
 				return
 			}
-		case timeout(err) && (n > 0 || time.Since(began) < g.cfg.IdleTimeout):
-			continue // not idle, or woken by a fault
+		case timeout(err) && time.Since(time.Unix(0, c.active.Load())) < g.cfg.IdleTimeout:
+			continue // looked, or woken
 		}
 		break
 	}

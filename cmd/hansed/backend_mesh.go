@@ -197,7 +197,7 @@ func memberCheck(m *peering.MemberStatus) admin.Check {
 		fail("is its hansed running, and is its federation address reachable from here? hanse clusters -o wide", "is %s", m.State)
 	}
 	if !m.Mirror.Synced {
-		fail("wait for the first sync; if it lasts: hansed's log names the error", "is not synced%s", colon(m.Mirror.Error))
+		fail("wait for the first sync; if it lasts: hansed's log names the error", "is not synced%s", colon(m.Mirror.Err))
 	}
 	if m.Mirror.Held != "" {
 		fail("if the loss is meant: hanse clusters accept "+m.Record.Name, "a loss is held back: %s", m.Mirror.Held)

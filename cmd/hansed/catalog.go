@@ -36,6 +36,7 @@ type catalog struct {
 
 	mu      sync.Mutex
 	applied *objects.Set     // guarded by mu
+	state   *objects.State   // guarded by mu; of the last Build
 	faults  []*objects.Fault // guarded by mu; of the last Build and of the files
 }
 
@@ -133,18 +134,18 @@ func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.Sta
 		files, faults = c.files.Set(), c.files.Faults()
 	}
 	set, doubled := objects.Layer(applied, files)
-	snap, state, built := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), Complete: true})
+	snap, next, built := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), Complete: true})
 	faults = append(append(slices.Clone(faults), doubled...), built...)
 	c.mu.Lock()
 	before := c.faults
-	c.faults = faults
+	c.faults, c.state = faults, next
 	c.mu.Unlock()
 	for _, f := range faults {
 		if !slices.ContainsFunc(before, func(o *objects.Fault) bool { return *o == *f }) {
 			c.log.Warn("configuration fault; the last good state stays in force", "fault", f.Error())
 		}
 	}
-	return snap, state
+	return snap, next
 }
 
 // Faults is what is wrong with the configuration now.
@@ -227,18 +228,22 @@ func (c *catalog) Apply(ctx context.Context, yaml []byte, dryRun bool) ([]admin.
 	return out, nil
 }
 
-// fits refuses a Set of applied objects of which one of the named would be left out by Build.
+// fits refuses a Set of applied objects of which one of the named would be left out by Build. What only waits for another object is
+// taken, as by an API server.
 func (c *catalog) fits(next *objects.Set, named map[objects.Key]bool) error {
 	var files *objects.Set
 	if c.files != nil {
 		files = c.files.Set()
 	}
+	c.mu.Lock()
+	state := c.state
+	c.mu.Unlock()
 	set, _ := objects.Layer(next, files)
-	_, _, faults := objects.Build(objects.Input{Self: c.self, Set: set, Now: time.Now(), Complete: true})
+	_, _, faults := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), Complete: true})
 	var mine []*objects.Fault
 	for _, f := range faults {
 		for k := range named {
-			if f.Object == k.String() {
+			if f.Object == k.String() && !f.Pending {
 				mine = append(mine, f)
 			}
 		}

@@ -80,7 +80,7 @@ func payments(s *discovery.Snapshot) *discovery.Service {
 
 func TestApplyIsAllOrNothingAndOutlivesARestart(t *testing.T) {
 	ctx := context.Background()
-	store := storetest.NewMemory()
+	store := storetest.NewMemory(1)
 	stateFile := filepath.Join(t.TempDir(), "ids.json")
 	c, wait := start(t, store, "", stateFile)
 	wait("nothing", func(s *discovery.Snapshot) bool { return s.Complete && payments(s) == nil })
@@ -132,7 +132,7 @@ func TestFilesAndAppliedDoNotHideEachOther(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "payments.yaml"), []byte(paymentsYAML), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c, wait := start(t, storetest.NewMemory(), dir, filepath.Join(t.TempDir(), "ids.json"))
+	c, wait := start(t, storetest.NewMemory(1), dir, filepath.Join(t.TempDir(), "ids.json"))
 	wait("payments", func(s *discovery.Snapshot) bool { return payments(s) != nil })
 	_, err := c.Apply(ctx, []byte(paymentsYAML), false)
 	var refused *admin.Error

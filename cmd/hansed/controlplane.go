@@ -19,7 +19,6 @@ import (
 	"github.com/hanse-mesh/hanse/discovery/xdsgen"
 	"github.com/hanse-mesh/hanse/discovery/xdspb"
 	"github.com/hanse-mesh/hanse/discovery/xdsserver"
-	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/peering"
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/atomicfile"
@@ -48,8 +47,6 @@ type controlPlane struct {
 	spire     *spireapi.Server
 	files     *file.Source // nil without a directory
 	catalog   *catalog
-	exporter  *etcd.Exporter
-	guard     *etcd.Guard
 	mesh      *peering.Mesh
 	xds       *xdsserver.Server
 	health    *healthBook
@@ -166,7 +163,7 @@ func (p *controlPlane) Run(ctx context.Context) error {
 		run("files", p.files.Run)
 	}
 	run("catalog", p.catalog.Run)
-	run("federation", p.runMesh)
+	run("federation", p.mesh.Run)
 	run("views", p.publishViews)
 	run("xDS", p.xds.Run)
 	run("drills", p.drills.Run)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -20,7 +19,6 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
-	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/bundle"
 )
@@ -53,11 +51,8 @@ func (p *controlPlane) serve(ctx context.Context) error {
 	if err != nil {
 		return fail(err)
 	}
-	seed := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
 	fed := l
-	servers = append(servers, func(ctx context.Context) error {
-		return p.mesh.Serve(ctx, fed, p.guard.Register, etcd.ServerOptions(seed)...)
-	})
+	servers = append(servers, func(ctx context.Context) error { return p.mesh.Serve(ctx, fed) })
 
 	// 7444: SPIRE Server API for agents, and on a Unix socket for administrators.
 	if l, err = tcp("identity", p.cfg.Identity.Listen, false); err != nil {

@@ -22,10 +22,10 @@ func (v *View) Dependencies(viewer *Viewer, listener string) []string {
 		for _, t := range r.Targets {
 			switch {
 			case t.Weight == 0 || r.Filters.Redirect != nil:
-			case t.Invalid != "":
-				out = append(out, InvalidCluster)
-			default:
+			case t.Invalid == "":
 				out = append(out, t.Authority)
+			case viewer.Kind == GRPC:
+				out = append(out, InvalidCluster)
 			}
 		}
 		if m := r.Filters.Mirror; m != nil && m.Invalid == "" {

@@ -106,7 +106,7 @@ func (v *View) message(viewer *Viewer, typeURL, name string) (m proto.Message, p
 			return orNil(l), false, err
 		}
 	}
-	if name == InvalidCluster {
+	if name == InvalidCluster && viewer.Kind == GRPC { // others know what to do without it
 		switch typeURL {
 		case ClusterType:
 			return invalidCluster(), false, nil

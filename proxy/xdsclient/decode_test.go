@@ -239,13 +239,17 @@ func TestOverlongErrorsAreCut(t *testing.T) {
 	}
 }
 
-// FuzzDecode feeds the decoder with what a control plane may send. The seeds are the samples.
+// FuzzDecode feeds the decoder with what a control plane may send. The seeds are the samples and the goldens of xdsgen.
 func FuzzDecode(f *testing.F) {
 	seeds := 0
 	for _, s := range samples(f) {
 		a := packed(f, s.m)
 		f.Add(a.TypeUrl, s.name, a.Value, false)
 		f.Add(a.TypeUrl, s.name, a.Value, true)
+		seeds++
+	}
+	for _, g := range goldens(f) {
+		f.Add(g.typeURL, g.name, packed(f, g.m).Value, g.gateway)
 		seeds++
 	}
 	if seeds == 0 {

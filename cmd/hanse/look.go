@@ -284,7 +284,7 @@ A namespace can be left out where the name is unique. The exit code is 1 if the 
 			if c.structured() {
 				err = c.print(x)
 			} else {
-				c.printExplanation(x)
+				c.printExplanation(x, args[0], args[1])
 			}
 			if err == nil && !x.OK {
 				return errSaid
@@ -299,13 +299,15 @@ A namespace can be left out where the name is unique. The exit code is 1 if the 
 	return cmd
 }
 
-func (c *cli) printExplanation(x admin.Explanation) {
+// printExplanation prints x, of a call that was asked for as from and to.
+func (c *cli) printExplanation(x admin.Explanation, from, to string) {
 	p := c.palette()
+	head, rest, _ := strings.Cut(x.Summary, " ")
+	m := bad
 	if x.OK {
-		fmt.Fprintf(c.out, "%s %s\n\n", p.green("OK:"), x.Summary)
-	} else {
-		fmt.Fprintf(c.out, "%s %s\n\n", p.red("FAILS:"), x.Summary)
+		m = good
 	}
+	fmt.Fprintf(c.out, "%s %s\n\n", p.mood(m, head), rest)
 	line := func(label, text string) { fmt.Fprintf(c.out, "%-8s %s\n", label, text) }
 	for _, s := range []struct {
 		label string
@@ -361,7 +363,7 @@ func (c *cli) printExplanation(x admin.Explanation) {
 	if x.Remedy != "" {
 		fmt.Fprintf(c.out, "\nremedy: %s\n", x.Remedy)
 	} else if x.OK && c.output != "wide" {
-		fmt.Fprintf(c.out, "\nEach endpoint with its reason: hanse explain %s %s -o wide\n", x.From, x.To)
+		fmt.Fprintf(c.out, "\nEach endpoint with its reason: hanse explain %s %s -o wide\n", from, to)
 	}
 }
 

@@ -188,7 +188,7 @@ type joined struct {
 }
 
 // checkWidth aligns checks that come one by one.
-const checkWidth = 20
+const checkWidth = 24
 
 func (c *cli) join(ctx context.Context, b admin.Backend, req admin.JoinRequest) error {
 	p := c.palette()

@@ -144,7 +144,7 @@ func (f *Fake) Explain(_ context.Context, req admin.ExplainRequest) (admin.Expla
 	switch req.To {
 	case "shop/payments":
 		return admin.Explanation{
-			OK: true, Summary: "a call from west/shop/frontend (eu-1a) to payments.shop:8080 goes to west, zone eu-1a, 2 of 2 endpoints healthy.",
+			OK: true, Summary: "OK: a call from west/shop/frontend (eu-1a) to payments.shop:8080 goes to west, zone eu-1a, 2 of 2 endpoints healthy.",
 			From: "shop/frontend", To: req.To, Name: "payments.shop.svc.clusterset.local → imported from west, east, north (same ports, no conflict)",
 			Route: "HTTPRoute shop/payments rule 2 (path prefix " + req.Path + "): 90% payments, 10% payments-v2",
 			Levels: []admin.ExplainLevel{
@@ -158,7 +158,7 @@ func (f *Fake) Explain(_ context.Context, req admin.ExplainRequest) (admin.Expla
 		}, nil
 	case "ledger":
 		return admin.Explanation{
-			Summary: "north does not trust west.demo, so no sidecar in north accepts this caller. (1 of 1 levels affected)",
+			Summary: "FAILS: north does not trust west.demo, so no sidecar in north accepts this caller. (1 of 1 levels affected)",
 			Remedy:  "on north: hanse trust add west.demo", From: req.From, To: "ledger", Name: "ledger.shop.svc.clusterset.local → imported from north",
 			Levels: []admin.ExplainLevel{{Cluster: "north", Region: "us-1", Total: 1}},
 		}, nil

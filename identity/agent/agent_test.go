@@ -410,7 +410,7 @@ func TestRotationUnderLoad(t *testing.T) {
 		federate(t, west, east)
 		start := func(s *server, id string) *identity.Source {
 			cfg := s.agentConfig(s.token(id))
-			cfg.SyncInterval = time.Second
+			cfg.SyncInterval = 2 * time.Second
 			a, _ := runAgent(t, cfg)
 			wait(t, a.Source())
 			return a.Source()
@@ -436,9 +436,9 @@ func TestRotationUnderLoad(t *testing.T) {
 			}
 		}, func() { _ = lis.Close() })
 
-		time.Sleep(time.Second) // both have synced each other's bundle
+		time.Sleep(2 * time.Second) // both have synced each other's bundle
 		issuers, svids, requests, failed := map[string]bool{}, map[string]bool{}, 0, 0
-		for began := time.Now(); time.Since(began) < 55*time.Second; time.Sleep(300 * time.Millisecond) {
+		for began := time.Now(); time.Since(began) < 55*time.Second; time.Sleep(400 * time.Millisecond) {
 			requests++
 			leaf, err := request(lis, identity.ClientTLS(client, identity.AuthorizeID(payments)))
 			if err != nil {

@@ -166,8 +166,8 @@ func (c *cluster) update(def *proxy.Cluster, now int64) {
 					continue
 				}
 				seen[e.ID] = true
-				h := c.hosts[e.ID]
-				if h == nil {
+				h, known := c.hosts[e.ID]
+				if !known {
 					h = &host{id: e.ID, since: now}
 					c.hosts[e.ID] = h
 					fresh = append(fresh, h)
@@ -176,7 +176,7 @@ func (c *cluster) update(def *proxy.Cluster, now int64) {
 				for _, addr := range e.Gateways {
 					m.gateways = append(m.gateways, c.b.gateway(addr, now))
 				}
-				served = served || h.since != now && m.available()
+				served = served || known && m.available()
 				l.all = append(l.all, m)
 				w := uint64(max(1, e.Weight))
 				if def.WeightedLocality {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -45,6 +44,7 @@ const (
 	defaultIdle  = 30 * time.Minute
 	maxMessage   = 64 << 20 // bytes received
 	defaultLoads = 5 * time.Second
+	maxBurst     = 64 // responses
 )
 
 // Node is what this proxy says of itself. Who it is, is its SVID.
@@ -222,7 +222,9 @@ func (c *Client) Resolve(ctx context.Context, authority string) (*proxy.Listener
 		v := c.view.Load()
 		now := c.now()
 		if used := v.used[authority]; used != nil {
-			used.Store(now.UnixNano())
+			if at := now.UnixNano(); at-used.Load() > int64(time.Second) { // else leave the cache line alone
+				used.Store(at)
+			}
 			if l := v.table.Listeners[authority]; l != nil {
 				return l, nil
 			}
@@ -273,7 +275,7 @@ func (c *Client) want(authority string) error {
 
 // Run follows the control plane until ctx ends, and has ended all it started then.
 func (c *Client) Run(ctx context.Context) error {
-	r := &run{Client: c, store: newStore(c.gateway(), c.inboundNames()), events: make(chan event)}
+	r := &run{Client: c, store: newStore(c.gateway(), c.inboundNames()), events: make(chan event, maxBurst)}
 	if err := r.restore(); err != nil {
 		return err
 	}
@@ -337,6 +339,15 @@ func (r *run) loop(ctx context.Context) error {
 			r.takeWanted()
 		case e := <-r.events:
 			r.handle(ctx, e, loaded, &running)
+			for more := 0; more < maxBurst; more++ { // what has come together is one Table
+				select {
+				case e := <-r.events:
+					r.handle(ctx, e, loaded, &running)
+					continue
+				default:
+				}
+				break
+			}
 		case res := <-loaded:
 			r.trustLoaded(res)
 		case <-sweep.C:
@@ -382,7 +393,8 @@ func (r *run) publish() {
 	r.send(requests...)
 	old := r.view.Load()
 	v := &view{table: cmp.Or(table, old.table), used: old.used, failed: map[string]error{}, changed: make(chan struct{})}
-	if !sameKeys(old.used, r.store.names) {
+	renamed := r.store.renamed
+	if r.store.renamed = false; renamed {
 		v.used = make(map[string]*atomic.Int64, len(r.store.names))
 		for n := range r.store.names {
 			if v.used[n] = old.used[n]; v.used[n] == nil {
@@ -406,14 +418,14 @@ func (r *run) publish() {
 		}
 	}
 	r.publishStatus(v)
-	if table == nil && maps.Equal(old.used, v.used) && sameKeys(old.failed, v.failed) {
+	if table == nil && !renamed && sameKeys(old.failed, v.failed) {
 		return
 	}
 	r.view.Store(v)
 	close(old.changed)
 }
 
-func sameKeys[A, B any](a map[string]A, b map[string]B) bool {
+func sameKeys(a, b map[string]error) bool {
 	if len(a) != len(b) {
 		return false
 	}

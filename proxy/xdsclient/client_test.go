@@ -502,6 +502,24 @@ func TestGatewayTable(t *testing.T) {
 	})
 }
 
+func TestGatewayRestartWithoutControlPlane(t *testing.T) {
+	bubble(t, func(t *testing.T, cp *controlPlane) {
+		const sni = "e1.endpoint.hanse"
+		gateway := func(cfg *Config) { cfg.Node.Role, cfg.StateDir = "gateway", t.TempDir() }
+		dir := ""
+		cp.set(t, endpointType, sni, loadAssignment(sni, []*endpointv3.LbEndpoint{lbEndpoint(t, "e1", "10.0.0.2")}))
+		_, stop := start(t, cp, gateway, func(cfg *Config) { dir = cfg.StateDir })
+		synctest.Wait()
+		stop()
+		cp.stop()
+		c, _ := start(t, cp, gateway, func(cfg *Config) { cfg.StateDir = dir })
+		synctest.Wait()
+		if len(c.Table().SNI[sni]) != 1 {
+			t.Errorf("table %v", c.Table().SNI)
+		}
+	})
+}
+
 // loads is a Reporter.
 type loads func() []proxy.ClusterLoad
 

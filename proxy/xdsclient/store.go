@@ -25,6 +25,7 @@ type store struct {
 	byURL   map[string]*kind
 
 	names   map[string]*name // by authority
+	renamed bool             // names has gained or lost some since the last look
 	pending map[string]*name // those whose newest Listener waits for what it leads to
 	unknown map[string]time.Time
 	trusted map[string]uint64 // loaded
@@ -119,6 +120,7 @@ func (s *store) want(authority string) {
 	}
 	delete(s.unknown, authority)
 	s.names[authority] = &name{authority: authority}
+	s.renamed = true
 	s.touched[authority] = struct{}{}
 }
 
@@ -128,6 +130,7 @@ func (s *store) forget(authority string) {
 		return
 	}
 	delete(s.names, authority)
+	s.renamed = true
 	delete(s.pending, authority)
 	s.kinds[listeners].changed[authority] = struct{}{}
 	s.touched[authority] = struct{}{}

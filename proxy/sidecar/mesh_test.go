@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -71,7 +70,7 @@ func (c *control) change(f func(*proxy.Table)) {
 
 // node is one sidecar.
 type node struct {
-	t        *testing.T
+	t        testing.TB
 	control  *control
 	src      *identity.Source
 	client   *hop.Client
@@ -99,7 +98,7 @@ func (l *lines) String() string {
 	return l.buf.String()
 }
 
-func listen(t *testing.T) net.Listener {
+func listen(t testing.TB) net.Listener {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -108,7 +107,7 @@ func listen(t *testing.T) net.Listener {
 	return ln
 }
 
-func run(t *testing.T, f func(context.Context) error) (stop func()) {
+func run(t testing.TB, f func(context.Context) error) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -124,12 +123,12 @@ func run(t *testing.T, f func(context.Context) error) (stop func()) {
 	return stop
 }
 
-func start(t *testing.T, src *identity.Source, change ...func(*sidecar.Config)) *node {
+func start(t testing.TB, src *identity.Source, change ...func(*sidecar.Config)) *node {
 	t.Helper()
 	n := &node{t: t, control: newControl(), src: src, log: &lines{}}
 	n.client = hop.NewClient(hop.ClientConfig{Source: src, ConnectTimeout: 5 * time.Second, PingAfter: 100 * time.Millisecond, DeadAfter: 400 * time.Millisecond})
 	health := sidecar.NewHealth(n.client)
-	b := balance.New(balance.Config{Probe: health.Probe, SuspectGateway: health.Suspect})
+	b := balance.New(balance.Config{Ramp: -1, Probe: health.Probe, SuspectGateway: health.Suspect})
 	out, in := listen(t), listen(t)
 	cfg := sidecar.Config{
 		Source: src, Control: n.control, Hop: n.client, Balancer: b, Namespace: "shop",
@@ -216,7 +215,7 @@ func (n *node) http() *http.Client {
 }
 
 // app starts an application on a Unix socket and returns its address for Config.Apps.
-func app(t *testing.T, h http.Handler) string {
+func app(t testing.TB, h http.Handler) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "app.sock")
 	ln, err := net.Listen("unix", path)
@@ -235,7 +234,7 @@ func app(t *testing.T, h http.Handler) string {
 	return "unix:" + path
 }
 
-func text(t *testing.T, resp *http.Response, err error) string {
+func text(t testing.TB, resp *http.Response, err error) string {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -249,7 +248,7 @@ func text(t *testing.T, resp *http.Response, err error) string {
 }
 
 // withGateway puts a gateway before a node's endpoints, and tees what it carries.
-func withGateway(t *testing.T, d *proxytest.Domain, endpoints ...*proxy.Endpoint) (netip.AddrPort, *gateway.Gateway, func()) {
+func withGateway(t testing.TB, d *proxytest.Domain, endpoints ...*proxy.Endpoint) (netip.AddrPort, *gateway.Gateway, func()) {
 	t.Helper()
 	control := newControl()
 	control.table.SNI = map[string][]proxy.Target{}
@@ -257,7 +256,7 @@ func withGateway(t *testing.T, d *proxytest.Domain, endpoints ...*proxy.Endpoint
 		control.table.SNI[e.SNI] = []proxy.Target{{ID: e.ID, Address: e.Address, Weight: 1}}
 	}
 	ln := listen(t)
-	g := gateway.New(gateway.Config{Source: d.Source("/hanse/gateway"), Control: control, DrainTimeout: time.Second})
+	g := gateway.New(gateway.Config{Source: d.Source("/hanse/gateway"), Control: control, DrainIdle: 20 * time.Millisecond})
 	stop := run(t, func(ctx context.Context) error { return g.Serve(ctx, ln) })
 	addr := netip.MustParseAddrPort(ln.Addr().String())
 	for _, e := range endpoints {
@@ -267,16 +266,17 @@ func withGateway(t *testing.T, d *proxytest.Domain, endpoints ...*proxy.Endpoint
 }
 
 // pair is a frontend in west that calls payments in east through east's gateway.
-func pair(t *testing.T, protocol proxy.Protocol, h http.Handler) (front, pay *node) {
+func pair(t testing.TB, protocol proxy.Protocol, h http.Handler) (front, pay *node) {
+	t.Helper()
+	return pairWith(t, protocol, app(t, h))
+}
+
+func pairWith(t testing.TB, protocol proxy.Protocol, appAddress string, changeFront ...func(*sidecar.Config)) (front, pay *node) {
 	t.Helper()
 	west, east := proxytest.NewDomain(t, "west.test"), proxytest.NewDomain(t, "east.test")
-	pay = start(t, east.Source("/ns/shop/sa/payments", west), func(c *sidecar.Config) {
-		if h != nil {
-			c.Apps[8080] = app(t, h)
-		}
-	})
+	pay = start(t, east.Source("/ns/shop/sa/payments", west), func(c *sidecar.Config) { c.Apps[8080] = appAddress })
 	pay.serves(protocol, authority)
-	front = start(t, west.Source("/ns/shop/sa/frontend", east))
+	front = start(t, west.Source("/ns/shop/sa/frontend", east), changeFront...)
 	e := pay.endpoint("e1")
 	withGateway(t, east, e)
 	front.calls(protocol, authority, []*proxy.Endpoint{e})
@@ -311,5 +311,3 @@ func TestHTTPThroughGateway(t *testing.T) {
 		}
 	}
 }
-
-var _ = atomic.Bool{}

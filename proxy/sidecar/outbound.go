@@ -37,6 +37,9 @@ func (s *Sidecar) outbound(fixed string) http.Handler {
 		rec.method, rec.path = r.Method, requestPath(r.URL)
 		if r.ProtoMajor == 1 {
 			_ = http.NewResponseController(w).EnableFullDuplex()
+			if r.Method == http.MethodConnect || r.Header.Get("Upgrade") != "" {
+				w.Header().Set("Connection", "close") // unless it is taken over: the Guard reads no more requests of it
+			}
 		}
 		authority, err := fixed, error(nil)
 		if fixed == "" {
@@ -114,6 +117,9 @@ func (s *Sidecar) serveHTTP(w http.ResponseWriter, r *http.Request, rec *record,
 		out.Host = l.Authority // 127.0.0.1:9001 means nothing to anybody else
 	}
 	upgrade := upgradeOf(out.Header)
+	if strings.EqualFold(upgrade, "h2c") {
+		upgrade = "" // RFC 9113 has withdrawn it; the caller goes on with HTTP/1.1
+	}
 	stripHopByHop(out.Header)
 	stripOwn(out.Header)
 	delete(out.Header, "Expect") // answered at this side, when the body is wanted
@@ -252,7 +258,7 @@ func (t *transfer) wait(ctx context.Context, a *attempt) bool {
 		return true
 	}
 	// Full jitter, doubling.
-	backoff := time.Duration(rand.Int64N(int64(t.route.Retry.Backoff) << min(t.retries, 6)))
+	backoff := rand.N(t.route.Retry.Backoff << min(t.retries, 6))
 	timer := time.NewTimer(backoff)
 	defer timer.Stop()
 	select {
@@ -265,15 +271,15 @@ func (t *transfer) wait(ctx context.Context, a *attempt) bool {
 
 // again makes a further try. It is false if the retry budget or the endpoints are used up: the answer of before stands then.
 func (t *transfer) again(ctx context.Context, before *attempt) (attempt, bool) {
+	if !before.safe {
+		t.retries++
+	}
 	a := t.try(ctx, !before.safe)
 	if a.failure != nil && a.pick.Endpoint == nil {
 		before.result.Retried = false
 		return a, false
 	}
 	t.end(before)
-	if !before.safe {
-		t.retries++
-	}
 	return a, true
 }
 

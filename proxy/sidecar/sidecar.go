@@ -22,6 +22,7 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/balance"
 	"github.com/hanse-mesh/hanse/proxy/fault"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/http1"
 )
 
 // Control is what a sidecar needs of the control plane's client.
@@ -237,7 +238,7 @@ func (s *Sidecar) apply(t *proxy.Table) {
 	}
 	s.applied = t.Version
 	s.balancer.Update(t)
-	s.faults.Set(t.Faults)
+	s.faults.Set(s.whole(t.Faults))
 }
 
 func (s *Sidecar) watchTables(ctx context.Context) error {
@@ -284,7 +285,7 @@ func (s *Sidecar) serveApp(ctx context.Context, ln net.Listener, fixed string) e
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(ln) }()
+	go func() { ended <- server.Serve(strict{ln}) }()
 	select {
 	case err := <-ended:
 		return fmt.Errorf("serve applications on %s: %w", ln.Addr(), err)
@@ -297,6 +298,18 @@ func (s *Sidecar) serveApp(ctx context.Context, ln net.Listener, fixed string) e
 	}
 	<-ended
 	return nil
+}
+
+// strict hands out guarded connections.
+type strict struct{ net.Listener }
+
+// Accept implements net.Listener.
+func (l strict) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return http1.Guard(c), nil
 }
 
 // serveLocal serves one service on a listener: TCP as it is, the rest as HTTP.

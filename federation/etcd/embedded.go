@@ -21,6 +21,7 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 	"go.etcd.io/etcd/server/v3/proxy/grpcproxy/adapter"
+	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
@@ -102,7 +103,7 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 	go func() { // etcd panics or exits on what it cannot read; here both become an error
 		defer func() {
 			if r := recover(); r != nil {
-				started <- fmt.Errorf("%v", r)
+				started <- fmt.Errorf("etcd cannot read it: %v", r)
 			}
 		}()
 		var err error
@@ -113,6 +114,11 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 	defer timeout.Stop()
 	select {
 	case err := <-started:
+		select {
+		case <-e.fail.c: // says more than what broke after it
+			err = e.fail.err
+		default:
+		}
 		if err != nil {
 			return nil, &DataError{cfg.Dir, err}
 		}
@@ -162,6 +168,13 @@ func checkDir(dir string) error {
 		if _, err := os.Stat(filepath.Join(dir, part)); err != nil {
 			return fmt.Errorf("incomplete: %w", err)
 		}
+	}
+	log := filepath.Join(dir, "member", "wal")
+	// a whole log begins with an empty snapshot
+	if snapshots, err := wal.ValidSnapshotEntries(zap.NewNop(), log); err != nil {
+		return fmt.Errorf("log %s is damaged: %w", log, err)
+	} else if len(snapshots) == 0 {
+		return fmt.Errorf("log %s is damaged: it cannot be read from its beginning", log)
 	}
 	return checkDatabase(filepath.Join(dir, "member", "snap", "db"))
 }

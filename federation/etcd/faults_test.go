@@ -229,9 +229,10 @@ func TestPermissionDenied(t *testing.T) {
 	if got := imported(t, w.east.Store(), "all"); len(got) != 200 {
 		t.Errorf("%d keys are left", len(got))
 	}
-	if !w.mirror.Status().Connected {
-		t.Error("one denied scope is not a lost peer")
-	}
+	eventually(t, "one denied scope is not a lost peer", func() bool {
+		st := w.mirror.Status()
+		return st.Connected && strings.HasPrefix(st.Err, "scope all: ")
+	})
 	w.allow("all", "members", "acks", "peers/"+self)
 	w.exporter.Set("all", services(100, "after"))
 	w.flush()

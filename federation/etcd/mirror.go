@@ -267,8 +267,10 @@ func (m *Mirror) disconnected(err error) (answered bool) {
 		s.report.following = false
 	}
 	m.mu.Unlock()
-	if err != nil && (answered || before != err.Error()) {
+	if err != nil && (answered || before == "") {
 		m.log.Warn("peer lost; its exports stay as they are", "error", err)
+	} else if err != nil {
+		m.log.Debug("peer is still away", "error", err)
 	}
 	wake(m.updated)
 	return answered

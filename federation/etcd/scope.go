@@ -670,7 +670,7 @@ func (s *scopeMirror) events(ctx context.Context, r *WatchResponse, b **batch) e
 		key := e.Key[len(s.remote):]
 		switch key {
 		case epochKey:
-			if !e.Delete && !bytes.Equal(e.Value, s.cp.Epoch) {
+			if !e.Delete && len(s.cp.Epoch) > 0 && !bytes.Equal(e.Value, s.cp.Epoch) {
 				return fmt.Errorf("%w: another epoch", errRelist)
 			}
 			s.cp.Epoch, (*b).marked = e.Value, true

@@ -1,0 +1,127 @@
+package etcd
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hanse-mesh/hanse/federation/etcd/etcdpb"
+	"github.com/hanse-mesh/hanse/federation/federationpb"
+)
+
+// ExternalOf is an external etcd behind a client that the test has made.
+func ExternalOf(c *clientv3.Client) *External { return &External{client: c} }
+
+func TestCompactionKeepsHistory(t *testing.T) {
+	start := time.Unix(0, 0)
+	var marks []mark
+	for minute := range 20 {
+		now := start.Add(time.Duration(minute) * time.Minute)
+		marks = append(marks, mark{now, int64(minute * 100)})
+		var upTo int64
+		upTo, marks = compaction(marks, now, 15*time.Minute)
+		want := int64(0)
+		if minute > 15 {
+			want = int64(minute-15) * 100
+		}
+		if upTo != want {
+			t.Errorf("minute %d: compact up to %d, want %d", minute, upTo, want)
+		}
+	}
+	if upTo, left := compaction(marks, start.Add(time.Hour), time.Minute); upTo != 1900 || len(left) != 0 {
+		t.Errorf("all is old: %d, %d marks left", upTo, len(left))
+	}
+}
+
+func TestPrefixEnd(t *testing.T) {
+	for prefix, want := range map[string]string{"a": "b", "a/": "a0", "a\xff": "b", "\xff\xff": "\x00", "": "\x00"} {
+		if got := string(prefixEnd(prefix)); got != want {
+			t.Errorf("%q: %q, want %q", prefix, got, want)
+		}
+	}
+}
+
+func FuzzWithin(f *testing.F) {
+	f.Add("exports/v1/all/x", "exports/v1/all/y", "exports/v1/all/")
+	f.Add("exports/v1/all/", "exports/v1/all0", "exports/v1/all/")
+	f.Add("exports/v1/all/", "\x00", "exports/v1/all/")
+	f.Add("exports/v1/all/", "exports/v1/allx", "exports/v1/all/")
+	f.Fuzz(func(t *testing.T, key, end, prefix string) {
+		r := keyRange{[]byte(key), []byte(end)}
+		if !r.within([]string{prefix}) {
+			return
+		}
+		if prefix == "" || !strings.HasPrefix(key, prefix) {
+			t.Fatalf("key %q is not below %q", key, prefix)
+		}
+		if end == "" {
+			return
+		}
+		// the last key that could be read is below the end of the prefix
+		if stop := prefixEnd(prefix); end == "\x00" || (!bytes.Equal(stop, []byte{0}) && end > string(stop)) {
+			t.Fatalf("range [%q, %q) is not below %q", key, end, prefix)
+		}
+	})
+}
+
+func FuzzScopeList(f *testing.F) {
+	for _, names := range [][]string{nil, {"all"}, {"all", "for-0011223344556677"}, {"peers/x"}, {""}, {"a\x00b"}} {
+		b, err := proto.Marshal(&federationpb.Scopes{Scopes: names})
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m := NewMirror(MirrorConfig{Peer: "west", Self: "x"})
+		if err := m.allowed(b); err != nil {
+			if m.allow != nil {
+				t.Fatal("a bad list was taken")
+			}
+			return
+		}
+		for _, s := range m.allow {
+			if checkScope(s) != nil || len(m.allow) > maxScopes {
+				t.Fatalf("scope %q was taken", s)
+			}
+		}
+	})
+}
+
+func FuzzMeta(f *testing.F) {
+	for _, m := range []*etcdpb.Meta{{}, {Keys: 3, Complete: true}, {Keys: -1, Complete: true}, {Keys: 3}} {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b, 3)
+	}
+	f.Fuzz(func(t *testing.T, b []byte, present int) {
+		var m etcdpb.Meta
+		ok := b != nil && proto.Unmarshal(b, &m) == nil && m.Complete && m.Keys == int64(present)
+		if agrees := disagrees(b, present, false) == ""; agrees != ok {
+			t.Fatalf("%v keys and %v: agrees %v", present, &m, agrees)
+		}
+	})
+}
+
+func FuzzLocate(f *testing.F) {
+	f.Add("imports/west/all/data/svc/shop/x")
+	f.Add("imports/west/peers/0001/checkpoint")
+	f.Add("imports/west/all/checkpoint")
+	f.Add("imports/x")
+	f.Fuzz(func(t *testing.T, key string) {
+		r := NewImportsReader(ImportsConfig{})
+		if !strings.HasPrefix(key, r.cfg.Prefix) {
+			return
+		}
+		l, ok := r.locate(key)
+		if ok && l.key != "" && r.cfg.Prefix+l.peer+"/"+l.scope+"/"+dataPart+l.key != key {
+			t.Fatalf("%q became %+v", key, l)
+		}
+	})
+}

@@ -1,0 +1,262 @@
+package etcd_test
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hanse-mesh/hanse/federation/etcd"
+	"github.com/hanse-mesh/hanse/federation/storetest"
+)
+
+// bubble is west and east in memory, with the real timers on a fake clock.
+type bubble struct {
+	t          *testing.T
+	west, east *storetest.Memory
+	link       *storetest.Link
+	exporter   *etcd.Exporter
+	mirror     *etcd.Mirror
+	stopExport func()
+}
+
+// export starts an Exporter, which must be told what to export.
+func (b *bubble) export() {
+	b.exporter = etcd.NewExporter(etcd.ExporterConfig{Store: b.west, Log: testLog(b.t)})
+	b.stopExport = b.run(b.exporter.Run)
+}
+
+func (b *bubble) run(f func(context.Context) error) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := f(ctx); err != nil {
+			b.t.Errorf("Run: %v", err)
+		}
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}
+
+func (b *bubble) converged() bool {
+	return maps.Equal(data(b.west, "all"), b.imported())
+}
+
+func (b *bubble) imported() map[string]string {
+	m := map[string]string{}
+	p := etcd.ImportPrefix + "west/all/data/"
+	for k, v := range b.east.Dump(p) {
+		m[k[len(p):]] = v
+	}
+	return m
+}
+
+func inBubble(t *testing.T, f func(t *testing.T, b *bubble)) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &bubble{t: t, west: storetest.NewMemory(1), east: storetest.NewMemory(2)}
+		b.link = storetest.NewLink(b.west)
+		b.export()
+		b.exporter.Set("all", services(50, "v1"))
+		b.exporter.Set("peers/"+self, scopeList("all"))
+		defer func() { b.stopExport() }()
+		b.mirror = etcd.NewMirror(etcd.MirrorConfig{Peer: "west", Self: self, Local: b.east, Log: testLog(t),
+			Dial: func(context.Context) (etcd.Remote, error) { return b.link, nil }})
+		defer b.run(b.mirror.Run)()
+		time.Sleep(10 * time.Second)
+		if !b.converged() || !b.mirror.Status().Synced {
+			t.Fatalf("not synced: %+v", b.mirror.Status())
+		}
+		f(t, b)
+	})
+}
+
+// until returns how long a condition takes to become true.
+func (b *bubble) until(what string, cond func() bool) time.Duration {
+	b.t.Helper()
+	start := time.Now()
+	for !cond() {
+		if time.Since(start) > 5*time.Minute {
+			b.t.Fatalf("not in 5 min: %s", what)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return time.Since(start)
+}
+
+func TestDetectionTimes(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *bubble) {
+		lost := func() bool { return !b.mirror.Status().Connected }
+		b.link.Cut()
+		if d := b.until("reset noticed", lost); d > time.Second {
+			t.Errorf("a reset was noticed after %s", d)
+		}
+		time.Sleep(time.Minute)
+		b.link.Heal()
+		b.exporter.Set("all", services(50, "v2"))
+		if d := b.until("flow after reset", b.converged); d > 7*time.Second {
+			t.Errorf("flow %s after a reset", d)
+		}
+		b.until("synced", func() bool { return b.mirror.Status().Synced })
+		b.link.BlackHole()
+		if d := b.until("black hole noticed", lost); d > 16*time.Second {
+			t.Errorf("a black hole was noticed after %s", d)
+		}
+		before := b.imported()
+		time.Sleep(10 * time.Minute)
+		if !maps.Equal(before, b.imported()) {
+			t.Error("silence has changed the imports")
+		}
+		b.exporter.Set("all", services(50, "v3"))
+		b.link.Heal()
+		if d := b.until("flow after black hole", b.converged); d > 7*time.Second {
+			t.Errorf("flow %s after a black hole", d)
+		}
+		if st := b.mirror.Status(); st.Relists != 4 {
+			t.Errorf("%d lists: want one of each scope", st.Relists)
+		}
+	})
+}
+
+func TestWipeUnderTheStream(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *bubble) {
+		// as a stock client would see it that resumes by itself: the revision is low, then passes the mirror's
+		for i := range 3 {
+			b.stopExport()
+			b.west.Wipe()
+			time.Sleep(time.Minute)
+			if got := b.imported(); len(got) != 100 {
+				t.Fatalf("%d keys are left of an import whose peer exports nothing yet", len(got))
+			}
+			kv := etcd.NewKV(b.west, "")
+			for j := range 400 * (i % 2) {
+				if _, err := kv.Put(t.Context(), "other", fmt.Append(nil, j)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.export()
+			b.exporter.Set("all", services(50, fmt.Sprint("epoch ", i)))
+			b.exporter.Set("peers/"+self, scopeList("all"))
+			if d := b.until("new epoch", b.converged); d > 7*time.Second {
+				t.Errorf("a wiped peer's new export came after %s", d)
+			}
+		}
+	})
+}
+
+func TestRestoredBackups(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *bubble) {
+		set := func(what string, n int) {
+			b.exporter.Set("all", services(n, what))
+			if err := b.exporter.Flush(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}
+		for i := range 50 {
+			backup := b.west.Backup()
+			for j := range rand.IntN(4) {
+				set(fmt.Sprintf("lost %d %d", i, j), 50)
+			}
+			time.Sleep(time.Duration(rand.IntN(100)) * time.Second)
+			if rand.IntN(2) == 0 {
+				b.link.Cut()
+				time.Sleep(time.Duration(rand.IntN(20)) * time.Second)
+			}
+			b.stopExport()
+			b.west.Restore(backup)
+			b.export()
+			for j := range rand.IntN(6) {
+				set(fmt.Sprintf("kept %d %d", i, j), 49+i%2)
+			}
+			b.link.Heal()
+			b.until("the restored history is mirrored", b.converged)
+		}
+	})
+}
+
+func TestDeposedMirrorWritesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *bubble) {
+		second := etcd.NewMirror(etcd.MirrorConfig{Peer: "west", Self: self, Local: b.east, Log: testLog(t),
+			Dial: func(context.Context) (etcd.Remote, error) { return b.link, nil }})
+		defer b.run(second.Run)()
+		for i := range 50 {
+			b.exporter.Set("all", services(50-i%3, fmt.Sprint("two ", i)))
+			time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond)
+		}
+		b.until("both agree", b.converged)
+		time.Sleep(time.Minute)
+		if !b.converged() {
+			t.Error("diverged afterwards")
+		}
+	})
+}
+
+func TestPlannedRestartIsSeen(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *bubble) {
+		if err := b.exporter.AnnounceRestart(t.Context(), time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		b.until("announced", func() bool { return b.mirror.Status().PlannedRestart == time.Minute })
+	})
+}
+
+func TestImportsReader(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *bubble) {
+		r := etcd.NewImportsReader(etcd.ImportsConfig{Store: b.east})
+		if changes, listed := r.Changes(); listed || len(changes) != 0 {
+			t.Errorf("before it runs: %v %v", changes, listed)
+		}
+		stop := b.run(r.Run)
+		<-r.Updated()
+		view := map[string]string{}
+		apply := func() int {
+			changes, listed := r.Changes()
+			if !listed {
+				t.Error("not listed")
+			}
+			for _, c := range changes {
+				if c.Peer != "west" || c.Revision == 0 {
+					t.Errorf("change %+v", c)
+				}
+				if c.Scope != "all" {
+					continue
+				}
+				if c.Value == nil {
+					delete(view, c.Key)
+				} else {
+					view[c.Key] = string(c.Value)
+				}
+			}
+			return len(changes)
+		}
+		if n := apply(); n != 101 || !maps.Equal(view, b.imported()) {
+			t.Errorf("%d changes at first, %d keys", n, len(view))
+		}
+		b.exporter.Update("all", map[string][]byte{"svc/shop/s0001": nil, "svc/shop/s0002": []byte("x")}, 50, 0)
+		time.Sleep(time.Second)
+		<-r.Updated()
+		if n := apply(); n != 2 || !maps.Equal(view, b.imported()) {
+			t.Errorf("%d changes of 2", n)
+		}
+		// after a compaction and a broken stream only differences are handed on
+		b.exporter.Update("all", map[string][]byte{"svc/shop/s0003": nil}, 50, 0)
+		time.Sleep(time.Second)
+		apply()
+		b.east.Restore(b.east.Backup())
+		b.exporter.Update("all", map[string][]byte{"svc/shop/s0004": nil}, 50, 0)
+		time.Sleep(10 * time.Second)
+		if n := apply(); n != 1 || !maps.Equal(view, b.imported()) {
+			t.Errorf("%d changes of 1 after a broken stream", n)
+		}
+		snap, rev, err := r.Snapshot(t.Context())
+		if err != nil || rev == 0 || len(snap["west"]["all"]) != 97 || len(snap["west"]["peers/"+self]) != 1 {
+			t.Errorf("snapshot %d %v %v", len(snap["west"]["all"]), rev, err)
+		}
+		stop()
+	})
+}

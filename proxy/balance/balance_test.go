@@ -187,6 +187,30 @@ func TestEjectionByAnswers(t *testing.T) {
 	}
 }
 
+// TestAnswersThatConnectAreStillCounted: a stream that was accepted and then answered badly is a bad answer.
+func TestAnswersThatConnectAreStillCounted(t *testing.T) {
+	b, clock := newTest(t, Config{})
+	b.Update(table(clusterOf(endpoints("a", "a1"), endpoints("b", "b1"))))
+	for range 5 {
+		p := mustPick(t, b, PickInfo{})
+		p.Connected()
+		p.Done(Result{Status: 503})
+	}
+	if got := draw(t, b, 100); got["b1"] != 100 {
+		t.Fatalf("five bad answers: %v", got)
+	}
+	b, clock = newTest(t, Config{Ramp: -1})
+	b.Update(table(clusterOf(endpoints("a", "a1"), endpoints("b", "b1"))))
+	p := mustPick(t, b, PickInfo{})
+	p.Done(Result{Outcome: Dead})
+	clock.advance(firstBackoff)
+	p = mustPick(t, b, PickInfo{})
+	p.Done(Result{Status: 503})
+	if got := draw(t, b, 10); got["a1"] != 10 {
+		t.Errorf("a bad answer is an answer, not death: %v", got)
+	}
+}
+
 func TestEjectionsGrowLonger(t *testing.T) {
 	b, clock := newTest(t, Config{Ramp: -1})
 	c := clusterOf(endpoints("a", "a1"), endpoints("b", "b1"))

@@ -160,7 +160,7 @@ func (p *Pick) Done(r Result) {
 	case r.Outcome == Responded && !r.isFailure():
 		h.ok.Add(1)
 		h.latency.add(r.Latency)
-		p.succeeded(c)
+		p.reached(c, true)
 		return
 	}
 	if r.Retried {
@@ -169,6 +169,7 @@ func (p *Pick) Done(r Result) {
 	h.failed.Add(1)
 	if r.Outcome == Responded {
 		h.latency.add(r.Latency)
+		p.reached(c, false)
 	}
 	now := c.b.clock()
 	switch r.Outcome {
@@ -194,40 +195,44 @@ func (p *Pick) Done(r Result) {
 	}
 }
 
-// Connected says, before Done, that the endpoint has accepted the stream. Call it for streams that may stay open long; a trial
-// succeeds with it.
+// Connected says, before Done, that the endpoint has accepted the stream: it is not dead, nor is its gateway. Call it for streams
+// that may stay open long. How the endpoint answers is for Done to say.
 func (p *Pick) Connected() {
 	if p.c != nil {
-		p.succeeded(p.c)
+		p.reached(p.c, false)
 	}
 }
 
-func (p *Pick) succeeded(c *cluster) {
+// reached ends what a failure began; all of it where the answer was good, too.
+func (p *Pick) reached(c *cluster, good bool) {
 	if p.g != nil && p.g.down.Load() {
 		c.b.gatewayReturned(p.g)
 	}
-	if p.h.uneasy.Load() {
-		c.forgive(p.h)
+	if p.h.dead.down.Load() || good && p.h.uneasy.Load() {
+		c.forgive(p.h, good)
 	}
 }
 
-// forgive ends what a failure began.
-func (c *cluster) forgive(h *host) {
+// forgive brings a dead endpoint back; a good answer also ends a row of bad ones.
+func (c *cluster) forgive(h *host, good bool) {
 	now := c.b.clock()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	h.errors, h.refused = 0, 0
-	if h.dead.recover() {
-		h.returnedAt, h.since, h.reason = now, now, "was dead: "+h.reason
+	back := h.dead.recover()
+	if back {
+		h.refused, h.returnedAt, h.since, h.reason = 0, now, now, "was dead: "+h.reason
 		if c.hosts[h.id] == h {
 			c.rebuild(now, h.id)
 		}
 	}
-	if h.returning && !h.ejected {
+	if good {
+		h.errors, h.refused = 0, 0
+	}
+	if h.returning && !h.ejected && (good || back) {
 		h.returning, h.firstFailure = false, 0
 		c.b.event(now, c.name, h.id, proxy.Returned, "first success; "+h.reason)
 	}
-	h.uneasy.Store(h.ejected)
+	h.uneasy.Store(h.ejected || h.returning || h.errors+h.refused > 0)
 }
 
 // fail counts a failure and takes the host out where it is due.
@@ -331,9 +336,9 @@ func (m *candidate) available() bool {
 	return !m.endpoint.Draining && !m.endpoint.Unhealthy && !m.host.ejected && !m.host.dead.down.Load() && !m.gatewaysDown()
 }
 
-// useless is what even panic avoids.
+// useless is what even panic avoids: facts, where Envoy would not tell them from judgements.
 func (m *candidate) useless() bool {
-	return m.endpoint.Draining || m.host.dead.down.Load() || m.gatewaysDown()
+	return m.endpoint.Draining || m.endpoint.Unhealthy || m.host.dead.down.Load() || m.gatewaysDown()
 }
 
 func (m *candidate) gatewaysDown() bool {

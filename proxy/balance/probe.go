@@ -158,7 +158,7 @@ func (p *probe) run(ctx context.Context) {
 	case p.g != nil:
 		b.gatewayFailed(p.g, now, err.Error())
 	case err == nil:
-		p.c.forgive(p.m.host)
+		p.c.forgive(p.m.host, false)
 	default:
 		p.c.fail(p.m.host, now, &Result{Outcome: ConnectFailed, Reason: err.Error()})
 	}

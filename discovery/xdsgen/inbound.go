@@ -69,7 +69,7 @@ func (v *View) serves(addr netip.Addr, spiffeID string, transport discovery.Tran
 			add(s)
 		}
 	} else {
-		for _, n := range v.hosts[addr] {
+		for _, n := range v.hosts.at(addr) {
 			add(v.Set.Local.Services[n])
 		}
 	}

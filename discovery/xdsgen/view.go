@@ -43,8 +43,19 @@ type View struct {
 
 	routes  map[discovery.Name][]*discovery.Route // by parent
 	parents map[discovery.Name][]discovery.Name   // parents of the routes that name this service as a backend
-	hosts   map[netip.Addr][]discovery.Name       // own services with an endpoint at the address, sorted
+	hosts   hosts                                 // own services by address
 }
+
+// hosts lists, sorted, the own services with an endpoint at an address. It is split, so that the next View copies little of it.
+type hosts [512]map[netip.Addr][]discovery.Name
+
+func shard(a netip.Addr) int {
+	b := a.As16()
+	return int(b[15])<<1&511 ^ int(b[14])&1
+}
+
+// at returns the services of an address.
+func (h *hosts) at(a netip.Addr) []discovery.Name { return h[shard(a)][a] }
 
 // NewView indexes a Clusterset.
 func NewView(set *discovery.Clusterset, callers Callers) *View {
@@ -60,7 +71,8 @@ type Changes struct {
 	Hosts    map[netip.Addr]struct{}     // whose own endpoints changed
 }
 
-// Next returns the View of set, and how it differs from v. Objects that are the same pointer are taken as unchanged.
+// Next returns the View of set, and how it differs from v. Objects, and callers, that are the same pointer
+// are taken as unchanged.
 func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes) {
 	old := v.Set
 	ch := &Changes{
@@ -74,14 +86,16 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 	diff(old.Local.Services, set.Local.Services, func(n discovery.Name) { mark(n); moved = append(moved, n) })
 	diff(old.Imports, set.Imports, mark)
 	diff(old.Local.TrafficPolicy, set.Local.TrafficPolicy, mark)
-	for n := range callers {
-		if !maps.Equal(callers[n], v.Callers[n]) {
-			mark(n)
+	if reflect.ValueOf(callers).Pointer() != reflect.ValueOf(v.Callers).Pointer() {
+		for n := range callers {
+			if !maps.Equal(callers[n], v.Callers[n]) {
+				mark(n)
+			}
 		}
-	}
-	for n := range v.Callers {
-		if callers[n] == nil {
-			mark(n)
+		for n := range v.Callers {
+			if callers[n] == nil {
+				mark(n)
+			}
 		}
 	}
 	next := &View{Set: set, Callers: callers, routes: v.routes, parents: v.parents, hosts: v.hosts}
@@ -163,33 +177,50 @@ func (v *View) indexRoutes() {
 
 // indexHosts brings hosts up to date for the services that moved, and notes the addresses concerned.
 func (v *View) indexHosts(old map[discovery.Name]*discovery.Service, moved []discovery.Name, touched map[netip.Addr]struct{}) {
-	if len(moved) == 0 && v.hosts != nil {
-		return
+	var own [len(v.hosts)]bool // shards that are copies already
+	edit := func(a netip.Addr) map[netip.Addr][]discovery.Name {
+		i := shard(a)
+		if !own[i] {
+			m := make(map[netip.Addr][]discovery.Name, len(v.hosts[i])+1)
+			maps.Copy(m, v.hosts[i])
+			v.hosts[i], own[i] = m, true
+		}
+		return v.hosts[i]
 	}
-	hosts := make(map[netip.Addr][]discovery.Name, len(v.hosts))
-	maps.Copy(hosts, v.hosts)
 	for _, n := range moved {
-		if s := old[n]; s != nil {
-			for _, e := range s.Endpoints {
-				touched[e.Address] = struct{}{}
-				rest := slices.DeleteFunc(slices.Clone(hosts[e.Address]), func(o discovery.Name) bool { return o == n })
-				if len(rest) == 0 {
-					delete(hosts, e.Address)
-				} else {
-					hosts[e.Address] = rest
-				}
+		before, after := addresses(old[n]), addresses(v.Set.Local.Services[n])
+		for a := range before {
+			touched[a] = struct{}{}
+			if _, stays := after[a]; stays {
+				continue
+			}
+			m := edit(a)
+			if rest := slices.DeleteFunc(slices.Clone(m[a]), func(o discovery.Name) bool { return o == n }); len(rest) > 0 {
+				m[a] = rest
+			} else {
+				delete(m, a)
 			}
 		}
-		s := v.Set.Local.Services[n]
-		if s == nil {
-			continue
-		}
-		for _, e := range s.Endpoints {
-			touched[e.Address] = struct{}{}
-			if i, found := slices.BinarySearchFunc(hosts[e.Address], n, discovery.Name.Compare); !found {
-				hosts[e.Address] = slices.Insert(slices.Clone(hosts[e.Address]), i, n)
+		for a := range after {
+			touched[a] = struct{}{}
+			if _, was := before[a]; was {
+				continue
+			}
+			m := edit(a)
+			if i, found := slices.BinarySearchFunc(m[a], n, discovery.Name.Compare); !found {
+				m[a] = slices.Insert(slices.Clone(m[a]), i, n)
 			}
 		}
 	}
-	v.hosts = hosts
+}
+
+func addresses(s *discovery.Service) map[netip.Addr]struct{} {
+	if s == nil {
+		return nil
+	}
+	out := make(map[netip.Addr]struct{}, len(s.Endpoints))
+	for _, e := range s.Endpoints {
+		out[e.Address] = struct{}{}
+	}
+	return out
 }

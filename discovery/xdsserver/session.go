@@ -275,7 +275,7 @@ func (ss *session) dirty() (names map[string][]string, services map[discovery.Na
 	changes, now, applied, complete := ss.s.cache.since(ss.seq)
 	behind := now != ss.seq
 	ss.seq = now
-	names = make(map[string][]string)
+	names = make(map[string][]string) // a few types
 	if behind {
 		all = !complete
 		for _, ch := range changes {
@@ -286,10 +286,14 @@ func (ss *session) dirty() (names map[string][]string, services map[discovery.Na
 				names[typeURL] = slices.Collect(maps.Keys(t.names))
 			}
 		} else {
-			services = make(map[discovery.Name]struct{})
+			if ss.viewer.Kind == xdsgen.Gateway {
+				services = make(map[discovery.Name]struct{})
+				for _, ch := range changes {
+					maps.Copy(services, ch.Services)
+				}
+			}
 			found := make(map[key]struct{})
 			for _, ch := range changes {
-				maps.Copy(services, ch.Services)
 				ss.touched(ch, found)
 			}
 			for k := range found {

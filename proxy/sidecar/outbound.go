@@ -274,7 +274,8 @@ func (t *transfer) again(ctx context.Context, before *attempt) (attempt, bool) {
 	if !before.safe {
 		t.retries++
 	}
-	a := t.try(ctx, !before.safe)
+	// A peer that died takes all its streams at once. Trying them elsewhere is no storm, and must not be cut short by the budget.
+	a := t.try(ctx, !before.safe && before.result.Outcome != balance.Dead)
 	if a.failure != nil && a.pick.Endpoint == nil {
 		before.result.Retried = false
 		return a, false

@@ -71,13 +71,13 @@ type Changes struct {
 	Hosts    map[netip.Addr]struct{}     // whose own endpoints changed
 }
 
-// Next returns the View of set, and how it differs from v. Objects, and callers, that are the same pointer
-// are taken as unchanged.
+// Next returns the View of set, and how it differs from v. Services, imports and callers are taken as
+// unchanged exactly if they are the same pointer; the fewer routes and policies are compared.
 func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes) {
 	old := v.Set
 	ch := &Changes{
 		All:      !reflect.DeepEqual(old.Local.Self, set.Local.Self) || !sameMembers(old.Members, set.Members) || !sameKeys(old.Trusted, set.Trusted),
-		Access:   !slices.Equal(old.Local.Access, set.Local.Access),
+		Access:   !slices.EqualFunc(old.Local.Access, set.Local.Access, same),
 		Services: make(map[discovery.Name]struct{}),
 		Hosts:    make(map[netip.Addr]struct{}),
 	}
@@ -85,7 +85,11 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 	var moved []discovery.Name // own services whose endpoints may have changed
 	diff(old.Local.Services, set.Local.Services, func(n discovery.Name) { mark(n); moved = append(moved, n) })
 	diff(old.Imports, set.Imports, mark)
-	diff(old.Local.TrafficPolicy, set.Local.TrafficPolicy, mark)
+	diff(old.Local.TrafficPolicy, set.Local.TrafficPolicy, func(n discovery.Name) {
+		if !same(old.Local.TrafficPolicy[n], set.Local.TrafficPolicy[n]) {
+			mark(n)
+		}
+	})
 	if reflect.ValueOf(callers).Pointer() != reflect.ValueOf(v.Callers).Pointer() {
 		for n := range callers {
 			if !maps.Equal(callers[n], v.Callers[n]) {
@@ -99,7 +103,7 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 		}
 	}
 	next := &View{Set: set, Callers: callers, routes: v.routes, parents: v.parents, hosts: v.hosts}
-	if !slices.Equal(old.Local.Routes, set.Local.Routes) || next.routes == nil {
+	if !slices.EqualFunc(old.Local.Routes, set.Local.Routes, same) || next.routes == nil {
 		next.indexRoutes()
 		diffRoutes(old.Local.Routes, set.Local.Routes, mark)
 	}
@@ -126,21 +130,37 @@ func diff[K comparable, V comparable](old, next map[K]V, changed func(K)) {
 	}
 }
 
+// same reports whether two objects are equal.
+func same[T any](a, b *T) bool { return a == b || reflect.DeepEqual(a, b) }
+
+// diffRoutes calls changed for the parents of the routes that are in one list only.
 func diffRoutes(old, next []*discovery.Route, changed func(discovery.Name)) {
-	seen := make(map[*discovery.Route]int, len(old)+len(next))
+	type id struct {
+		kind string
+		discovery.Name
+	}
+	was := make(map[id]*discovery.Route, len(old))
 	for _, r := range old {
-		seen[r] |= 1
+		was[id{r.Kind, r.Name}] = r
 	}
-	for _, r := range next {
-		seen[r] |= 2
-	}
-	for r, in := range seen {
-		if in == 3 {
-			continue
-		}
+	parents := func(r *discovery.Route) {
 		for _, p := range r.Parents {
 			changed(p.Service)
 		}
+	}
+	for _, r := range next {
+		k := id{r.Kind, r.Name}
+		o := was[k]
+		delete(was, k)
+		if o == nil || !same(o, r) {
+			parents(r)
+			if o != nil {
+				parents(o)
+			}
+		}
+	}
+	for _, r := range was {
+		parents(r)
 	}
 }
 

@@ -83,8 +83,8 @@ func (w *world) step() *discovery.Clusterset {
 		next.Imports[n] = i
 	case 3:
 		local.Routes = nil
-		for range w.IntN(3) {
-			local.Routes = append(local.Routes, &discovery.Route{Name: discovery.Name{Namespace: pick(w, "shop", "lab"), Name: "r"}, Kind: "HTTPRoute",
+		for i := range w.IntN(3) {
+			local.Routes = append(local.Routes, &discovery.Route{Name: discovery.Name{Namespace: pick(w, "shop", "lab"), Name: fmt.Sprint("r", i)}, Kind: "HTTPRoute",
 				Parents: []discovery.RouteRef{{Service: pick(w, worldNames...)}},
 				Rules:   []*discovery.RouteRule{{Backends: []discovery.Backend{{Service: pick(w, worldNames...), Port: 80, Weight: 1}}, Filters: w.filters()}}})
 		}

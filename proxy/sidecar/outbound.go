@@ -430,6 +430,11 @@ func (t *transfer) judge(a *attempt) {
 		a.retry = len(t.tried) < maxConnTries
 		return
 	}
+	if a.resp.Header.Get(headerError) == codeAppFailed { // the far sidecar's word: the application took the request and broke off
+		a.result.Reason = "the application broke off"
+		a.retry = t.mayRetryLost()
+		return
+	}
 	if t.retries >= t.route.Retry.Attempts {
 		return
 	}

@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"cmp"
 	"bufio"
 	"context"
 	"crypto/tls"
@@ -101,7 +102,7 @@ func (s *Sidecar) inbound(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, rec, failWith(codeDraining, "this workload is shutting down"))
 		return
 	}
-	port := portOf(s.cfg.Control.Table().Inbound, target)
+	port := s.portOf(s.cfg.Control.Table().Inbound, target)
 	if port == nil {
 		s.refuse(w, r, rec, failWith(codeWrongTarget, "%s is not a declared port of this workload", target))
 		return
@@ -147,20 +148,25 @@ func (s *Sidecar) inbound(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// portOf finds the declared port that a target names: a service, or this workload's own address.
-func portOf(in *proxy.Inbound, target string) *proxy.InboundPort {
+// portOf finds the declared port that a target names: a service, or this workload's own address. Where several workloads share the
+// address, it is the one that has an application here.
+func (s *Sidecar) portOf(in *proxy.Inbound, target string) *proxy.InboundPort {
 	if in == nil {
 		return nil
 	}
+	var found *proxy.InboundPort
 	target = strings.ToLower(target)
 	address, err := netip.ParseAddrPort(target)
 	for i := range in.Ports {
 		p := &in.Ports[i]
 		if err == nil && address.Addr() == in.Address && address.Port() == p.Port || slices.Contains(p.Services, target) {
-			return p
+			if s.apps[p.Port] != nil {
+				return p
+			}
+			found = cmp.Or(found, p)
 		}
 	}
-	return nil
+	return found
 }
 
 // suffer carries out the faults in force for one request.

@@ -1,6 +1,7 @@
 package federation
 
 import (
+	"cmp"
 	"time"
 
 	"github.com/hanse-mesh/hanse/discovery"
@@ -16,8 +17,14 @@ type Patience struct {
 }
 
 // DefaultPatience is the protocol's.
-func DefaultPatience() Patience {
-	return Patience{Suspect: 20 * time.Second, Grace: time.Minute, Recover: 10 * time.Second, Rounds: 3, Quiet: 15 * time.Second}
+func DefaultPatience() Patience { return Patience{}.WithDefaults() }
+
+// WithDefaults fills fields that are zero with the protocol's.
+func (p Patience) WithDefaults() Patience {
+	return Patience{
+		Suspect: cmp.Or(p.Suspect, 20*time.Second), Grace: cmp.Or(p.Grace, time.Minute), Recover: cmp.Or(p.Recover, 10*time.Second),
+		Rounds: cmp.Or(p.Rounds, 3), Quiet: cmp.Or(p.Quiet, 15*time.Second),
+	}
 }
 
 // Observed is what is known of one peer. Times are of the reader's monotonic clock.

@@ -115,6 +115,10 @@ func dial(ctx context.Context, cfg ClientConfig, t *Token, address string) (*Cli
 	tc := tls.Client(raw, tlsConfig)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		raw.Close()
+		var alert *net.OpError
+		if errors.As(err, &alert) && alert.Op == "remote error" { // crypto/tls: the server's alert
+			return nil, fmt.Errorf("%w by the issuer's clock, or the issuer has lost it: it has no open mesh token (%w)", ErrExpired, err)
+		}
 		return nil, err
 	}
 	c.RTT = time.Since(start)

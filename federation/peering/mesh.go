@@ -74,7 +74,7 @@ type Config struct {
 	Dial        func(ctx context.Context, network, address string) (net.Conn, error) // to other clusters; nil: net.Dialer
 	Timers      Timers
 	ImportQuota int64               // bytes of keys and values of one peer; 0 is federation/etcd's default
-	Patience    federation.Patience // zero: federation.DefaultPatience
+	Patience    federation.Patience // zero fields: the protocol's
 	JoinRate    float64             // calls of strangers per second; 0 is join's default
 	Log         *slog.Logger
 	Metrics     prometheus.Registerer // may be nil
@@ -163,9 +163,7 @@ func New(cfg Config) (*Mesh, error) {
 	if cfg.MeshName == "" {
 		cfg.MeshName = cfg.Self.Cluster
 	}
-	if cfg.Patience == (federation.Patience{}) {
-		cfg.Patience = federation.DefaultPatience()
-	}
+	cfg.Patience = cfg.Patience.WithDefaults()
 	cfg.Timers = cfg.Timers.withDefaults()
 	m := &Mesh{
 		cfg: cfg, td: td, log: cfg.Log, loaded: make(chan struct{}), kick: make(chan struct{}, 1), settling: make(chan chan struct{}), accessChanged: make(chan struct{}, 1),
@@ -260,7 +258,8 @@ func (m *Mesh) Run(ctx context.Context) error {
 	for {
 		bundles := m.cfg.Source.Changed()
 		if err := m.step(ctx, &running); err != nil && ctx.Err() == nil {
-			m.log.Error("federation step", "error", err) // the next step tries again
+			m.log.Error("federation step", "error", err)
+			pause(ctx, m.cfg.Timers.Tick) // and try again, but not in a loop that feeds itself
 		}
 		if settled != nil {
 			close(settled)

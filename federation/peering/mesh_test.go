@@ -1,32 +1,445 @@
 package peering_test
 
 import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/join"
+	"github.com/hanse-mesh/hanse/federation/peering"
+	"github.com/hanse-mesh/hanse/identity"
 )
 
 var payments = discovery.Name{Namespace: "shop", Name: "payments"}
 
-func TestTwoClusters(t *testing.T) {
+func silent(peering.Progress) {}
+
+// settle lets d of the bubble's time pass.
+func settle(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+// TestJoinKilledAnywhere kills one side after each of its writes during a join, restarts it, and repeats the join with the same token.
+func TestJoinKilledAnywhere(t *testing.T) {
+	for _, victim := range []string{"east", "west"} {
+		for n := int64(0); ; n++ {
+			whole := false
+			t.Run(fmt.Sprintf("%s after %d writes", victim, n), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					w := newWorld(t)
+					defer w.stop()
+					west, east := w.add("west"), w.add("east")
+					west.export(payments, 3)
+					east.export(payments, 2)
+					settle(time.Second)
+					token, _, err := west.mesh.Load().CreateToken(t.Context(), "east", 0)
+					if err != nil {
+						t.Fatal(err)
+					}
+					v := w.clusters[victim]
+					v.fault.killAfter(n)
+					ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+					_, err = east.mesh.Load().Join(ctx, token, silent)
+					cancel()
+					settle(2 * time.Second)
+					v.stop()
+					whole = !v.fault.revive()
+					v.start()
+					v.healLinks()
+					settle(time.Second)
+					for _, c := range []*cluster{west, east} {
+						s := c.mesh.Load().Status()
+						if imp := c.mesh.Load().Clusterset().Imports[payments]; s.Self.Standing == federation.Joining && len(imp.From) != 1 {
+							t.Errorf("%s is joining and imports %+v", c.name, imp)
+						}
+					}
+					if whole && err != nil {
+						t.Fatalf("nobody was killed, and the join failed: %v", err)
+					}
+					if _, err := east.mesh.Load().Join(t.Context(), token, silent); err != nil {
+						t.Fatalf("the repeated join: %v", err)
+					}
+					settle(30 * time.Second)
+					for _, c := range []*cluster{west, east} {
+						var got struct {
+							Self    string
+							Members map[string]string
+							Imports map[string]map[string]int
+						}
+						if err := json.Unmarshal(c.state(), &got); err != nil {
+							t.Fatal(err)
+						}
+						if got.Self != "member" || len(got.Members) != 1 || got.Imports["shop/payments"]["west"] != 3 || got.Imports["shop/payments"]["east"] != 2 {
+							t.Errorf("%s after the repeated join: %s", c.name, c.state())
+						}
+					}
+				})
+			})
+			if whole || t.Failed() {
+				t.Logf("a join of %s is %d writes", victim, n)
+				break
+			}
+		}
+	}
+}
+
+// TestJoiningExpires: a join that is never finished leaves nothing once its token has expired.
+func TestJoiningExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		defer w.stop()
 		west, east := w.add("west"), w.add("east")
-		west.export(payments, 3)
+		token, _, err := west.mesh.Load().CreateToken(t.Context(), "east", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		west.fault.killAfter(2) // binding, joining record; not the member
+		east.mesh.Load().Join(t.Context(), token, silent)
+		west.stop()
+		west.fault.revive()
+		west.start()
+		settle(time.Second)
+		if s := west.mesh.Load().Status(); len(s.Members) != 1 || s.Members[0].State != "joining" {
+			t.Fatalf("west shows %+v", s.Members)
+		}
+		if s := east.mesh.Load().Status(); s.Self.Standing != federation.Joining {
+			t.Fatalf("east is %s", s.Self.Standing)
+		}
+		settle(15 * time.Minute)
+		if s := west.mesh.Load().Status(); len(s.Members) != 0 {
+			t.Errorf("west still shows %+v", s.Members)
+		}
+		if s := east.mesh.Load().Status(); s.Self.Standing != federation.Joined || s.Self.Sponsor != "" {
+			t.Errorf("east is %s, sponsor %q", s.Self.Standing, s.Self.Sponsor)
+		}
+		if _, err := east.mesh.Load().Join(t.Context(), token, silent); !errors.Is(err, join.ErrExpired) {
+			t.Errorf("the old token: %v, want expired", err)
+		}
+		if err := w.join("east", "west"); err != nil {
+			t.Errorf("a new token: %v", err)
+		}
+	})
+}
+
+// TestTokens: each way in which a token can be wrong is told.
+func TestTokens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		west, east, north := w.add("west"), w.add("east"), w.add("north")
+		ctx := t.Context()
+		tokenFor := func(c *cluster, name string) string {
+			token, _, err := c.mesh.Load().CreateToken(ctx, name, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return token
+		}
+		fails := func(what string, c *cluster, token string, want error, text string) {
+			t.Helper()
+			before := c.own.Dump("mesh/")
+			_, err := c.mesh.Load().Join(ctx, token, silent)
+			if err == nil || want != nil && !errors.Is(err, want) || !strings.Contains(err.Error(), text) {
+				t.Errorf("%s: %v, want %v with %q", what, err, want, text)
+			}
+			if diff := cmp.Diff(before, c.own.Dump("mesh/")); diff != "" {
+				t.Errorf("%s changed something: %s", what, diff)
+			}
+		}
+		token := tokenFor(west, "east")
+		fails("tampered", east, token[:20]+"A"+token[21:], join.ErrTampered, "checksum")
+		fails("cut", east, token[:len(token)-7], join.ErrTampered, "")
+		fails("not a token", east, "hunter2", join.ErrTampered, "hns1_")
+		forged, err := join.DecodeToken(token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		forged.Secret[0] ^= 1
+		fails("wrong secret", east, forged.Encode(), join.ErrWrong, "")
+		forged.Secret[0] ^= 1
+		forged.ID[0] ^= 1
+		fails("wrong ID", east, forged.Encode(), join.ErrWrong, "")
+		forged.ID[0] ^= 1
+		forged.Pins[0][0] ^= 1
+		fails("another issuer", east, forged.Encode(), nil, "none of the roots")
+		fails("another cluster's", north, token, nil, `for a cluster named "east", not "north"`)
+		fails("its own", west, token, nil, "made by this cluster")
+
+		anyone := tokenFor(west, "")
+		if _, err := east.mesh.Load().Join(ctx, anyone, silent); err != nil {
+			t.Fatal(err)
+		}
+		settle(5 * time.Second)
+		fails("used", north, anyone, join.ErrUsed, "")
+		if res, err := east.mesh.Load().Join(ctx, anyone, silent); err != nil || res.Through != "west" {
+			t.Errorf("the same joiner again: %+v, %v", res, err)
+		}
+		late := tokenFor(west, "north")
+		settle(16 * time.Minute)
+		fails("expired by this clock", north, late, join.ErrExpired, "")
+		north.skew = -10 * time.Minute
+		north.stop()
+		north.start()
+		fails("expired by the issuer's clock, none open", north, late, join.ErrExpired, "no open mesh token")
+		tokenFor(west, "south")
+		fails("expired by the issuer's clock", north, late, join.ErrExpired, "")
+		for k, v := range west.own.Dump("mesh/") {
+			if strings.Contains(v, string(forged.Secret[:])) {
+				t.Errorf("%s holds a token's secret", k)
+			}
+		}
+	})
+}
+
+// TestPreview: each check fails for its reason, with a remedy, and nothing is changed on either side.
+func TestPreview(t *testing.T) {
+	for name, c := range map[string]struct {
+		spoil func(w *world, east *cluster)
+		want  string // part of the failed check's name; "" is all well
+	}{
+		"all well":    {func(*world, *cluster) {}, ""},
+		"name":        {func(w *world, east *cluster) { east.self.Cluster = "west" }, "names free"},
+		"clock":       {func(w *world, east *cluster) { east.skew = 2 * time.Minute }, "clocks agree"},
+		"version":     {func(w *world, east *cluster) { east.version = "v0.7.0" }, "versions agree"},
+		"unreachable": {func(w *world, east *cluster) { east.advertise = "nowhere.test:7443" }, "west → nowhere.test:7443"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				defer w.stop()
+				west, east := w.add("west"), w.make("east", 2)
+				c.spoil(w, east)
+				east.start()
+				settle(time.Second)
+				token, _, err := west.mesh.Load().CreateToken(t.Context(), "", 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				before := [2]map[string]string{west.own.Dump(""), east.own.Dump("")}
+				var checks, failed []string
+				p, err := east.mesh.Load().Preview(t.Context(), token, func(p peering.Progress) {
+					if p.Check != nil {
+						checks = append(checks, fmt.Sprintf("%t %s: %s", p.Check.OK, p.Check.Name, p.Check.Detail))
+						if !p.Check.OK {
+							failed = append(failed, p.Check.Name)
+							if p.Check.Remedy == "" {
+								t.Errorf("%s has no remedy", p.Check.Name)
+							}
+						}
+					}
+				})
+				t.Log(strings.Join(checks, "\n"))
+				var ce *join.CheckError
+				if (err != nil) != (c.want != "") || err != nil && !errors.As(err, &ce) {
+					t.Fatalf("preview: %v", err)
+				}
+				if p.Mesh != "demo" || p.Issuer.Name != "west" || len(checks) != 6 {
+					t.Errorf("preview is %+v with %d checks", p, len(checks))
+				}
+				if got := strings.Join(failed, ","); got != c.want {
+					t.Errorf("failed checks are %q, want %q", got, c.want)
+				}
+				if diff := cmp.Diff(before, [2]map[string]string{west.own.Dump(""), east.own.Dump("")}); diff != "" {
+					t.Errorf("a preview changed something: %s", diff)
+				}
+				if c.want != "" {
+					if _, err := east.mesh.Load().Join(t.Context(), token, silent); err == nil {
+						t.Error("a join went through in spite of it")
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestManyJoinsAndLeaves leaves no goroutine, memory or key behind.
+func TestManyJoinsAndLeaves(t *testing.T) {
+	cycles := 1000
+	if testing.Short() {
+		cycles = 50
+	}
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		west, east := w.add("west"), w.add("east")
+		west.export(payments, 2)
 		east.export(payments, 2)
+		cycle := func() {
+			if err := w.join("east", "west"); err != nil {
+				t.Fatal(err)
+			}
+			if cs := west.mesh.Load().Clusterset(); cs.Members["east"] == nil {
+				t.Fatal("west does not see east")
+			}
+			if _, err := east.mesh.Load().Leave(t.Context(), "", false); err != nil {
+				t.Fatal(err)
+			}
+			settle(time.Minute)
+			if cs := west.mesh.Load().Clusterset(); len(cs.Members) != 0 || len(cs.Imports[payments].From) != 1 {
+				t.Fatalf("west still imports %+v", cs.Imports[payments])
+			}
+		}
+		counts := func() map[string]int {
+			settle(25 * time.Hour) // tokens are kept for a day, to tell expired from wrong
+			if _, _, err := west.mesh.Load().CreateToken(t.Context(), "x", time.Second); err != nil {
+				t.Fatal(err)
+			}
+			runtime.GC()
+			return map[string]int{
+				"goroutines": runtime.NumGoroutine(),
+				"own keys":   len(west.own.Dump("")) + len(east.own.Dump("")), "imported keys": len(west.imports.Dump("")) + len(east.imports.Dump("")),
+			}
+		}
+		for range 3 {
+			cycle()
+		}
+		keys := west.serviceKeys()
+		before := counts()
+		for range cycles {
+			cycle()
+		}
+		if diff := cmp.Diff(before, counts()); diff != "" {
+			t.Errorf("after %d cycles:\n%s", cycles, diff)
+		}
+		if !maps.Equal(keys, west.serviceKeys()) {
+			t.Error("the remaining member's exports are not byte-identical")
+		}
+	})
+}
+
+// TestRestartWithPeersAbsent: everything restarts, nobody answers, and each Clusterset is as it was.
+func TestRestartWithPeersAbsent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		names := []string{"west", "east", "north"}
+		for i, n := range names {
+			w.add(n).export(payments, 100+i)
+		}
+		for _, n := range names[1:] {
+			if err := w.join(n, "west"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		settle(time.Minute)
+		for _, n := range names {
+			c := w.clusters[n]
+			before := c.mesh.Load().Clusterset()
+			for _, other := range names {
+				if other != n {
+					w.partition(n, other, true)
+				}
+			}
+			c.stop()
+			c.start()
+			after := c.mesh.Load().Clusterset()
+			if diff := cmp.Diff(dump(t, before), dump(t, after)); diff != "" {
+				t.Errorf("%s after its restart:\n%s", n, diff)
+			}
+			settle(5 * time.Second)
+			if diff := cmp.Diff(dump(t, before), dump(t, c.mesh.Load().Clusterset())); diff != "" {
+				t.Errorf("%s 5 s after its restart:\n%s", n, diff)
+			}
+		}
+	})
+}
+
+// dump is a whole Clusterset as text, but for its own counters.
+func dump(t *testing.T, c *discovery.Clusterset) string {
+	t.Helper()
+	members := map[string]discovery.Member{}
+	for n, m := range c.Members {
+		x := *m
+		x.Since = time.Time{}
+		members[n] = x
+	}
+	imports := map[string]*discovery.Import{}
+	for n, i := range c.Imports {
+		x := *i
+		x.From = slices.Clone(i.From)
+		for n := range x.From {
+			x.From[n].Revision = 0 // after a restart it is that of the checkpoint, which is not older
+		}
+		imports[n.String()] = &x
+	}
+	b, err := json.MarshalIndent(map[string]any{"members": members, "imports": imports, "trusted": c.Trusted}, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestBundlesFollowTheMembersOwnExport: a new root reaches the peers before it signs, and they say so.
+func TestBundlesFollowTheMembersOwnExport(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		west, east := w.add("west"), w.add("east")
 		if err := w.join("east", "west"); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(2 * time.Second)
-		synctest.Wait()
-		for _, c := range []*cluster{west, east} {
-			imp := c.mesh.Load().Clusterset().Imports[payments]
-			if imp == nil || len(imp.From) != 2 || len(imp.From[0].Endpoints)+len(imp.From[1].Endpoints) != 5 {
-				t.Errorf("%s imports %+v; status %+v", c.name, imp, c.mesh.Load().Status())
-			}
+		settle(5 * time.Second)
+		td := spiffeid.RequireTrustDomainFromString("west.demo")
+		next := west.ca.bundle()
+		prepared := newAuthority(t, td)
+		next.AddX509Authority(prepared.root)
+		next.SetSequenceNumber(2)
+		west.bundles.Update(td, next)
+		settle(2 * time.Second)
+		got := east.source.Bundles()[td]
+		if n, _ := got.SequenceNumber(); n != 2 || len(got.X509Authorities()) != 2 {
+			t.Fatalf("east has sequence %d with %d roots", n, len(got.X509Authorities()))
+		}
+		if got := west.mesh.Load().Acked(td); got["east"] != 0 {
+			t.Fatalf("acked before anyone said so: %v", got)
+		}
+		east.mesh.Load().SetAcked(map[spiffeid.TrustDomain]uint64{td: 2})
+		settle(2 * time.Second)
+		if got := west.mesh.Load().Acked(td); got["east"] != 2 {
+			t.Fatalf("acked: %v", got)
+		}
+		west.ca = prepared // and now it signs
+		west.source.SetSVID(prepared.svid(identity.ControlPlaneID(td)))
+		settle(time.Minute)
+		if cs := east.mesh.Load().Clusterset(); cs.Members["west"].State != discovery.Fresh {
+			t.Fatalf("west is %s at east", cs.Members["west"].State)
+		}
+	})
+}
+
+// TestAPersonsDistrustIsObeyed: a trust domain that was removed by hand is not added again.
+func TestAPersonsDistrustIsObeyed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		w.add("west")
+		east := w.add("east")
+		if err := w.join("east", "west"); err != nil {
+			t.Fatal(err)
+		}
+		settle(5 * time.Second)
+		td := spiffeid.RequireTrustDomainFromString("west.demo")
+		east.bundles.Remove(td)
+		settle(time.Minute)
+		east.stop()
+		east.start()
+		settle(time.Minute)
+		if _, err := east.source.GetX509BundleForTrustDomain(td); err == nil {
+			t.Fatal("it is trusted again")
 		}
 	})
 }

@@ -153,18 +153,5 @@ func (i imports) members(ctx context.Context) ([]string, error) {
 
 // drop removes all of a member.
 func (i imports) drop(ctx context.Context, memberID string) error {
-	var ops []etcd.Op
-	_, err := i.store.List(ctx, importPrefix(memberID), 0, func(kv etcd.KeyValue) error {
-		ops = append(ops, etcd.Op{Key: kv.Key, Delete: true})
-		return nil
-	})
-	for len(ops) > 0 && err == nil {
-		n := min(len(ops), etcd.MaxOps)
-		_, _, err = i.store.Txn(ctx, nil, ops[:n])
-		ops = ops[n:]
-	}
-	if err != nil {
-		return fmt.Errorf("drop imports of member %.8s: %w", memberID, err)
-	}
-	return nil
+	return etcd.RemoveImports(ctx, i.store, memberID)
 }

@@ -1,6 +1,7 @@
 package peering_test
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -61,6 +62,7 @@ type cluster struct {
 	name         string
 	self         discovery.Self
 	address      string
+	advertise    string // if not address
 	own, imports *storetest.Memory
 	fault        *faulty // in front of own
 	ca           *authority
@@ -111,7 +113,7 @@ func (w *world) make(name string, n byte) *cluster {
 func (c *cluster) start() {
 	c.w.t.Helper()
 	m, err := peering.New(peering.Config{
-		Self: c.self, MeshName: "demo", Version: c.version, Advertise: []string{c.address}, Source: c.source, Bundles: c.bundles,
+		Self: c.self, MeshName: "demo", Version: c.version, Advertise: []string{cmp.Or(c.advertise, c.address)}, Source: c.source, Bundles: c.bundles,
 		Own: c.fault, Imports: c.imports, DialPeer: c.dialPeer, JoinRate: 1000, Log: c.w.log.With("at", c.name),
 		Dial: func(ctx context.Context, _, address string) (net.Conn, error) {
 			return c.w.network.dial(ctx, c.name, address)

@@ -45,7 +45,7 @@ type Stream struct {
 type StatusError struct {
 	Status int
 	Header http.Header
-	Body   []byte // its first 4 KiB
+	Body   io.ReadCloser // to be closed
 }
 
 // Error implements error.
@@ -77,11 +77,8 @@ func (c *Client) Open(ctx context.Context, peer Peer, authority string, header h
 		return nil, err
 	}
 	if resp.StatusCode/100 != 2 {
-		body, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 		_ = pw.Close()
-		_ = resp.Body.Close()
-		cancel(io.EOF)
-		return nil, &StatusError{Status: resp.StatusCode, Header: resp.Header, Body: body}
+		return nil, &StatusError{Status: resp.StatusCode, Header: resp.Header, Body: resp.Body}
 	}
 	s := &Stream{Header: resp.Header, r: resp.Body, w: pw, closeWrite: pw.Close, framedRead: resp.Header.Get(headerHalfClose) == framed}
 	s.close = func() {

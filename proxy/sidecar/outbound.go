@@ -230,7 +230,9 @@ type attempt struct {
 	result  balance.Result
 	failure *failure // resp is nil then
 	retry   bool     // the policy would try again
-	safe    bool     // nothing reached the application
+
+	brokeOff bool // the application took the request and ended without an answer
+	safe     bool // nothing reached the application
 }
 
 func (t *transfer) run(ctx context.Context) {
@@ -274,8 +276,10 @@ func (t *transfer) again(ctx context.Context, before *attempt) (attempt, bool) {
 	if !before.safe {
 		t.retries++
 	}
-	// A peer that died takes all its streams at once. Trying them elsewhere is no storm, and must not be cut short by the budget.
-	a := t.try(ctx, !before.safe && before.result.Outcome != balance.Dead)
+	// A peer or an application that died takes all its calls at once. Trying them elsewhere once is no storm, and must not be cut short
+	// by the budget.
+	died := before.result.Outcome == balance.Dead || before.brokeOff && t.retries == 1
+	a := t.try(ctx, !before.safe && !died)
 	if a.failure != nil && a.pick.Endpoint == nil {
 		before.result.Retried = false
 		return a, false
@@ -431,7 +435,7 @@ func (t *transfer) judge(a *attempt) {
 		return
 	}
 	if a.resp.Header.Get(headerError) == codeAppFailed { // the far sidecar's word: the application took the request and broke off
-		a.result.Reason = "the application broke off"
+		a.result.Reason, a.brokeOff = "the application broke off", true
 		a.retry = t.mayRetryLost()
 		return
 	}

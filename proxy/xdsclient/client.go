@@ -19,6 +19,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/hanse-mesh/hanse/identity"
@@ -37,7 +38,8 @@ const (
 	maxNames     = 4096
 	unknownFor   = 5 * time.Second
 	sweepEvery   = time.Minute
-	saveEvery    = time.Second // at most
+	saveEvery    = time.Second // at most, and
+	saveRate     = 1 << 20     // at most so many bytes a second
 	minBackoff   = 100 * time.Millisecond
 	maxBackoff   = 10 * time.Second
 	firstAnswer  = 15 * time.Second // on a new stream
@@ -294,7 +296,8 @@ type run struct {
 
 	trustCancel context.CancelFunc
 	trustErr    string
-	savedAt     time.Time
+	saving      bool
+	nextSave    time.Time
 	saveFailed  bool
 }
 
@@ -326,6 +329,7 @@ func (r *run) loop(ctx context.Context) error {
 	defer cancel()
 	running.Go(func() { r.connections(ctx) })
 	loaded := make(chan trustResult)
+	kept := make(chan saveResult, 1)
 	sweep := time.NewTicker(sweepEvery)
 	defer sweep.Stop()
 	save := time.NewTimer(0)
@@ -333,7 +337,12 @@ func (r *run) loop(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			r.save()
+			if r.saving {
+				r.saved(<-kept)
+			}
+			if messages := r.unsaved(); messages != nil {
+				r.saved(r.write(messages))
+			}
 			return nil
 		case <-r.wake:
 			r.takeWanted()
@@ -353,11 +362,16 @@ func (r *run) loop(ctx context.Context) error {
 		case <-sweep.C:
 			r.sweep()
 		case <-save.C:
-			r.save()
+			if messages := r.unsaved(); messages != nil {
+				r.saving = true
+				running.Go(func() { kept <- r.write(messages) })
+			}
+		case res := <-kept:
+			r.saved(res)
 		}
 		r.publish()
-		if !r.store.saved && r.cfg.StateDir != "" {
-			save.Reset(max(0, saveEvery-r.now().Sub(r.savedAt)))
+		if r.cfg.StateDir != "" && !r.store.saved && !r.saving {
+			save.Reset(max(0, r.nextSave.Sub(r.now())))
 		}
 	}
 }
@@ -460,24 +474,36 @@ func (r *run) publishStatus(v *view) {
 	r.status.Store(s)
 }
 
-// save keeps what has changed. A disk that is full is told once, and tried again with the next change.
-func (r *run) save() {
-	if r.cfg.StateDir == "" {
-		return
+// saveResult is the end of writing the state file.
+type saveResult struct {
+	size int
+	err  error
+}
+
+// unsaved is what is to be kept and has not been; nil: nothing.
+func (r *run) unsaved() []proto.Message {
+	if r.cfg.StateDir == "" || r.saving {
+		return nil
 	}
-	messages := r.store.snapshot(r.owner)
-	if messages == nil {
-		return
-	}
-	r.savedAt = r.now()
-	err := save(r.cfg.StateDir, messages)
+	return r.store.snapshot(r.owner)
+}
+
+func (r *run) write(messages []proto.Message) saveResult {
+	size, err := save(r.cfg.StateDir, messages)
+	return saveResult{size, err}
+}
+
+// saved notes how that went. A disk that is full is told once, and tried again with the next change.
+func (r *run) saved(res saveResult) {
+	r.saving = false
+	r.nextSave = r.now().Add(max(saveEvery, time.Duration(res.size)*time.Second/saveRate))
 	switch {
-	case err != nil && !r.saveFailed:
-		r.log.Warn("xDS state is not kept: a restart will need the control plane", "error", err)
-	case err == nil && r.saveFailed:
+	case res.err != nil && !r.saveFailed:
+		r.log.Warn("xDS state is not kept: a restart will need the control plane", "error", res.err)
+	case res.err == nil && r.saveFailed:
 		r.log.Info("xDS state is kept again")
 	}
-	r.saveFailed = err != nil
+	r.saveFailed = res.err != nil
 }
 
 // node is the xDS Node of the first request on a stream.

@@ -1,9 +1,11 @@
 package xdsclient
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -16,6 +18,7 @@ import (
 
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -396,6 +399,107 @@ func TestCorruptStateIsNotUsed(t *testing.T) {
 			resolve(t, c, payments)
 		})
 	}
+}
+
+// TestStateThatCannotBeKept: a disk that fails costs nothing but the state; it is told once, and so is its end.
+func TestStateThatCannotBeKept(t *testing.T) {
+	bubble(t, func(t *testing.T, cp *controlPlane) {
+		dir := filepath.Join(t.TempDir(), "state")
+		var log bytes.Buffer
+		cp.service(t, payments, "e0")
+		c, stop := start(t, cp, func(cfg *Config) { cfg.StateDir, cfg.Log = dir, slog.New(slog.NewTextHandler(&log, nil)) })
+		resolve(t, c, payments)
+		time.Sleep(2 * time.Second)
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 5 {
+			cp.service(t, payments, fmt.Sprint("e", i+1))
+			time.Sleep(2 * time.Second)
+		}
+		synctest.Wait()
+		if c.Table().Clusters[payments].Levels[0].Localities[0].Endpoints[0].ID != "e5" {
+			t.Error("the client stood still")
+		}
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		cp.service(t, payments, "e6")
+		time.Sleep(2 * time.Second)
+		stop()
+		if n := strings.Count(log.String(), "is not kept"); n != 1 || !strings.Contains(log.String(), "is kept again") {
+			t.Errorf("told %d times:\n%s", n, log.String())
+		}
+		kept, err := load(dir, c.owner)
+		if err != nil || len(kept) != 3 {
+			t.Errorf("kept %d types, %v", len(kept), err)
+		}
+	})
+}
+
+func TestMetrics(t *testing.T) {
+	bubble(t, func(t *testing.T, cp *controlPlane) {
+		reg := prometheus.NewPedanticRegistry()
+		cp.service(t, payments, "e1")
+		c, _ := start(t, cp, func(cfg *Config) { cfg.Registerer = reg })
+		resolve(t, c, payments)
+		cp.set(t, endpointType, payments, loadAssignment(payments, []*endpointv3.LbEndpoint{lbEndpoint(t, "e2", "nowhere")}))
+		synctest.Wait()
+		value := func(name string) float64 {
+			families, err := reg.Gather()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range families {
+				if f.GetName() == name {
+					m := f.GetMetric()[0]
+					return m.GetGauge().GetValue() + m.GetCounter().GetValue()
+				}
+			}
+			t.Fatalf("no metric %s", name)
+			return 0
+		}
+		for name, want := range map[string]float64{
+			"hanse_xds_client_connected": 1, "hanse_xds_client_names": 1, "hanse_xds_client_rejected": 1, "hanse_xds_client_nacks_total": 1,
+			"hanse_xds_client_age_seconds": 0, "hanse_xds_client_table_version": float64(c.Table().Version),
+		} {
+			if got := value(name); got != want {
+				t.Errorf("%s is %v, want %v", name, got, want)
+			}
+		}
+		cp.stop()
+		time.Sleep(30 * time.Second)
+		if value("hanse_xds_client_connected") != 0 || value("hanse_xds_client_age_seconds") < 29 {
+			t.Error("the control plane is gone")
+		}
+	})
+}
+
+// TestRenewedFaults: an order that is told again keeps its time, a renewed one begins anew.
+func TestRenewedFaults(t *testing.T) {
+	bubble(t, func(t *testing.T, cp *controlPlane) {
+		c, _ := start(t, cp)
+		tell := func(renewal uint64, end time.Duration) proxy.Fault {
+			cp.set(t, faultsType, faultsName, &xdspb.Faults{Faults: []*xdspb.Fault{{
+				Drill: "d", Mode: "drain", Share: 100, End: durationpb.New(end), Lease: durationpb.New(15 * time.Second), Renewal: renewal}}})
+			synctest.Wait()
+			return c.Table().Faults[0]
+		}
+		first := tell(1, time.Minute)
+		time.Sleep(5 * time.Second)
+		if again := tell(1, time.Minute); !again.Received.Equal(first.Received) {
+			t.Errorf("told again: received %s, not %s", again.Received, first.Received)
+		}
+		renewed := tell(2, 55*time.Second)
+		if !renewed.Received.Equal(first.Received.Add(5*time.Second)) || !renewed.Active(time.Now().Add(14*time.Second)) || renewed.Active(time.Now().Add(15*time.Second)) {
+			t.Errorf("renewed: %+v", renewed)
+		}
+		cp.set(t, faultsType, faultsName, &xdspb.Faults{})
+		synctest.Wait()
+		if len(c.Table().Faults) != 0 {
+			t.Error("a drill that has ended is still in force")
+		}
+	})
 }
 
 func TestIdleNamesAreGivenUp(t *testing.T) {

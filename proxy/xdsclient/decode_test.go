@@ -282,7 +282,7 @@ func FuzzState(f *testing.F) {
 	if messages == nil {
 		f.Fatal("no seed")
 	}
-	if err := save(dir, messages); err != nil {
+	if _, err := save(dir, messages); err != nil {
 		f.Fatal(err)
 	}
 	raw, err := os.ReadFile(filepath.Join(dir, stateFile))

@@ -43,18 +43,18 @@ func (s *store) snapshot(owner string) []proto.Message {
 	return out
 }
 
-// save replaces the state file: 0600, whole or not at all.
-func save(dir string, messages []proto.Message) (err error) {
+// save replaces the state file: 0600, whole or not at all. It returns the size.
+func save(dir string, messages []proto.Message) (size int, err error) {
 	var body bytes.Buffer
 	for _, m := range messages {
 		if _, err := protodelim.MarshalTo(&body, m); err != nil {
-			return fmt.Errorf("encode xDS state: %w", err)
+			return 0, fmt.Errorf("encode xDS state: %w", err)
 		}
 	}
 	sum := crc32.Checksum(body.Bytes(), crc32.MakeTable(crc32.Castagnoli))
 	f, err := os.CreateTemp(dir, stateFile+".*") // 0600
 	if err != nil {
-		return fmt.Errorf("save xDS state: %w", err)
+		return 0, fmt.Errorf("save xDS state: %w", err)
 	}
 	defer func() {
 		if err != nil {
@@ -64,19 +64,19 @@ func save(dir string, messages []proto.Message) (err error) {
 	head := append([]byte(stateMagic), byte(sum>>24), byte(sum>>16), byte(sum>>8), byte(sum))
 	for _, b := range [][]byte{head, body.Bytes()} {
 		if _, err := f.Write(b); err != nil {
-			return fmt.Errorf("save xDS state: %w", err)
+			return 0, fmt.Errorf("save xDS state: %w", err)
 		}
 	}
 	if err := f.Sync(); err != nil {
-		return fmt.Errorf("save xDS state: %w", err)
+		return 0, fmt.Errorf("save xDS state: %w", err)
 	}
 	if err := f.Close(); err != nil {
-		return fmt.Errorf("save xDS state: %w", err)
+		return 0, fmt.Errorf("save xDS state: %w", err)
 	}
 	if err := os.Rename(f.Name(), filepath.Join(dir, stateFile)); err != nil {
-		return fmt.Errorf("save xDS state: %w", err)
+		return 0, fmt.Errorf("save xDS state: %w", err)
 	}
-	return nil
+	return body.Len(), nil
 }
 
 // load reads the state file of owner. There being none is no error.

@@ -88,13 +88,14 @@ type traffic struct {
 	counts map[string]int
 	calls  int
 	failed int
-	last   Call   // the newest that succeeded
-	fault  string // of the newest that failed
+	recent []string // who served the newest, at most recentCalls
+	fault  string   // of the newest that failed
 }
 
 const (
 	trafficWorkers  = 8
 	trafficInterval = 40 * time.Millisecond // of each worker: 200 calls a second together
+	recentCalls     = 100
 )
 
 func newTraffic(w *workload, to string) *traffic {
@@ -136,7 +137,27 @@ func (t *traffic) count(c Call) {
 		return
 	}
 	t.counts[c.Cluster+"/"+c.Zone]++
-	t.last = c
+	if t.recent = append(t.recent, c.Cluster+"/"+c.Zone); len(t.recent) > recentCalls {
+		t.recent = t.recent[1:]
+	}
+}
+
+// settled waits until nine in ten calls are served in one place.
+func (t *traffic) settled(ctx context.Context, place string) error {
+	return until(ctx, time.Minute, "calls are served in "+place, func(context.Context) error {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		n := 0
+		for _, p := range t.recent {
+			if p == place {
+				n++
+			}
+		}
+		if n < recentCalls*9/10 {
+			return fmt.Errorf("%d of the last %d calls", n, len(t.recent))
+		}
+		return nil
+	})
 }
 
 // served is a copy of the counts.

@@ -21,15 +21,14 @@ import (
 
 // Config of a demo.
 type Config struct {
-	Dir        string // everything is in it; made if missing, emptied if it is an earlier demo's
-	Bin        string // where hanse, hansed, hanse-proxy and echo are
-	Self       string // hanse as the person typed it, for the hints
-	SharedIP   bool   // all on 127.0.0.1, also where each could have its own address
-	Exit       bool   // end after the story
-	Out        io.Writer
-	Colour     bool
-	Terminal   *os.File // where a drill shows its progress; nil: nowhere
-	ShortDrill bool     // for tests
+	Dir      string // everything is in it; made if missing, emptied if it is an earlier demo's
+	Bin      string // where hanse, hansed, hanse-proxy and echo are
+	Self     string // hanse as the person typed it, for the hints
+	SharedIP bool   // all on 127.0.0.1, also where each could have its own address
+	Exit     bool   // end after the story
+	Out      io.Writer
+	Colour   bool
+	Terminal *os.File // where a drill shows its progress; nil: nowhere
 }
 
 // Report is what `hanse demo --exit -o json` prints.
@@ -508,10 +507,7 @@ func (s *show) calls(ctx context.Context) error {
 
 // drills fails one zone, and then all of west's payments, under load.
 func (s *show) drills(ctx context.Context) error {
-	length := "12s"
-	if s.cfg.ShortDrill {
-		length = "6s"
-	}
+	const length = "8s"
 	var err error
 	s.title("Failing on purpose, while frontend calls payments 200 times a second: first one zone …")
 	if s.report.Zone, err = s.drill(ctx, "--zone", "eu-1a", "--for", length); err != nil {
@@ -528,14 +524,7 @@ func (s *show) drills(ctx context.Context) error {
 	}
 	s.claimDrill("west's payments fail: their calls go to east, and come back", s.report.Drill, "east")
 
-	err = until(ctx, time.Minute, "calls are back in their own zone", func(context.Context) error {
-		s.traffic.mu.Lock()
-		defer s.traffic.mu.Unlock()
-		if c := s.traffic.last; c.Cluster != "west" || c.Zone != "eu-1a" {
-			return fmt.Errorf("served by %s/%s", c.Cluster, c.Zone)
-		}
-		return nil
-	})
+	err = s.traffic.settled(ctx, "west/eu-1a")
 	s.claim("calls are back in their own zone", err, "")
 	served, total, failed, fault := s.traffic.served()
 	s.report.Calls.Served, s.report.Calls.Total, s.report.Calls.Failed = served, total, failed
@@ -550,6 +539,9 @@ func (s *show) drills(ctx context.Context) error {
 // drill waits until calls are in their own zone, and black-holes payments in the scope of args.
 func (s *show) drill(ctx context.Context, args ...string) (*admin.Drill, error) {
 	command := append([]string{"drill", "run", "--blackhole", "--service", "payments", "--yes"}, args...)
+	if err := s.traffic.settled(ctx, "west/eu-1a"); err != nil {
+		return nil, err
+	}
 	_, runErr := s.shell(ctx, true, hanse(command...))
 	b, err := admin.New(admin.Config{Socket: s.l.cluster("west").socket()})
 	if err != nil {

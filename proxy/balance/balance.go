@@ -55,6 +55,9 @@ type Balancer struct {
 
 	clusters atomic.Pointer[map[string]*cluster]
 
+	updates sync.Mutex
+	version uint64 // guarded by updates; of the last table
+
 	mu       sync.Mutex                  // after cluster.mu where both are held
 	gateways map[netip.AddrPort]*gateway // guarded by mu
 
@@ -122,8 +125,15 @@ func (b *Balancer) clock() int64 { return int64(b.now().Sub(b.start)) + 1 }
 
 func (b *Balancer) time(at int64) time.Time { return b.start.Add(time.Duration(at - 1)) }
 
-// Update obeys a new table. Health stays with (xDS cluster, endpoint ID). Clusters whose pointer is the same are not looked at.
+// Update obeys a new table; one that is older than the last does nothing. Health stays with (xDS cluster, endpoint ID). Clusters whose
+// pointer is the same are not looked at.
 func (b *Balancer) Update(t *proxy.Table) {
+	b.updates.Lock()
+	defer b.updates.Unlock()
+	if t.Version < b.version {
+		return
+	}
+	b.version = t.Version
 	old := *b.clusters.Load()
 	next := make(map[string]*cluster, len(t.Clusters))
 	changed := len(old) != len(t.Clusters)
@@ -204,8 +214,7 @@ func (c *cluster) update(def *proxy.Cluster, now int64) {
 			}
 		}
 	}
-	c.state.Store(s)
-	c.rebuild(now, "")
+	c.build(s, now, "")
 }
 
 func withDefaults(def *proxy.Cluster) *proxy.Cluster {
@@ -238,8 +247,10 @@ func (c *cluster) refresh(now int64) {
 
 // rebuild works out the state at now, and when that must be done again. cause is the endpoint whose change asked for it.
 // c.mu is held.
-func (c *cluster) rebuild(now int64, cause string) {
-	old := c.state.Load()
+func (c *cluster) rebuild(now int64, cause string) { c.build(c.state.Load(), now, cause) }
+
+// build makes the state out of the members of old.
+func (c *cluster) build(old *state, now int64, cause string) {
 	s := &state{def: c.def, levels: make([]level, len(old.levels))}
 	due := int64(math.MaxInt64)
 	c.due.Store(due) // before reading gateways, so that one that fails from here on is not missed
@@ -504,11 +515,11 @@ func (b *Balancer) kick() {
 // gatewayChanged works out every cluster behind g anew.
 func (b *Balancer) gatewayChanged(g *gateway, now int64) {
 	for _, c := range *b.clusters.Load() {
+		c.mu.Lock() // also waits for an update that has not seen the change
 		if cause := c.state.Load().behind(g); cause != "" {
-			c.mu.Lock()
 			c.rebuild(now, cause)
-			c.mu.Unlock()
 		}
+		c.mu.Unlock()
 	}
 }
 

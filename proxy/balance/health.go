@@ -73,7 +73,8 @@ type host struct {
 	latency histogram
 	uneasy  atomic.Bool // a success must take the lock: something is to be forgiven
 
-	dead backoff // its failures are guarded by cluster.mu
+	dead     backoff     // its failures are guarded by cluster.mu
+	refusing atomic.Bool // dead because it refuses requests, of which a probe knows nothing
 
 	// guarded by cluster.mu
 	errors       int // answers in a row
@@ -259,6 +260,7 @@ func (c *cluster) fail(h *host, now int64, r *Result) {
 			return
 		}
 		h.returning, h.reason = true, r.describe()
+		h.refusing.Store(r.Outcome == Refused)
 		if wasUp {
 			h.since = now
 			c.b.event(now, c.name, h.id, proxy.EventEjected, h.reason)

@@ -280,13 +280,11 @@ func (s *hostSet) at(x uint64) int {
 	return lo
 }
 
-// trial lets one request through to somebody dead whose time out is over, through the gateway (if not nil) that it is to try.
+// trial lets one request through to somebody dead whose time out is over and who is not probed, through the gateway (if not nil) that
+// it is to try.
 func (s *state) trial(b *Balancer, now int64, exclude []string) (*candidate, *gateway) {
-	if b.probe != nil {
-		return nil, nil
-	}
 	for _, m := range s.trials {
-		if slices.Contains(exclude, m.endpoint.ID) {
+		if b.probe != nil && !m.host.refusing.Load() || slices.Contains(exclude, m.endpoint.ID) {
 			continue
 		}
 		if block, g := m.blocker(now); block.try(now, s.def.ConnectTimeout) {

@@ -126,7 +126,7 @@ func (b *Balancer) dueProbes() (due []probe, dead bool) {
 					continue
 				}
 				dead = true
-				if !m.gatewaysDown() && m.host.dead.try(now, s.def.ConnectTimeout) {
+				if !m.gatewaysDown() && !m.host.refusing.Load() && m.host.dead.try(now, s.def.ConnectTimeout) {
 					p := probe{c: c, m: m}
 					if len(m.gateways) > 0 {
 						p.through = b.pickGateway(m.gateways, c.turn.Add(1), now, 0).addr

@@ -134,6 +134,49 @@ func TestOneDeadEndpointLeavesItsNeighboursAlone(t *testing.T) {
 	})
 }
 
+// TestDrainingIsNoticedByRequests: a workload that drains answers probes, and refuses requests.
+func TestDrainingIsNoticedByRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld("a1", "b1")
+		b := running(t, Config{Probe: w.probe})
+		b.Update(table(clusterOf(endpoints("a", "a1"), endpoints("b", "b1"))))
+		refused := 0
+		call := func() {
+			p := mustPick(t, b, PickInfo{})
+			if p.Endpoint.ID == "a1" {
+				refused++
+				p.Done(Result{Outcome: Refused})
+				p = mustPick(t, b, PickInfo{Exclude: []string{"a1"}})
+			}
+			p.Connected()
+			p.Done(Result{Status: 200})
+		}
+		for range 600 {
+			call()
+			time.Sleep(100 * time.Millisecond)
+		}
+		if refused < 5 || refused > 12 {
+			t.Errorf("%d requests were refused in a minute", refused)
+		}
+		for _, e := range b.Events(time.Time{}) {
+			if e.Kind == proxy.Returned {
+				t.Errorf("event %+v", e)
+			}
+		}
+	})
+}
+
+func TestOlderTablesAreNotObeyed(t *testing.T) {
+	b, _ := newTest(t, Config{})
+	newer, older := table(clusterOf(endpoints("a", "a1"))), table(clusterOf(endpoints("b", "b1")))
+	newer.Version, older.Version = 2, 1
+	b.Update(newer)
+	b.Update(older)
+	if got := draw(t, b, 10); got["a1"] != 10 {
+		t.Errorf("%v", got)
+	}
+}
+
 func TestProbesBringGatewaysBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g1, g2 := netip.MustParseAddrPort("192.0.2.1:15443"), netip.MustParseAddrPort("192.0.2.2:15443")

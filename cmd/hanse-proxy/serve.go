@@ -192,9 +192,6 @@ func (p *process) ready() error {
 	if st := p.xds.Status(); p.cfg.Role != roleAgent && !st.Connected && !st.Kept && st.Received.IsZero() {
 		return fmt.Errorf("no configuration from the control plane yet: %s", st.LastError)
 	}
-	if len(p.cfg.Workloads) > 0 && p.xds.Table().Inbound == nil {
-		return errors.New("the control plane has not described this workload's ports yet")
-	}
 	return nil
 }
 

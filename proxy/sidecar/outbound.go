@@ -335,7 +335,7 @@ func (t *transfer) try(ctx context.Context, counts bool) attempt {
 		}
 		req.Body = body
 	}
-	resp, err := t.s.roundTrip(pick, req)
+	resp, err := t.s.roundTrip(t.backend.Cluster, pick, req)
 	if err != nil {
 		t.classify(&a, tryCtx, err)
 		return a
@@ -358,13 +358,22 @@ func (s *Sidecar) pick(cluster string, info balance.PickInfo) (balance.Pick, *fa
 	}
 }
 
-func (s *Sidecar) roundTrip(pick balance.Pick, req *http.Request) (*http.Response, error) {
-	peer, err := peerOf(pick.Endpoint)
+func (s *Sidecar) roundTrip(cluster string, pick balance.Pick, req *http.Request) (*http.Response, error) {
+	peer, err := s.peer(cluster, pick)
 	if err != nil {
 		return nil, err
 	}
-	peer.Gateway = pick.Gateway
 	return s.hop.RoundTrip(peer, req)
+}
+
+// peer is the picked endpoint as the hop dials it.
+func (s *Sidecar) peer(cluster string, pick balance.Pick) (hop.Peer, error) {
+	peer, err := peerOf(pick.Endpoint)
+	peer.Gateway = pick.Gateway
+	if c := s.cfg.Control.Table().Clusters[cluster]; c != nil {
+		peer.ConnectTimeout = c.ConnectTimeout
+	}
+	return peer, err
 }
 
 // peerOf refuses endpoints without mTLS: nothing is ever sent in the clear.
@@ -561,7 +570,7 @@ func (s *Sidecar) mirror(ctx context.Context, to *proxy.Backend, out *http.Reque
 			req.ContentLength = int64(len(copied))
 		}
 		started := time.Now()
-		resp, err := s.roundTrip(pick, req)
+		resp, err := s.roundTrip(to.Cluster, pick, req)
 		if err != nil {
 			pick.Done(balance.Result{Outcome: outcomeOf(err), Reason: err.Error()})
 			return

@@ -31,10 +31,9 @@ func (s *Sidecar) open(ctx context.Context, rec *record, cluster string, header 
 		rec.setEndpoint(pick)
 		rec.tries++
 		tried = append(tried, pick.Endpoint.ID)
-		peer, err := peerOf(pick.Endpoint)
+		peer, err := s.peer(cluster, pick)
 		var stream *hop.Stream
 		if err == nil {
-			peer.Gateway = pick.Gateway
 			stream, err = s.hop.Open(ctx, peer, cluster, header)
 		}
 		if err == nil {

@@ -194,13 +194,12 @@ func (v *View) ranked(viewer *Viewer, p *part, e *discovery.Endpoint) (Ranked, s
 	return r, ""
 }
 
-// trusts reports whether the bundle of id's trust domain is known. Without any knowledge of trust everything is.
+// trusts reports whether the bundle of id's trust domain is known; the own one always is. Without any knowledge of trust
+// everything is.
 func (v *View) trusts(id string) bool {
-	if len(v.Set.Trusted) == 0 {
-		return true
-	}
-	_, ok := v.Set.Trusted[trustDomain(id)]
-	return ok
+	td := trustDomain(id)
+	_, ok := v.Set.Trusted[td]
+	return ok || len(v.Set.Trusted) == 0 || td == v.Set.Local.Self.TrustDomain
 }
 
 func trustDomain(id string) string {

@@ -173,7 +173,7 @@ func endpointReport(at discovery.Locality, level uint32, e *endpointv3.UpstreamE
 		Succeeded:   e.GetTotalSuccessfulRequests(),
 		Failed:      e.GetTotalErrorRequests(),
 		InProgress:  e.GetTotalRequestsInProgress(),
-		Retried:     uint64(max(0, f["retried"].GetNumberValue())),
+		Retried:     uint64(number(f["retried"], 1<<53)),
 		P50:         milliseconds(f["p50_ms"]),
 		P99:         milliseconds(f["p99_ms"]),
 		Health:      short(f["health"].GetStringValue()),
@@ -194,14 +194,24 @@ func endpointReport(at discovery.Locality, level uint32, e *endpointv3.UpstreamE
 	return r
 }
 
+// number is within 0 and limit; what is no number is 0.
+func number(v *structpb.Value, limit float64) float64 {
+	n := v.GetNumberValue()
+	if !(n > 0) { // also NaN
+		return 0
+	}
+	return min(n, limit)
+}
+
 func milliseconds(v *structpb.Value) time.Duration {
-	return time.Duration(v.GetNumberValue() * float64(time.Millisecond))
+	return time.Duration(number(v, float64(time.Hour/time.Millisecond)) * float64(time.Millisecond))
 }
 
 // unixMilli is the zero time for 0.
 func unixMilli(v *structpb.Value) time.Time {
-	if v.GetNumberValue() == 0 {
-		return time.Time{}
+	const year9999 = 253402300799000
+	if n := number(v, year9999); n > 0 {
+		return time.UnixMilli(int64(n))
 	}
-	return time.UnixMilli(int64(v.GetNumberValue()))
+	return time.Time{}
 }

@@ -3,6 +3,7 @@ package xdsserver
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
@@ -16,7 +17,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -471,5 +474,109 @@ func TestLoadReports(t *testing.T) {
 	}
 	if len(e) != 2 || fmt.Sprint(e[0]) != fmt.Sprint(want) || e[1].Locality.Cluster != "north" || e[1].Succeeded != 4 {
 		t.Errorf("endpoints are %+v", e)
+	}
+}
+
+func TestCallersAreCounted(t *testing.T) {
+	h := start(t)
+	h.view(shop{services: map[string][]*discovery.Endpoint{"payments": nil}}.set())
+	conn := h.dial(h.own, frontend)
+	c := h.delta(conn, node("a", "hanse-proxy", nil))
+	c.with(xdsgen.EndpointType, name("payments"), true)
+	h.delta(conn, node("b", "hanse-proxy", nil)).with(xdsgen.EndpointType, name("payments"), true)
+	payments := discovery.Name{Namespace: "shop", Name: "payments"}
+	at := discovery.Locality{Cluster: "west", Region: "eu-1", Zone: "eu-1a"}
+	if got, ok := h.freshCallers(); !ok || got[payments][at] != 2 {
+		t.Errorf("callers are %v", got)
+	}
+	if _, ok := h.freshCallers(); ok {
+		t.Error("nothing changed, and it is told again")
+	}
+	if len(h.Proxies()) != 2 {
+		t.Errorf("proxies: %+v", h.Proxies())
+	}
+	must(t, conn.Close())
+	eventually(t, func() bool { return len(h.Proxies()) == 0 })
+	eventually(t, func() bool { got, ok := h.freshCallers(); return ok && len(got) == 0 })
+}
+
+func TestWithoutTLS(t *testing.T) {
+	h := start(t)
+	g := grpc.NewServer()
+	h.Register(g)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	go g.Serve(ln)
+	t.Cleanup(g.Stop)
+	conn, err := grpc.NewClient(ln.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).StreamAggregatedResources(t.Context())
+	must(t, err)
+	if _, err := stream.Recv(); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("got %v", err)
+	}
+	reports, err := loadv3.NewLoadReportingServiceClient(conn).StreamLoadStats(t.Context())
+	must(t, err)
+	if _, err := reports.Recv(); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestCacheKeepsWhatDidNotChange: a resource is made once for all viewers of a class, and again only after a change of it.
+func TestCacheKeepsWhatDidNotChange(t *testing.T) {
+	c := newCache()
+	set := shop{services: map[string][]*discovery.Endpoint{"a": {endpoint("1", "10.0.0.1", "a")}, "b": {endpoint("2", "10.0.0.2", "b")}}}
+	first := set.set()
+	now := time.Now()
+	c.apply(first, nil, now)
+	viewer := &xdsgen.Viewer{ID: "v", Cluster: "west", Network: "west", Kind: xdsgen.Sidecar, SPIFFEID: "spiffe://west.demo/ns/shop/sa/a"}
+	get := func(typeURL, name string) *xdsgen.Resource {
+		t.Helper()
+		r, err := c.get(viewer, typeURL, name, now)
+		must(t, err)
+		return r
+	}
+	a, b, in := get(xdsgen.EndpointType, name("a")), get(xdsgen.EndpointType, name("b")), get(xdsgen.ListenerType, xdsgen.InboundPrefix+"10.0.0.1")
+	other := *viewer
+	other.ID = "w"
+	if r, _ := c.get(&other, xdsgen.EndpointType, name("a"), now); r != a {
+		t.Error("made again for another viewer of the class")
+	}
+	second := *first
+	local := *first.Local
+	local.Services = map[discovery.Name]*discovery.Service{}
+	for n, s := range first.Local.Services {
+		if n.Name == "b" {
+			copied := *s
+			copied.Endpoints = nil
+			s = &copied
+		}
+		local.Services[n] = s
+	}
+	second.Local = &local
+	if !c.apply(&second, nil, now) {
+		t.Fatal("no change seen")
+	}
+	if get(xdsgen.EndpointType, name("a")) != a || get(xdsgen.ListenerType, xdsgen.InboundPrefix+"10.0.0.1") != in {
+		t.Error("made again without a change")
+	}
+	if get(xdsgen.EndpointType, name("b")) == b {
+		t.Error("kept over a change")
+	}
+	if _, _, _, complete := c.since(0); !complete {
+		t.Error("two changes are not remembered")
+	}
+	for range logLength + 1 {
+		third := second
+		third.Local = &discovery.Snapshot{Self: local.Self, Services: map[discovery.Name]*discovery.Service{{Namespace: "x", Name: "x"}: {}}}
+		c.apply(&third, nil, now)
+	}
+	if ch, _, _, complete := c.since(0); complete || len(ch) > logLength {
+		t.Error("more is remembered than allowed")
+	}
+	c.sweep(now.Add(2 * idleEntry))
+	if len(c.entries) != 0 {
+		t.Errorf("%d entries outlive their use", len(c.entries))
 	}
 }

@@ -126,7 +126,7 @@ func run(t testing.TB, f func(context.Context) error) (stop func()) {
 func start(t testing.TB, src *identity.Source, change ...func(*sidecar.Config)) *node {
 	t.Helper()
 	n := &node{t: t, control: newControl(), src: src, log: &lines{}}
-	n.client = hop.NewClient(hop.ClientConfig{Source: src, ConnectTimeout: 5 * time.Second, PingAfter: 100 * time.Millisecond, DeadAfter: 400 * time.Millisecond})
+	n.client = hop.NewClient(hop.ClientConfig{Source: src, ConnectTimeout: 5 * time.Second, PingAfter: 500 * time.Millisecond, DeadAfter: 2 * time.Second})
 	health := sidecar.NewHealth(n.client)
 	b := balance.New(balance.Config{Ramp: -1, Probe: health.Probe, SuspectGateway: health.Suspect})
 	out, in := listen(t), listen(t)

@@ -214,6 +214,9 @@ func (c *cluster) update(def *proxy.Cluster, now int64) {
 			}
 		}
 	}
+	if n := len(c.gone) - maxGone; n > 0 { // nobody reports
+		c.gone = slices.Delete(c.gone, 0, n)
+	}
 	c.build(s, now, "")
 }
 

@@ -11,12 +11,14 @@
 // behind it, and an endpoint's failure never charges its gateway. There are two kinds of bad:
 //
 //   - dead: no connection, a lost connection, or streams refused. It is a fact, so one is enough, no limit applies, and even panic
-//     avoids it. After a backoff of 1 s (doubling to 10 s) one request, or Config.Probe, is let through to try again.
+//     avoids it. After a backoff of 1 s (doubling to 10 s) Config.Probe tries again, or without that one request. Who refuses streams, as a
+//     draining workload does, is always tried by a request. Once one has died, its neighbours are probed at once: in a black hole
+//     nobody has noticed where no request is open.
 //   - ejected: consecutive answers 502, 503, 504 or UNAVAILABLE, resets and timeouts. It is a judgement, so it follows Envoy's
 //     outlier detection: for base × n, within a percentage of the level unless a lower level has healthy endpoints.
 //
 // What comes back takes its share over a ramp (10 s), as long as others can carry the rest.
 //
 // Pick and Done take no lock on the way of a healthy request: they read one immutable state per xDS cluster. There are no timers: what
-// is due by the clock is worked out by the next Pick, Explain or Report. Only Run, for Config.Probe, has a goroutine.
+// is due by the clock is worked out by the next Pick, Explain or Report. Only Run, which probes and logs, has goroutines.
 package balance

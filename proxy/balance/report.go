@@ -16,10 +16,12 @@ import (
 	"github.com/hanse-mesh/hanse/proxy"
 )
 
-// eventPause is between two first failures of an endpoint that is never ejected; ringSize bounds the memory of events.
+// eventPause is between two first failures of an endpoint that is never ejected. The others bound memory: events, and endpoints of
+// an xDS cluster that are gone and not reported yet.
 const (
 	eventPause = 10 * time.Second
 	ringSize   = 4096
+	maxGone    = 1024
 )
 
 // eventRing keeps the last events.

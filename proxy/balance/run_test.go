@@ -166,6 +166,16 @@ func TestDrainingIsNoticedByRequests(t *testing.T) {
 	})
 }
 
+func TestTheGoneAreBounded(t *testing.T) {
+	b, _ := newTest(t, Config{})
+	for i := range 2 * maxGone {
+		b.Update(table(clusterOf(endpoints("a", fmt.Sprint("a", i)))))
+	}
+	if n := len((*b.clusters.Load())[service].gone); n > maxGone {
+		t.Errorf("%d endpoints that are gone are remembered", n)
+	}
+}
+
 func TestOlderTablesAreNotObeyed(t *testing.T) {
 	b, _ := newTest(t, Config{})
 	newer, older := table(clusterOf(endpoints("a", "a1"))), table(clusterOf(endpoints("b", "b1")))

@@ -5,9 +5,8 @@ import (
 	"iter"
 	"slices"
 
-	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
-
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/discovery/xdspb"
@@ -33,43 +32,35 @@ func (v *View) GatewayResources(service discovery.Name) ([]*Resource, error) {
 		return nil, nil
 	}
 	table := make(map[string]*endpointv3.ClusterLoadAssignment)
-	add := func(name string, e *discovery.Endpoint, port string) error {
-		cla := table[name]
-		if cla == nil {
-			cla = &endpointv3.ClusterLoadAssignment{ClusterName: name, Endpoints: []*endpointv3.LocalityLbEndpoints{{Locality: &corev3.Locality{}}}}
-			table[name] = cla
-		}
-		meta, err := metadata(&xdspb.EndpointMeta{Id: e.ID})
-		if err != nil {
-			return err
-		}
-		at := cla.Endpoints[0]
-		at.LbEndpoints = append(at.LbEndpoints, &endpointv3.LbEndpoint{
-			HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(e.DialAddress(port))}},
-			Metadata:            meta,
-			LoadBalancingWeight: u32(max(e.Weight, 1)),
-		})
-		return nil
-	}
 	for i, port := range sortedPorts(s.Ports) {
 		for _, e := range s.Endpoints {
 			target := e.Ports[port.Name]
 			if e.Transport == discovery.Plaintext || target == 0 {
 				continue
 			}
-			var names []string
+			meta, err := metadata(&xdspb.EndpointMeta{Id: e.ID})
+			if err != nil {
+				return nil, err
+			}
+			lb := &endpointv3.LbEndpoint{
+				HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(e.DialAddress(port.Name))}},
+				Metadata:            meta,
+				LoadBalancingWeight: u32(max(e.Weight, 1)),
+			}
+			add := func(name string) {
+				if table[name] == nil {
+					table[name] = &endpointv3.ClusterLoadAssignment{ClusterName: name, Endpoints: []*endpointv3.LocalityLbEndpoints{{Locality: &corev3.Locality{}}}}
+				}
+				at := table[name].Endpoints[0]
+				at.LbEndpoints = append(at.LbEndpoints, lb)
+			}
 			if own := endpointSNI(e, target); table[own] == nil { // a hop serves all ports under one name
-				names = append(names, own)
+				add(own)
 			}
 			if e.Ready && !e.Draining {
-				names = append(names, portSNI(service, port.Number))
+				add(portSNI(service, port.Number))
 				if i == 0 {
-					names = append(names, service.Host())
-				}
-			}
-			for _, name := range names {
-				if err := add(name, e, port.Name); err != nil {
-					return nil, err
+					add(service.Host())
 				}
 			}
 		}

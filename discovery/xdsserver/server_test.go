@@ -181,7 +181,7 @@ func (c *deltaClient) with(typeURL, name string, exists bool) {
 func TestGatewayTable(t *testing.T) {
 	h := start(t)
 	set := shop{exported: true, services: map[string][]*discovery.Endpoint{}}
-	const n = 3000
+	const n = 1000
 	for i := range n {
 		set.services["bulk"] = append(set.services["bulk"], endpoint(fmt.Sprintf("%032x", i), fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255), "bulk"))
 	}

@@ -2,6 +2,7 @@ package peering
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"time"
 
@@ -140,6 +141,16 @@ func (m *Mesh) Status() Status {
 	if f := m.faults.Load(); f != nil {
 		s.Faults = *f
 	}
+	scopes, err := m.exporter.Status()
+	for scope, st := range scopes {
+		if st.Held != "" {
+			s.Alarms = append(s.Alarms, fmt.Sprintf("export of scope %s is held back: %s; if that is right: hanse clusters accept %s", scope, st.Held, s.Self.Name))
+		}
+	}
+	if err != nil {
+		s.Alarms = append(s.Alarms, fmt.Sprintf("exports are not written, peers keep what they have: %v", err))
+	}
+	slices.Sort(s.Alarms)
 	now := m.cfg.Now()
 	peers := m.currentPeers()
 	for id, e := range b.Entries {

@@ -469,16 +469,29 @@ func (m *Mesh) find(member string) *federation.Entry {
 }
 
 // AcceptHeld is a person's word on a member: a loss that its mirror holds back is applied, its introduction is accepted, or its leave that
-// someone else proposed takes effect. Errors: ErrNoSuchMember, ErrNothingHeld.
+// someone else proposed takes effect. For this cluster itself, a loss that its own exports hold back is let through. Errors: ErrNoSuchMember, ErrNothingHeld.
 func (m *Mesh) AcceptHeld(ctx context.Context, member string) error {
 	if err := m.ready(ctx); err != nil {
 		return err
+	}
+	accepted := false
+	if own := m.book.Load().Own(); member == own.Name || member == own.ID {
+		scopes, _ := m.exporter.Status()
+		for scope, st := range scopes {
+			if st.Held != "" {
+				m.exporter.Accept(scope)
+				accepted = true
+			}
+		}
+		if !accepted {
+			return fmt.Errorf("%w of this cluster's exports", ErrNothingHeld)
+		}
+		return nil
 	}
 	e := m.find(member)
 	if e == nil {
 		return fmt.Errorf("%w: %q", ErrNoSuchMember, member)
 	}
-	accepted := false
 	err := m.change(ctx, func(b *federation.Book) ([]string, error) {
 		if accepted = b.Accept(e.Record.ID); accepted {
 			return []string{e.Record.ID}, nil
@@ -496,6 +509,11 @@ func (m *Mesh) AcceptHeld(ctx context.Context, member string) error {
 		return fmt.Errorf("%w of cluster %s", ErrNothingHeld, e.Record.Name)
 	}
 	return m.settle(ctx)
+}
+
+// AnnounceRestart tells the peers that a silence of up to d is planned, and returns when that is written. The next run takes it back.
+func (m *Mesh) AnnounceRestart(ctx context.Context, d time.Duration) error {
+	return m.exporter.AnnounceRestart(ctx, d)
 }
 
 // settle waits until the loop has applied everything that was decided before.

@@ -14,7 +14,6 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -36,16 +35,21 @@ func newApp(address string, connectTimeout time.Duration) *app {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
 		a.network, a.address = "unix", path
 	}
+	a.http1, a.h2c = newTransports(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+		defer cancel()
+		return a.dial(ctx)
+	})
+	return a
+}
+
+// newTransports speak HTTP/1.1, and HTTP/2 with prior knowledge, in the clear.
+func newTransports(dial func(ctx context.Context, network, address string) (net.Conn, error)) (http1, h2c *http.Transport) {
 	transport := func(set func(*http.Protocols)) *http.Transport {
 		p := new(http.Protocols)
 		set(p)
 		return &http.Transport{
-			Protocols: p, DisableCompression: true, Proxy: nil,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-				defer cancel()
-				return a.dial(ctx)
-			},
+			Protocols: p, DialContext: dial, DisableCompression: true, Proxy: nil,
 			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS13}, // never used: the scheme is http
 			MaxIdleConns:           256,
 			MaxIdleConnsPerHost:    256,
@@ -53,9 +57,7 @@ func newApp(address string, connectTimeout time.Duration) *app {
 			MaxResponseHeaderBytes: 256 << 10,
 		}
 	}
-	a.http1 = transport(func(p *http.Protocols) { p.SetHTTP1(true) })
-	a.h2c = transport(func(p *http.Protocols) { p.SetUnencryptedHTTP2(true) })
-	return a
+	return transport(func(p *http.Protocols) { p.SetHTTP1(true) }), transport(func(p *http.Protocols) { p.SetUnencryptedHTTP2(true) })
 }
 
 func (a *app) dial(ctx context.Context) (net.Conn, error) {
@@ -323,15 +325,7 @@ func (s *Sidecar) inboundUpgrade(w http.ResponseWriter, r *http.Request, rec *re
 	}
 	defer resp.Body.Close()
 	rec.firstByte, rec.status = time.Since(rec.start), resp.StatusCode
-	answered := resp.Header.Get("Upgrade")
-	stripHopByHop(resp.Header)
-	stripOwn(resp.Header)
-	resp.Header.Set(headerStatus, strconv.Itoa(resp.StatusCode))
-	if answered != "" {
-		resp.Header.Set(headerUpgrade, answered)
-	}
-	delete(resp.Header, "Content-Length") // of the answer, not of the stream
-	stream, err := hop.Accept(w, r, resp.Header)
+	stream, err := hop.Accept(w, r, upgradeAnswer(resp))
 	if err != nil {
 		rec.fail(failWith(codeCanceled, "%v", err))
 		return

@@ -359,6 +359,9 @@ func (s *Sidecar) pick(cluster string, info balance.PickInfo) (balance.Pick, *fa
 }
 
 func (s *Sidecar) roundTrip(cluster string, pick balance.Pick, req *http.Request) (*http.Response, error) {
+	if pick.Endpoint.Transport == proxy.TransportPlaintext {
+		return s.plaintext.roundTrip(pick.Endpoint, s.cfg.Control.Table().Clusters[cluster], req)
+	}
 	peer, err := s.peer(cluster, pick)
 	if err != nil {
 		return nil, err
@@ -376,11 +379,11 @@ func (s *Sidecar) peer(cluster string, pick balance.Pick) (hop.Peer, error) {
 	return peer, err
 }
 
-// peerOf refuses endpoints without mTLS: nothing is ever sent in the clear.
+// peerOf refuses endpoints without mTLS.
 func peerOf(e *proxy.Endpoint) (hop.Peer, error) {
 	peer := hop.Peer{ID: e.ID, Address: e.Address, SNI: e.SNI, SPIFFEID: e.SPIFFEID}
 	if e.Transport == proxy.TransportPlaintext {
-		return peer, &hop.Error{Peer: e.SPIFFEID, Address: e.Address, Stage: hop.StageConnect, Err: errors.New("endpoint has no mTLS, and plaintext is refused")}
+		return peer, &hop.Error{Peer: e.SPIFFEID, Address: e.Address, Stage: hop.StageConnect, Err: errors.New("endpoint has no mTLS")}
 	}
 	return peer, nil
 }

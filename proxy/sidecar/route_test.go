@@ -6,12 +6,15 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/coder/websocket"
 
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/proxy"
@@ -254,7 +257,7 @@ func TestAccess(t *testing.T) {
 			t.Errorf("%s", resp.Status)
 		}
 	})
-	t.Run("plaintext endpoint", func(t *testing.T) {
+	t.Run("plaintext in another cluster", func(t *testing.T) {
 		n := start(t, west.Source("/ns/shop/sa/frontend"))
 		e := pay.endpoint("e1")
 		e.Transport = proxy.TransportPlaintext
@@ -350,3 +353,34 @@ func TestSmuggling(t *testing.T) {
 }
 
 func mustAddr(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+// TestPlaintext: an endpoint of the own cluster without identity, where the control plane gives it one.
+func TestPlaintext(t *testing.T) {
+	west := proxytest.NewDomain(t, "west.test")
+	n := start(t, west.Source("/ns/shop/sa/frontend"))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") != "" {
+			c, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true})
+			if err == nil {
+				_ = c.Write(r.Context(), websocket.MessageText, []byte(r.URL.Path))
+				_ = c.Close(websocket.StatusNormalClosure, "")
+			}
+			return
+		}
+		fmt.Fprint(w, r.Host, r.URL.Path, r.Header.Get("Hanse-Target"))
+	}))
+	defer srv.Close()
+	e := &proxy.Endpoint{ID: "p1", Address: netip.MustParseAddrPort(srv.Listener.Addr().String()), Transport: proxy.TransportPlaintext, Weight: 1, Locality: proxy.Locality{Cluster: "west"}}
+	n.calls(proxy.HTTP, authority, []*proxy.Endpoint{e})
+	if resp, got := get(t, n, "/x"); got != "payments:8080/x" {
+		t.Errorf("%s %q", resp.Status, got)
+	}
+	c, _, err := websocket.Dial(t.Context(), "ws://payments:8080/ws", &websocket.DialOptions{HTTPClient: n.http()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.CloseNow()
+	if _, b, err := c.Read(t.Context()); err != nil || string(b) != "/ws" {
+		t.Errorf("%q, %v", b, err)
+	}
+}

@@ -72,15 +72,16 @@ type LocalListener struct {
 
 // Sidecar is the data path of one workload.
 type Sidecar struct {
-	cfg      Config
-	log      *slog.Logger
-	metrics  metrics
-	hop      *hop.Client
-	balancer *balance.Balancer
-	faults   *fault.Injector
-	server   *hop.Server // nil: no inbound
-	apps     map[uint16]*app
-	locals   []string // authorities of cfg.Local
+	cfg       Config
+	log       *slog.Logger
+	metrics   metrics
+	hop       *hop.Client
+	balancer  *balance.Balancer
+	faults    *fault.Injector
+	server    *hop.Server // nil: no inbound
+	apps      map[uint16]*app
+	plaintext *plaintext
+	locals    []string // authorities of cfg.Local
 
 	draining atomic.Bool
 	mirrors  chan struct{} // a slot each
@@ -111,6 +112,7 @@ func New(cfg Config) (*Sidecar, error) {
 		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Metrics), hop: cfg.Hop, balancer: cfg.Balancer, apps: map[uint16]*app{},
 		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), tracked: map[io.Closer]struct{}{},
 	}
+	s.plaintext = newPlaintext(cfg.Locality.Cluster, cfg.ConnectTimeout)
 	for port, address := range cfg.Apps {
 		s.apps[port] = newApp(address, cfg.ConnectTimeout)
 	}
@@ -175,6 +177,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	s.background.Wait()
 	stopCore()
 	result = core.wait(result)
+	s.plaintext.close()
 	for _, a := range s.apps {
 		a.close()
 	}

@@ -19,9 +19,15 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/hop"
 )
 
+// opened is the way to an endpoint, and what its sidecar answered.
+type opened struct {
+	halfCloser
+	header http.Header
+}
+
 // open opens a CONNECT stream to one endpoint of a cluster, trying others while nothing reached an application.
 // The caller ends the pick.
-func (s *Sidecar) open(ctx context.Context, rec *record, cluster string, header http.Header) (*hop.Stream, balance.Pick, *failure) {
+func (s *Sidecar) open(ctx context.Context, rec *record, cluster string, header http.Header) (*opened, balance.Pick, *failure) {
 	var tried []string
 	for {
 		pick, f := s.pick(cluster, balance.PickInfo{Exclude: tried})
@@ -31,14 +37,10 @@ func (s *Sidecar) open(ctx context.Context, rec *record, cluster string, header 
 		rec.setEndpoint(pick)
 		rec.tries++
 		tried = append(tried, pick.Endpoint.ID)
-		peer, err := s.peer(cluster, pick)
-		var stream *hop.Stream
-		if err == nil {
-			stream, err = s.hop.Open(ctx, peer, cluster, header)
-		}
+		way, err := s.openOne(ctx, cluster, pick, header)
 		if err == nil {
 			pick.Connected()
-			return stream, pick, nil
+			return way, pick, nil
 		}
 		var refused *hop.StatusError
 		result, again := balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}, !hop.Sent(err)
@@ -65,6 +67,21 @@ func (s *Sidecar) open(ctx context.Context, rec *record, cluster string, header 
 			return nil, pick, f
 		}
 	}
+}
+
+func (s *Sidecar) openOne(ctx context.Context, cluster string, pick balance.Pick, header http.Header) (*opened, error) {
+	if pick.Endpoint.Transport == proxy.TransportPlaintext {
+		return s.plaintext.open(ctx, pick.Endpoint, header)
+	}
+	peer, err := s.peer(cluster, pick)
+	if err != nil {
+		return nil, err
+	}
+	stream, err := s.hop.Open(ctx, peer, cluster, header)
+	if err != nil {
+		return nil, err
+	}
+	return &opened{stream, stream.Header}, nil
 }
 
 // tcpCluster returns the xDS cluster of a tunnel: by weight for TCP services; for others the tunnel carries raw bytes to the
@@ -193,7 +210,7 @@ func (t *transfer) upgrade(ctx context.Context, protocol string) {
 		return
 	}
 	defer stream.Close()
-	status, err := strconv.Atoi(stream.Header.Get(headerStatus))
+	status, err := strconv.Atoi(stream.header.Get(headerStatus))
 	if err != nil || status < 100 || status > 599 {
 		pick.Done(balance.Result{Outcome: balance.Reset, Reason: "no hanse-status"})
 		s.refuse(t.w, t.r, rec, failWith(codeLost, "the peer does not know upgrades"))
@@ -201,7 +218,7 @@ func (t *transfer) upgrade(ctx context.Context, protocol string) {
 	}
 	rec.status, rec.firstByte = status, time.Since(rec.start)
 	defer pick.Done(balance.Result{Outcome: balance.Responded, Status: status, Latency: rec.firstByte})
-	header := stream.Header.Clone()
+	header := stream.header.Clone()
 	answered := header.Get(headerUpgrade)
 	stripHopByHop(header)
 	stripOwn(header)

@@ -52,21 +52,6 @@ func (c *cli) printStatus(s admin.Status) {
 	}
 	fmt.Fprintf(c.out, "cluster %s, trust domain %s, hansed %s, %s, %s\n", s.Cluster, s.TrustDomain, s.Version, counted(s.Services, "service"), strings.Replace(counted(s.Proxies, "proxy"), "proxys", "proxies", 1))
 	c.checks(c.out, p, s.Checks)
-	for _, m := range s.Clusters {
-		if m.Self {
-			continue
-		}
-		mark := map[mood]string{good: "✓", doubtful: "!", bad: "✗"}[stateMood(m.State)]
-		lag := "unknown lag"
-		if m.Lag != nil {
-			lag = fmt.Sprintf("%d revisions behind", *m.Lag)
-		}
-		seen := "never seen"
-		if m.SeenAge != nil {
-			seen = "seen " + age(*m.SeenAge) + " ago"
-		}
-		fmt.Fprintf(c.out, "  %s %s  %s for %s, %s, %s, probe %s\n", p.mood(stateMood(m.State), mark), m.Name, m.State, age(m.StateAge), seen, lag, probe(m).text)
-	}
 }
 
 func (c *cli) servicesCommand() *cobra.Command {

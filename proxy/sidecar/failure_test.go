@@ -261,8 +261,8 @@ func TestRotationUnderLoad(t *testing.T) {
 		})
 	}
 	for range 8 {
-		front.src.SetSVID(west.SVID("/ns/shop/sa/frontend", 1200*time.Millisecond))
-		pay.src.SetSVID(east.SVID("/ns/shop/sa/payments", 1200*time.Millisecond))
+		front.src.SetSVID(west.SVID("/ns/shop/sa/frontend", 2250*time.Millisecond)) // NotAfter has whole seconds: at least 1.25 s
+		pay.src.SetSVID(east.SVID("/ns/shop/sa/payments", 2250*time.Millisecond)) // NotAfter has whole seconds: at least 1.25 s
 		time.Sleep(250 * time.Millisecond)
 	}
 	close(done)

@@ -3,6 +3,7 @@ package xdsgen
 import (
 	"cmp"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -220,17 +221,21 @@ func localityWeight(policy *discovery.TrafficPolicy, mode discovery.LocalityMode
 	if mode != discovery.ModeWeigh {
 		return uint32(sum)
 	}
+	var all uint64
+	for _, w := range policy.Weights {
+		all += uint64(w.Weight)
+	}
 	total := make([]uint64, len(policy.Weights)) // of each entry's endpoints
 	for i := range level {
 		total[level[i].share] += uint64(level[i].Weight)
 	}
-	const precision = 1000
-	sum = 0
+	const scale = 1_000_000 // of all entries together
+	var part float64
 	for i := range group {
 		share := group[i].share
-		sum += uint64(policy.Weights[share].Weight) * precision * uint64(group[i].Weight) / total[share]
+		part += scale * float64(policy.Weights[share].Weight) / float64(all) * float64(group[i].Weight) / float64(total[share])
 	}
-	return uint32(max(1, sum))
+	return max(1, uint32(math.Round(part)))
 }
 
 func lbEndpoint(r *Ranked) (*endpointv3.LbEndpoint, error) {

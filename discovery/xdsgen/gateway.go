@@ -45,7 +45,7 @@ func (v *View) GatewayResources(service discovery.Name) ([]*Resource, error) {
 			lb := &endpointv3.LbEndpoint{
 				HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(e.DialAddress(port.Name))}},
 				Metadata:            meta,
-				LoadBalancingWeight: u32(max(e.Weight, 1)),
+				LoadBalancingWeight: u32(min(max(e.Weight, 1), maxWeight)),
 			}
 			add := func(name string) {
 				if table[name] == nil {

@@ -14,6 +14,9 @@ import (
 // maxPerLevel bounds the endpoints that one sidecar uses of a level.
 const maxPerLevel = 32
 
+// maxWeight bounds an endpoint's weight, so that the sum of a level's stays within the 32 bits that xDS has for it.
+const maxWeight = 1 << 15
+
 // minCallers is how many callers of a service must be known before their shares decide about a zone level.
 const minCallers = 10
 
@@ -165,7 +168,7 @@ func (v *View) ranked(viewer *Viewer, p *part, e *discovery.Endpoint) (Ranked, s
 		Address:   e.DialAddress(p.portName),
 		SPIFFEID:  e.SPIFFEID,
 		Transport: e.Transport,
-		Weight:    max(e.Weight, 1),
+		Weight:    min(max(e.Weight, 1), maxWeight),
 		Ready:     e.Ready,
 		Draining:  e.Draining,
 		Suspect:   p.state() == discovery.Suspect,

@@ -260,9 +260,10 @@ func TestRotationUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	for range 8 {
-		front.src.SetSVID(west.SVID("/ns/shop/sa/frontend", 2250*time.Millisecond)) // NotAfter has whole seconds: at least 1.25 s
-		pay.src.SetSVID(east.SVID("/ns/shop/sa/payments", 2250*time.Millisecond)) // NotAfter has whole seconds: at least 1.25 s
+	const life = 2250 * time.Millisecond // NotAfter has whole seconds: at least 1.25 s
+	for range 12 {
+		front.src.SetSVID(west.SVID("/ns/shop/sa/frontend", life))
+		pay.src.SetSVID(east.SVID("/ns/shop/sa/payments", life))
 		time.Sleep(250 * time.Millisecond)
 	}
 	close(done)

@@ -86,7 +86,9 @@ func (s *scopeMirror) run(ctx context.Context, remote Remote) error {
 		case errors.Is(err, errEmpty):
 			delay = wait
 			wait = min(wait*2, s.m.cfg.Timers.Probe)
-		case errors.Is(err, ErrPermissionDenied):
+		case errors.Is(err, ErrPermissionDenied): // at first soon again: a member that just joined may not know us yet
+			delay = wait
+			wait = min(wait*2, s.m.cfg.Timers.Retry)
 			s.fault(err)
 		case errors.Is(err, errQuota), errors.Is(err, ErrNoSpace):
 			relist, delay = true, 6*delay // what made it fit again may be anywhere in the scope

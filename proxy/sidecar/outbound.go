@@ -238,7 +238,7 @@ type attempt struct {
 func (t *transfer) run(ctx context.Context) {
 	informational, settled := passInformational(t.w)
 	ctx = httptrace.WithClientTrace(ctx, informational)
-	a := t.try(ctx, false)
+	a := t.try(ctx, false, nil)
 	for a.retry && t.wait(ctx, &a) {
 		a.result.Retried = true
 		next, ok := t.again(ctx, &a)
@@ -279,12 +279,13 @@ func (t *transfer) again(ctx context.Context, before *attempt) (attempt, bool) {
 	// A peer or an application that died takes all its calls at once. Trying them elsewhere once is no storm, and must not be cut short
 	// by the budget.
 	died := before.result.Outcome == balance.Dead || before.brokeOff && t.retries == 1
-	a := t.try(ctx, !before.safe && !died)
+	// What the last try has shown is told as soon as another endpoint is found, not when that one has answered: others must not
+	// wait for the same dead endpoint meanwhile.
+	a := t.try(ctx, !before.safe && !died, func() { t.end(before) })
 	if a.failure != nil && a.pick.Endpoint == nil {
 		before.result.Retried = false
 		return a, false
 	}
-	t.end(before)
 	return a, true
 }
 
@@ -299,8 +300,8 @@ func (t *transfer) end(a *attempt) {
 	a.pick.Done(a.result)
 }
 
-// try sends the request to one endpoint and waits for the head of the answer.
-func (t *transfer) try(ctx context.Context, counts bool) attempt {
+// try sends the request to one endpoint and waits for the head of the answer. picked, if not nil, is called once there is an endpoint.
+func (t *transfer) try(ctx context.Context, counts bool, picked func()) attempt {
 	info := balance.PickInfo{Exclude: t.tried, Retry: counts}
 	if c := t.table.Clusters[t.backend.Cluster]; c != nil && c.HashHeader != "" {
 		if v := t.out.Header.Get(c.HashHeader); v != "" {
@@ -310,6 +311,9 @@ func (t *transfer) try(ctx context.Context, counts bool) attempt {
 	pick, f := t.s.pick(t.backend.Cluster, info)
 	if f != nil {
 		return attempt{failure: f}
+	}
+	if picked != nil {
+		picked()
 	}
 	e := pick.Endpoint
 	t.tried = append(t.tried, e.ID)

@@ -86,8 +86,8 @@ func (v *View) serves(addr netip.Addr, spiffeID string, transport discovery.Tran
 
 // Access says who may call one port of a service of this cluster; nil where there is no such port.
 //
-// Callers of the own trust domain are allowed until an AccessPolicy that allows selects the service; a deny policy alone refuses
-// what it names and changes nothing else. Callers of another trust domain need a rule that names them, and the service
+// Callers of the own trust domain are allowed until the first AccessPolicy in force selects the service, be it one that denies.
+// Callers of another trust domain need a rule that names them, and the service
 // must be exported. Where several services lead to one target port, the rules of all apply to it.
 func (v *View) Access(service discovery.Name, port uint16) *xdspb.InboundMeta {
 	s := v.Set.Local.Services[service]
@@ -117,7 +117,7 @@ func (v *View) inboundMeta(t *served) *xdspb.InboundMeta {
 		if !selected {
 			continue
 		}
-		if !p.Deny && !p.Audit {
+		if !p.Audit {
 			m.DefaultAllow = false
 		}
 		for i := range p.Rules {

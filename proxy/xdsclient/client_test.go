@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,8 +17,9 @@ import (
 
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/hanse-mesh/hanse/discovery/xdspb"
@@ -717,16 +717,79 @@ func TestNewSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
-func TestTypeThatWasNotAskedFor(t *testing.T) {
+func TestWhatWasNotAskedForIsNotTaken(t *testing.T) {
 	s := newStore(false, nil)
-	a := packed(t, &xdspb.Trust{})
-	if _, err := decode("type.googleapis.com/x", "n", &anypb.Any{TypeUrl: "type.googleapis.com/x"}, false); err == nil {
-		t.Error("decoded an unknown type")
+	if err := s.receive(&discoveryv3.DeltaDiscoveryResponse{TypeUrl: "type.googleapis.com/x"}, time.Time{}); err == nil {
+		t.Error("took a type that was not asked for")
 	}
-	if _, err := decode(listenerType, "n", a, false); err == nil {
-		t.Error("decoded a Trust as a Listener")
+	good := packed(t, edsCluster(t, payments))
+	m := &discoveryv3.DeltaDiscoveryResponse{TypeUrl: clusterType, Resources: []*discoveryv3.Resource{{Name: payments, Version: "1", Resource: good}}, RemovedResources: []string{canary}}
+	if err := s.receive(m, time.Time{}); err != nil {
+		t.Errorf("a name that was given up meanwhile is no error: %v", err)
 	}
-	if !slices.Equal(s.inbound, nil) {
-		t.Error("inbound")
+	if table, _ := s.next(time.Time{}); table != nil {
+		t.Errorf("table %+v", table)
+	}
+	m.Resources[0].Resource = packed(t, &xdspb.Trust{})
+	s.want(payments)
+	s.subscribe()
+	if err := s.receive(m, time.Time{}); err == nil || !strings.Contains(err.Error(), payments) {
+		t.Errorf("took a Trust for a Cluster: %v", err)
+	}
+}
+
+// BenchmarkEndpointChange is one of 1,000 services' endpoints changing: response in, Table out.
+func BenchmarkEndpointChange(b *testing.B) {
+	s := newStore(false, nil)
+	name := func(i int) string { return fmt.Sprintf("s%d.shop.svc.clusterset.local:80", i) }
+	respond := func(typeURL string, i int, version string, m proto.Message) {
+		r := &discoveryv3.DeltaDiscoveryResponse{TypeUrl: typeURL, Resources: []*discoveryv3.Resource{{Name: name(i), Version: version, Resource: packed(b, m)}}}
+		if err := s.receive(r, time.Time{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	var few []*endpointv3.LbEndpoint
+	for i := range 32 {
+		few = append(few, lbEndpoint(b, fmt.Sprint("e", i), "10.0.0.2"))
+	}
+	for i := range 1000 {
+		s.want(name(i))
+		s.subscribe()
+		respond(listenerType, i, "1", httpListener(b, name(i), to(name(i))))
+		respond(clusterType, i, "1", edsCluster(b, name(i)))
+		respond(endpointType, i, "1", loadAssignment(name(i), few))
+	}
+	s.next(time.Time{})
+	r := &discoveryv3.DeltaDiscoveryResponse{TypeUrl: endpointType, Resources: []*discoveryv3.Resource{{Name: name(7), Version: "2", Resource: packed(b, loadAssignment(name(7), few))}}}
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := s.receive(r, time.Time{}); err != nil {
+			b.Fatal(err)
+		}
+		if table, _ := s.next(time.Time{}); table == nil {
+			b.Fatal("no table")
+		}
+	}
+}
+
+// BenchmarkGatewayChange is one of 10,000 names changing in a gateway's table.
+func BenchmarkGatewayChange(b *testing.B) {
+	s := newStore(true, nil)
+	name := func(i int) string { return fmt.Sprintf("%032x.endpoint.hanse", i) }
+	change := func(i int) {
+		m := loadAssignment(name(i), []*endpointv3.LbEndpoint{lbEndpoint(b, "e", "10.0.0.2")})
+		r := &discoveryv3.DeltaDiscoveryResponse{TypeUrl: endpointType, Resources: []*discoveryv3.Resource{{Name: name(i), Version: "1", Resource: packed(b, m)}}}
+		if err := s.receive(r, time.Time{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for i := range 10_000 {
+		change(i)
+	}
+	s.next(time.Time{})
+	b.ReportAllocs()
+	for b.Loop() {
+		change(7)
+		s.next(time.Time{})
 	}
 }

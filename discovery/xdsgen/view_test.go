@@ -303,3 +303,33 @@ func TestMatch(t *testing.T) {
 		}
 	}
 }
+
+func TestAccessDefault(t *testing.T) {
+	for _, c := range []struct {
+		policies []*discovery.AccessPolicy
+		exported bool
+		allow    bool
+		foreign  bool // of the first allow rule
+	}{
+		{nil, false, true, false},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "other", Name: "p"}}}, false, true, false},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "shop", Name: "p"}, Audit: true}}, false, true, false},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "shop", Name: "p"}}}, false, false, false},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "shop", Name: "p"}, Deny: true}}, false, false, false},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "shop", Name: "p"}, Services: []discovery.Name{worldNames[1]}}}, false, true, false},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "shop", Name: "p"}, Rules: []discovery.AccessRule{{From: []string{"spiffe://east.demo/**"}}}}}, false, false, false},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "shop", Name: "p"}, Rules: []discovery.AccessRule{{From: []string{"spiffe://east.demo/**"}}}}}, true, false, true},
+		{[]*discovery.AccessPolicy{{Name: discovery.Name{Namespace: "shop", Name: "p"}, Rules: []discovery.AccessRule{{}}}}, true, false, false}, // it names nobody
+	} {
+		w := newWorld(0)
+		s := &discovery.Service{Name: worldNames[0], Ports: worldPort}
+		if c.exported {
+			s.Export = &discovery.Export{}
+		}
+		w.set.Local.Services[s.Name], w.set.Local.Access = s, c.policies
+		m := NewView(w.set, nil).Access(s.Name, 80)
+		if m.DefaultAllow != c.allow || len(m.Allow) > 0 && m.Allow[0].Foreign != c.foreign {
+			t.Errorf("%+v exported %v: got %v", c.policies, c.exported, m)
+		}
+	}
+}

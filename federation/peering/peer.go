@@ -52,7 +52,8 @@ type peer struct {
 	observed federation.Observed // guarded by mu
 	probe    ProbeResult         // guarded by mu
 
-	took *seen // by the Book; owned by the loop
+	took   *seen     // by the Book; owned by the loop
+	tookAt time.Time // owned by the loop
 }
 
 // seen is what a peer exports beside services. It is immutable.
@@ -414,6 +415,7 @@ func (m *Mesh) ReportSuccess(member string) {
 
 // probeLoop probes the member's data path until ctx ends. Probing never stops, whatever the state.
 func (m *Mesh) probeLoop(ctx context.Context, p *peer) {
+	wait := min(m.cfg.Timers.Probe, 500*time.Millisecond) // at first soon again: the data path of a member that just joined is about to be there
 	for ctx.Err() == nil {
 		if targets := m.targets(p); len(targets) > 0 {
 			res := m.probeRound(ctx, p, targets)
@@ -425,8 +427,12 @@ func (m *Mesh) probeLoop(ctx context.Context, p *peer) {
 			p.observed = p.observed.Probed(res.OK, res.At)
 			p.mu.Unlock()
 			m.wake()
+			if res.OK {
+				wait = m.cfg.Timers.Probe
+			}
 		}
-		pause(ctx, m.cfg.Timers.Probe)
+		pause(ctx, wait)
+		wait = min(2*wait, m.cfg.Timers.Probe)
 	}
 }
 

@@ -91,9 +91,9 @@ func (b *benchSide) source(name string) *identity.Source {
 }
 
 func slot(n int) []byte {
-	v := make([]byte, n*endpointSize)
-	for i := range v {
-		v[i] = byte(rand.Uint32())
+	v := make([]byte, 0, n*endpointSize)
+	for len(v) < n*endpointSize {
+		v = binary.NativeEndian.AppendUint64(v, rand.Uint64())
 	}
 	stamp(v)
 	return v
@@ -140,15 +140,16 @@ func (b *benchSide) obey(verb string, n []int, s []string) string {
 		l := must(net.Listen("tcp", "127.0.0.1:0"))
 		go srv.Serve(l)
 		return l.Addr().String()
-	case "flap": // per second (0: as fast as may be), for milliseconds, slot endpoints
+	case "flap": // per second (0: as fast as may be), for milliseconds, slot endpoints, so many at once
 		end := time.Now().Add(time.Duration(n[1]) * time.Millisecond)
 		count := 0
 		for next := time.Now(); time.Now().Before(end); {
-			v := slot(n[2])
-			b.exporter.Update("all", map[string][]byte{b.keys[rand.IntN(len(b.keys))]: v}, len(b.keys)*n[2], 0)
-			count++
+			for range n[3] {
+				b.exporter.Update("all", map[string][]byte{b.keys[rand.IntN(len(b.keys))]: slot(n[2])}, len(b.keys)*n[2], 0)
+				count++
+			}
 			if n[0] > 0 {
-				next = next.Add(time.Second / time.Duration(n[0]))
+				next = next.Add(time.Second / time.Duration(n[0]) * time.Duration(n[3]))
 				time.Sleep(time.Until(next))
 			} else if count%100 == 0 {
 				_ = b.exporter.Flush(ctx)
@@ -356,7 +357,7 @@ func BenchmarkFlap(b *testing.B) {
 	time.Sleep(2 * time.Second)
 	for range b.N {
 		w0, e0 := west.use(), east.use()
-		n := west.number("flap 1000 5000 %d", flapSlot)
+		n := west.number("flap 1000 5000 %d 50", flapSlot)
 		time.Sleep(time.Second)
 		w, e := west.use(), east.use()
 		b.ReportMetric(float64((w.cpu-w0.cpu).Microseconds())/n, "exporter-µs/flap")
@@ -377,7 +378,7 @@ func BenchmarkLatency(b *testing.B) {
 			time.Sleep(2 * time.Second)
 			for range b.N {
 				east.say("figures")
-				west.say("flap %d 5000 %d", rate, flapSlot)
+				west.say("flap %d 5000 %d 1", rate, flapSlot)
 				time.Sleep(time.Second)
 				f := strings.Fields(east.say("figures"))
 				b.ReportMetric(must(strconv.ParseFloat(f[0], 64))/1000, "p50-ms")
@@ -396,7 +397,7 @@ func BenchmarkThroughput(b *testing.B) {
 	for range b.N {
 		before := must(strconv.Atoi(strings.Fields(east.say("figures"))[2]))
 		start := time.Now()
-		west.say("flap 0 5000 %d", flapSlot)
+		west.say("flap 0 5000 %d 1", flapSlot)
 		after := must(strconv.Atoi(strings.Fields(east.say("figures"))[2]))
 		b.ReportMetric(float64(after-before)/time.Since(start).Seconds(), "changes/s")
 		b.ReportMetric(0, "ns/op")
@@ -413,13 +414,13 @@ func BenchmarkFanOut(b *testing.B) {
 	time.Sleep(time.Second)
 	for range b.N {
 		w0 := west.use()
+		b.ReportMetric((w0.rss-before.rss)/peers, "exporter-MB/peer")
 		seen := must(strconv.Atoi(strings.Fields(east.say("figures"))[2]))
-		west.say("flap 500 5000 %d", flapSlot)
+		west.say("flap 500 5000 %d 1", flapSlot)
 		time.Sleep(time.Second)
 		w := west.use()
 		n := must(strconv.Atoi(strings.Fields(east.say("figures"))[2])) - seen
 		b.ReportMetric(float64((w.cpu-w0.cpu).Microseconds())/float64(n), "exporter-µs/delivery")
-		b.ReportMetric((w.rss-before.rss)/peers, "exporter-MB/peer")
 		b.ReportMetric(0, "ns/op")
 	}
 }

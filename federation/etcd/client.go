@@ -34,6 +34,14 @@ func newWire(conn grpc.ClientConnInterface) *wire {
 	return &wire{kv: pb.NewKVClient(conn), watch: pb.NewWatchClient(conn)}
 }
 
+// callError is rpcError, but says first that it was the caller who gave up.
+func callError(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: %s", ctx.Err(), status.Convert(err).Message())
+	}
+	return rpcError(err)
+}
+
 // rpcError gives the refusals that callers branch on their names; the rest keeps its gRPC status.
 func rpcError(err error) error {
 	var named error
@@ -69,7 +77,7 @@ func (w *wire) Get(ctx context.Context, key string, revision int64) (*KeyValue, 
 	defer cancel()
 	r, err := w.kv.Range(ctx, &pb.RangeRequest{Key: []byte(key), Revision: revision})
 	if err != nil {
-		return nil, Header{}, rpcError(err)
+		return nil, Header{}, callError(ctx, err)
 	}
 	if len(r.Kvs) == 0 {
 		return nil, header(r.Header), nil
@@ -81,9 +89,9 @@ func (w *wire) Get(ctx context.Context, key string, revision int64) (*KeyValue, 
 func (w *wire) List(ctx context.Context, prefix string, revision int64, each func(KeyValue) error) (Header, error) {
 	ctx, cancel := context.WithCancel(ctx) // ends the stream when each refuses
 	defer cancel()
-	rs, err := w.kv.RangeStream(ctx, &pb.RangeRequest{Key: []byte(prefix), RangeEnd: prefixEnd(prefix), Revision: revision})
+	rs, err := w.kv.RangeStream(ctx, &pb.RangeRequest{Key: firstKey(prefix), RangeEnd: prefixEnd(prefix), Revision: revision})
 	if err != nil {
-		return Header{}, rpcError(err)
+		return Header{}, callError(ctx, err)
 	}
 	for first := true; ; first = false {
 		r, err := rs.Recv()
@@ -93,7 +101,7 @@ func (w *wire) List(ctx context.Context, prefix string, revision int64, each fun
 		case errors.Is(err, io.EOF):
 			return Header{}, fmt.Errorf("list %s: the stream ended before its header", prefix)
 		case err != nil:
-			return Header{}, rpcError(err)
+			return Header{}, callError(ctx, err)
 		}
 		for _, kv := range r.GetRangeResponse().GetKvs() {
 			if err := each(keyValue(kv)); err != nil {
@@ -112,11 +120,11 @@ func (w *wire) List(ctx context.Context, prefix string, revision int64, each fun
 
 // listPages is List for an etcd before 3.7, which has no RangeStream: pages at one pinned revision.
 func (w *wire) listPages(ctx context.Context, prefix string, revision int64, each func(KeyValue) error) (Header, error) {
-	req := &pb.RangeRequest{Key: []byte(prefix), RangeEnd: prefixEnd(prefix), Revision: revision, Limit: pageSize}
+	req := &pb.RangeRequest{Key: firstKey(prefix), RangeEnd: prefixEnd(prefix), Revision: revision, Limit: pageSize}
 	for {
 		r, err := w.page(ctx, req)
 		if err != nil {
-			return Header{}, rpcError(err)
+			return Header{}, callError(ctx, err)
 		}
 		if req.Revision == 0 {
 			req.Revision = r.Header.Revision
@@ -161,7 +169,7 @@ func (w *wire) Txn(ctx context.Context, compares []Compare, ops []Op) (bool, Hea
 	}
 	r, err := w.kv.Txn(ctx, req)
 	if err != nil {
-		return false, Header{}, rpcError(err)
+		return false, Header{}, callError(ctx, err)
 	}
 	return r.Succeeded, header(r.Header), nil
 }
@@ -169,18 +177,18 @@ func (w *wire) Txn(ctx context.Context, compares []Compare, ops []Op) (bool, Hea
 func (w *wire) Watch(ctx context.Context, prefix string, from int64) (Watcher, error) {
 	stream, err := w.watch.Watch(ctx)
 	if err != nil {
-		return nil, rpcError(err)
+		return nil, callError(ctx, err)
 	}
 	err = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
-		Key: []byte(prefix), RangeEnd: prefixEnd(prefix), StartRevision: from, ProgressNotify: true, Fragment: true,
+		Key: firstKey(prefix), RangeEnd: prefixEnd(prefix), StartRevision: from, ProgressNotify: true, Fragment: true,
 	}}})
 	if err != nil && !errors.Is(err, io.EOF) { // Recv says why
-		return nil, rpcError(err)
+		return nil, callError(ctx, err)
 	}
-	ws := &wireWatcher{stream: stream}
+	ws := &wireWatcher{ctx: ctx, stream: stream}
 	r, err := stream.Recv()
 	if err != nil {
-		return nil, rpcError(err)
+		return nil, callError(ctx, err)
 	}
 	if err := ws.canceled(r); err != nil {
 		return nil, err
@@ -191,7 +199,10 @@ func (w *wire) Watch(ctx context.Context, prefix string, from int64) (Watcher, e
 	return ws, nil
 }
 
-type wireWatcher struct{ stream pb.Watch_WatchClient }
+type wireWatcher struct {
+	ctx    context.Context // the caller's; the stream's own ends with the stream
+	stream pb.Watch_WatchClient
+}
 
 func (w *wireWatcher) canceled(r *pb.WatchResponse) error {
 	switch {
@@ -208,7 +219,7 @@ func (w *wireWatcher) canceled(r *pb.WatchResponse) error {
 func (w *wireWatcher) Recv() (*WatchResponse, error) {
 	r, err := w.stream.Recv()
 	if err != nil {
-		return nil, rpcError(err)
+		return nil, callError(w.ctx, err)
 	}
 	if err := w.canceled(r); err != nil {
 		return nil, err

@@ -216,8 +216,8 @@ func (e *Embedded) settings() *embed.Config {
 	c.QuotaBackendBytes = e.cfg.QuotaBytes
 	c.MaxTxnOps = txnOps
 	c.MaxRequestBytes = 2 << 20
-	c.SnapshotCount, c.SnapshotCatchUpEntries = 100, 100 // entries kept in memory
-	c.TickMs, c.ElectionMs = 200, 1000                   // nobody to elect against
+	c.SnapshotCount, c.SnapshotCatchUpEntries = 100, 10 // entries kept in memory; there is no follower to catch up
+	c.TickMs, c.ElectionMs = 200, 1000                  // nobody to elect against
 	c.WatchProgressNotifyInterval = 10 * time.Second
 	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModePeriodic, "0" // compactLoop does it
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(e.cfg.Log, e.fail))
@@ -326,7 +326,7 @@ func (e *Embedded) compact(ctx context.Context, upTo int64) error {
 	if file < e.cfg.QuotaBytes/10*8 || inUse > e.cfg.QuotaBytes/10*7 {
 		return nil
 	}
-	if _, err := e.client.Defragment(ctx, ""); err != nil {
+	if err := e.etcd.Server.Backend().Defrag(); err != nil { // the in-process client has no Defragment: it panics
 		return fmt.Errorf("defragment: %w", err)
 	}
 	alarms, err := e.client.AlarmList(ctx)

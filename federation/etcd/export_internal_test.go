@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"bytes"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -124,4 +125,36 @@ func FuzzLocate(f *testing.F) {
 			t.Fatalf("%q became %+v", key, l)
 		}
 	})
+}
+
+func TestEmbeddedRecoversFromItsQuota(t *testing.T) {
+	t.Parallel()
+	e, err := StartEmbedded(t.Context(), EmbeddedConfig{Dir: t.TempDir(), Name: "small", QuotaBytes: 8 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	kv := NewKV(e.Store(), "")
+	var rev int64
+	for i := 0; err == nil && i < 200; i++ {
+		_, err = kv.Put(t.Context(), "full", make([]byte, 256<<10))
+	}
+	if !errors.Is(err, ErrNoSpace) {
+		t.Fatalf("the quota does not hold: %v", err)
+	}
+	if err := kv.Delete(t.Context(), "full"); err != nil {
+		t.Fatalf("a full store must let go: %v", err)
+	}
+	if _, rev, err = kv.List(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.compact(t.Context(), rev); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kv.Put(t.Context(), "again", []byte("v")); err != nil {
+		t.Errorf("after compaction: %v", err)
+	}
+	if file, inUse := e.Sizes(); inUse > 1<<20 || file > 4<<20 {
+		t.Errorf("%d bytes in use of %d", inUse, file)
+	}
 }

@@ -107,6 +107,7 @@ type Mirror struct {
 	log     *slog.Logger
 	updated chan struct{}
 	listed  chan struct{} // the peer's scope list has changed
+	away    bool          // owned by Run: its absence has been logged
 
 	mu     sync.Mutex // guards all below, and scopeMirror.report
 	status MirrorStatus
@@ -259,7 +260,9 @@ func (m *Mirror) disconnected(err error) (answered bool) {
 	m.mu.Lock()
 	answered = m.status.Connected
 	m.status.Connected = false
-	before := m.status.Err
+	if answered {
+		m.away = false
+	}
 	if err != nil {
 		m.status.Err = err.Error()
 	}
@@ -267,9 +270,14 @@ func (m *Mirror) disconnected(err error) (answered bool) {
 		s.report.following = false
 	}
 	m.mu.Unlock()
-	if err != nil && (answered || before == "") {
-		m.log.Warn("peer lost; its exports stay as they are", "error", err)
-	} else if err != nil {
+	switch {
+	case err == nil:
+	case answered: // also when the peer's listener ends an old connection
+		m.log.Info("connection to the peer has ended", "error", err)
+	case !m.away:
+		m.away = true
+		m.log.Warn("peer is away; its exports stay as they are", "error", err)
+	default:
 		m.log.Debug("peer is still away", "error", err)
 	}
 	wake(m.updated)

@@ -17,7 +17,7 @@ var (
 // Limits of one Txn (etcd's own defaults, less what the Store adds itself: a checkpoint and a fence).
 const (
 	MaxOps   = 127           // data operations of one Txn
-	MaxBytes = 1 << 20       // of keys and values of one Txn that are batched together
+	MaxBytes = 1 << 18       // of keys and values of one Txn that are batched together; etcd keeps about 100 Txns in memory
 	MaxValue = 1<<20 + 1<<18 // bytes of one value
 	overhead = 64            // of one operation, estimated
 	maxKey   = 4096          // bytes of a key
@@ -89,6 +89,14 @@ type Store interface {
 	// Txn applies all ops if all compares hold, else none. No key may occur twice in ops. After an error the outcome is unknown,
 	// except for ErrNoSpace and ErrNotLeader: nothing was written.
 	Txn(ctx context.Context, compares []Compare, ops []Op) (ok bool, h Header, err error)
+}
+
+// firstKey is the first key that begins with prefix; etcd has no empty key.
+func firstKey(prefix string) []byte {
+	if prefix == "" {
+		return []byte{0}
+	}
+	return []byte(prefix)
 }
 
 // prefixEnd is the first key after all that begin with prefix.

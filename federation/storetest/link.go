@@ -49,16 +49,16 @@ func (l *Link) Delay(d time.Duration) { l.set(func() { l.delay = d }) }
 // Heal removes all faults.
 func (l *Link) Heal() { l.set(func() { l.err, l.hole, l.delay = nil, false, 0 }) }
 
-func (l *Link) faults() (err error, hole bool, delay time.Duration, changed <-chan struct{}) {
+func (l *Link) faults() (hole bool, delay time.Duration, changed <-chan struct{}, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.err, l.hole, l.delay, l.changed
+	return l.hole, l.delay, l.changed, l.err
 }
 
 // pass waits as the faults demand.
 func (l *Link) pass(ctx context.Context) error {
 	for {
-		err, hole, delay, changed := l.faults()
+		hole, delay, changed, err := l.faults()
 		if err != nil {
 			return err
 		}
@@ -119,7 +119,7 @@ func (l *Link) Watch(ctx context.Context, prefix string, from int64) (etcd.Watch
 	}
 	go func() { // a cut breaks the stream also while Recv waits
 		for {
-			err, _, _, changed := l.faults()
+			_, _, changed, err := l.faults()
 			if err != nil {
 				cancel(err)
 				return
@@ -157,7 +157,7 @@ func (w *linkWatcher) Recv() (*etcd.WatchResponse, error) {
 
 // RequestProgress implements etcd.Watcher.
 func (w *linkWatcher) RequestProgress() error {
-	if _, hole, _, _ := w.l.faults(); hole {
+	if hole, _, _, _ := w.l.faults(); hole {
 		return nil
 	}
 	return w.Watcher.RequestProgress()

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,8 +21,11 @@ import (
 
 	"github.com/coder/websocket"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	xdscreds "google.golang.org/grpc/credentials/xds"
 	"google.golang.org/grpc/status"
+	_ "google.golang.org/grpc/xds" // xds:///
 
 	"github.com/hanse-mesh/hanse/cmd/echo/echopb"
 )
@@ -64,8 +68,8 @@ func callMain(args []string, stdout, stderr io.Writer) int {
 		return 2
 	}
 	target, err := url.Parse(flags.Arg(0))
-	if flags.NArg() != 1 || err != nil || target.Host == "" {
-		fmt.Fprintf(stderr, "echo call: give one URL: http://payments.shop:8080/, ws://…, grpc://… or tcp://…\n")
+	if flags.NArg() != 1 || err != nil || target.Host == "" && target.Scheme != "xds" {
+		fmt.Fprintf(stderr, "echo call: give one URL: http://payments.shop:8080/, ws://…, grpc://…, xds:///… or tcp://…\n")
 		return 2
 	}
 	c.target = target
@@ -115,12 +119,12 @@ func (c *caller) call(ctx context.Context) Result {
 		r, err = c.http(ctx)
 	case "ws":
 		r, err = c.webSocket(ctx)
-	case "grpc":
+	case "grpc", "xds":
 		r, err = c.grpc(ctx)
 	case "tcp":
 		r, err = c.tcp(ctx)
 	default:
-		err = fmt.Errorf("scheme %q: want http, ws, grpc or tcp", c.target.Scheme)
+		err = fmt.Errorf("scheme %q: want http, ws, grpc, xds or tcp", c.target.Scheme)
 	}
 	if err != nil && r.Error == "" {
 		r.Error = err.Error()
@@ -262,14 +266,23 @@ func (c *caller) tcp(ctx context.Context) (r Result, err error) {
 }
 
 func (c *caller) grpc(ctx context.Context) (r Result, err error) {
-	opts := []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority(c.target.Host), grpc.WithNoProxy()}
-	address := c.target.Host
-	if c.proxy != "" { // HTTP/2 with prior knowledge; the authority says where to
-		address = c.proxy
-	}
-	conn, err := grpc.NewClient("passthrough:///"+address, opts...)
-	if err != nil {
-		return r, err
+	var conn *grpc.ClientConn
+	if c.target.Scheme == "xds" { // no sidecar: gRPC itself is a member of the mesh
+		creds, err := xdscreds.NewClientCredentials(xdscreds.ClientOptions{FallbackCreds: refuse{insecure.NewCredentials()}})
+		if err != nil {
+			return r, err
+		}
+		conn, err = grpc.NewClient(c.target.String(), grpc.WithTransportCredentials(creds))
+		if err != nil {
+			return r, err
+		}
+	} else {
+		address := cmp.Or(c.proxy, c.target.Host) // HTTP/2 with prior knowledge; the authority says where to
+		conn, err = grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithAuthority(c.target.Host), grpc.WithNoProxy())
+		if err != nil {
+			return r, err
+		}
 	}
 	defer conn.Close()
 	reply, err := c.exchange(ctx, echopb.NewEchoClient(conn))
@@ -285,6 +298,21 @@ func (c *caller) grpc(ctx context.Context) (r Result, err error) {
 	r.Text = reply.GetMessage()
 	return r, err
 }
+
+// refuse are credentials that never connect: without mTLS from the control plane there is no call.
+type refuse struct {
+	credentials.TransportCredentials
+}
+
+func (refuse) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("the control plane gave no mTLS configuration")
+}
+
+func (refuse) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("the control plane gave no mTLS configuration")
+}
+
+func (r refuse) Clone() credentials.TransportCredentials { return r }
 
 // exchange returns the last reply.
 func (c *caller) exchange(ctx context.Context, client echopb.EchoClient) (reply *echopb.Reply, err error) {

@@ -23,7 +23,7 @@ func TestCallServe(t *testing.T) {
 	web, raw := free(), free()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
-	go func() { done <- s.run(ctx, []string{web}, []string{raw}) }()
+	go func() { done <- s.run(ctx, []string{web}, []string{raw}, nil) }()
 	defer func() {
 		cancel()
 		if err := <-done; err != nil {

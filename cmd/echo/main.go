@@ -15,7 +15,7 @@ import (
 
 const usage = `usage:
   echo serve [flags]        answer on the given addresses
-  echo call [flags] URL     call http://, ws://, grpc:// or tcp:// and print the answers as JSON lines
+  echo call [flags] URL     call http://, ws://, grpc://, xds:/// or tcp:// and print the answers as JSON lines
 `
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }

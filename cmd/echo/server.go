@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,8 +23,13 @@ import (
 	"github.com/coder/websocket"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	xdscreds "google.golang.org/grpc/credentials/xds"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/xds"
 
 	"github.com/hanse-mesh/hanse/cmd/echo/echopb"
 )
@@ -66,9 +73,10 @@ func serveMain(args []string, stderr io.Writer) int {
 	s := &server{rnd: rand.Float64}
 	flags := flag.NewFlagSet("echo serve", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	var http, tcp addresses
+	var http, tcp, xdsAddrs addresses
 	flags.Var(&http, "http", "`address` for HTTP/1.1, HTTP/2, WebSocket and gRPC: host:port or unix:/path; may be repeated")
 	flags.Var(&tcp, "tcp", "`address` for raw TCP, which gives back every byte; may be repeated")
+	flags.Var(&xdsAddrs, "xds", "`address` (ip:port) for gRPC as a member of the mesh without a sidecar: mTLS and policy come by xDS; may be repeated")
 	flags.StringVar(&s.who.Service, "service", "echo", "name of the service")
 	flags.StringVar(&s.who.Cluster, "cluster", "", "cluster")
 	flags.StringVar(&s.who.Region, "region", "", "region")
@@ -79,8 +87,8 @@ func serveMain(args []string, stderr io.Writer) int {
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
-	if len(http)+len(tcp) == 0 || flags.NArg() > 0 {
-		fmt.Fprintf(stderr, "echo serve: give --http or --tcp addresses, and nothing else\n")
+	if len(http)+len(tcp)+len(xdsAddrs) == 0 || flags.NArg() > 0 {
+		fmt.Fprintf(stderr, "echo serve: give --http, --tcp or --xds addresses, and nothing else\n")
 		return 2
 	}
 	if s.who.Instance == "" {
@@ -88,7 +96,7 @@ func serveMain(args []string, stderr io.Writer) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := s.run(ctx, http, tcp); err != nil {
+	if err := s.run(ctx, http, tcp, xdsAddrs); err != nil {
 		fmt.Fprintf(stderr, "echo: %v\n", err)
 		return 1
 	}
@@ -122,14 +130,14 @@ func listen(address string) (net.Listener, error) {
 }
 
 // run serves until ctx ends, then finishes what is open, up to 5 s.
-func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs []string) error {
+func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs, xdsAddrs []string) error {
 	var listeners []net.Listener
 	closeAll := func() {
 		for _, ln := range listeners {
 			_ = ln.Close()
 		}
 	}
-	for _, a := range append(append([]string{}, httpAddrs...), tcpAddrs...) {
+	for _, a := range slices.Concat(httpAddrs, tcpAddrs, xdsAddrs) {
 		ln, err := listen(a)
 		if err != nil {
 			closeAll()
@@ -139,6 +147,11 @@ func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs []string) error {
 	}
 	grpcServer := grpc.NewServer()
 	echopb.RegisterEchoServer(grpcServer, s)
+	meshServer, err := s.meshServer(len(xdsAddrs) > 0)
+	if err != nil {
+		closeAll()
+		return err
+	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
@@ -147,10 +160,13 @@ func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs []string) error {
 	defer stop()
 	var all sync.WaitGroup
 	for i, ln := range listeners {
-		if i < len(httpAddrs) {
+		switch {
+		case i < len(httpAddrs):
 			all.Go(func() { _ = web.Serve(ln) })
-		} else {
+		case i < len(httpAddrs)+len(tcpAddrs):
 			all.Go(func() { serveTCP(ctx, ln) })
+		default:
+			all.Go(func() { _ = meshServer.Serve(ln) })
 		}
 	}
 	<-ctx.Done()
@@ -160,8 +176,28 @@ func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs []string) error {
 		_ = web.Close()
 	}
 	grpcServer.Stop()
+	if meshServer != nil {
+		meshServer.Stop()
+	}
 	all.Wait()
 	return nil
+}
+
+// meshServer is gRPC's own xDS server; nil unless wanted, as it needs a bootstrap file.
+func (s *server) meshServer(wanted bool) (*xds.GRPCServer, error) {
+	if !wanted {
+		return nil, nil
+	}
+	creds, err := xdscreds.NewServerCredentials(xdscreds.ServerOptions{FallbackCreds: refuse{insecure.NewCredentials()}})
+	if err != nil {
+		return nil, err
+	}
+	g, err := xds.NewGRPCServer(grpc.Creds(creds))
+	if err != nil {
+		return nil, fmt.Errorf("xDS server: %w", err)
+	}
+	echopb.RegisterEchoServer(g, s)
+	return g, nil
 }
 
 // handler gives gRPC its calls, and answers the rest.
@@ -347,13 +383,19 @@ func (s *server) reply(ctx context.Context, req *echopb.Request, number uint32) 
 		return nil, status.Error(codes.Unavailable, "failing as told by --errors")
 	}
 	md, _ := metadata.FromIncomingContext(ctx)
+	cert := ""
+	if p, ok := peer.FromContext(ctx); ok { // without a sidecar the caller is in the TLS connection
+		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok && info.SPIFFEID != nil {
+			cert = "URI=" + info.SPIFFEID.String()
+		}
+	}
 	first := func(name string) string {
 		if v := md.Get(name); len(v) > 0 {
 			return v[0]
 		}
 		return ""
 	}
-	w := s.whoFor(first("x-forwarded-client-cert"), first("hanse-peer-address"))
+	w := s.whoFor(cmp.Or(cert, first("x-forwarded-client-cert")), first("hanse-peer-address"))
 	return &echopb.Reply{Message: req.GetMessage(), Number: number, Padding: make([]byte, min(req.GetSize(), 1<<20)), Who: &echopb.Who{
 		Service: w.Service, Cluster: w.Cluster, Region: w.Region, Zone: w.Zone, Instance: w.Instance, Caller: w.Caller, PeerAddress: w.PeerAddress}}, nil
 }

@@ -431,12 +431,14 @@ func (r *run) recent(h *history, now time.Time) Totals {
 	return t
 }
 
-// silent names callers that reported before the drill and not during it.
+// silent names callers that called what is drilled before the drill, and have not reported since.
 func silent(samples []Sample, r *run, now time.Time) []string {
 	before, during := map[string]bool{}, map[string]bool{}
 	for _, s := range samples {
 		if s.Time.Before(r.start) {
-			before[s.Caller] = true
+			if s.OK+s.Errors > 0 && (r.services == nil || r.services[s.Service]) {
+				before[s.Caller] = true
+			}
 		} else {
 			during[s.Caller] = true
 		}

@@ -94,8 +94,15 @@ func Run(ctx context.Context, cfg Config) (_ *Report, err error) {
 		return s.report, err
 	}
 	defer func() { err = errors.Join(err, held.release()) }()
-	if err := s.l.free(); err != nil {
-		return s.report, &admin.Error{Message: err.Error(), Hint: "another demo may run: hanse demo down --dir ITS-DIRECTORY, or hanse demo --shared-ip for other ports"}
+	err = s.l.free()
+	if err != nil && s.l.ownIPs {
+		s.say("%v: another demo may run; this one uses ports of 127.0.0.1 instead.", err)
+		if s.l, err = newLayout(cfg.Dir, false); err == nil {
+			err = s.l.free()
+		}
+	}
+	if err != nil {
+		return s.report, &admin.Error{Message: err.Error(), Hint: "another demo may run: hanse demo down --dir ITS-DIRECTORY"}
 	}
 	if err := s.l.write(); err != nil {
 		return s.report, err

@@ -331,12 +331,27 @@ func (b *Book) Accept(id string) bool {
 	return true
 }
 
+// expired reports whether an entry's time is over.
+func (b *Book) expired(id string, now time.Time) bool {
+	r := &b.Entries[id].Record
+	return id != b.Self && (r.Standing == Left && r.Changed.Add(TombstoneLife).Before(now) || r.Standing == Joining && r.Expires.Before(now))
+}
+
+// Due reports whether Expire would drop anything.
+func (b *Book) Due(now time.Time) bool {
+	for id := range b.Entries {
+		if b.expired(id, now) {
+			return true
+		}
+	}
+	return false
+}
+
 // Expire drops left records after TombstoneLife and joining ones with their token, and returns their IDs, sorted.
 func (b *Book) Expire(now time.Time) []string {
 	var gone []string
 	for _, id := range slices.Sorted(maps.Keys(b.Entries)) {
-		r := &b.Entries[id].Record
-		if id != b.Self && (r.Standing == Left && r.Changed.Add(TombstoneLife).Before(now) || r.Standing == Joining && r.Expires.Before(now)) {
+		if b.expired(id, now) {
 			b.Forget(id)
 			gone = append(gone, id)
 		}

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -26,9 +27,10 @@ const (
 func (m *Mesh) change(ctx context.Context, f func(b *federation.Book) (changed []string, err error)) error {
 	m.bookMu.Lock()
 	defer m.bookMu.Unlock()
-	next := m.book.Load().Clone()
+	old := m.book.Load()
+	next := old.Clone()
 	changed, err := f(next)
-	if err != nil {
+	if err != nil || len(changed) == 0 && slices.Equal(next.Alarms(), old.Alarms()) {
 		return err
 	}
 	own := false

@@ -15,8 +15,8 @@ import (
 type mergeInput struct {
 	local   *discovery.Snapshot
 	exports *federation.Exports
-	members []memberInput // sorted by ID
-	trusted []trustInput  // sorted by trust domain
+	members []memberInput   // sorted by ID
+	bundles <-chan struct{} // of the Source; another one after each change
 	own     *federation.Part
 }
 
@@ -27,14 +27,9 @@ type memberInput struct {
 	judged judgement
 }
 
-type trustInput struct {
-	td       string
-	sequence uint64
-}
-
 // merge publishes a new Clusterset if anything that it is made of has changed.
 func (m *Mesh) merge() {
-	in := mergeInput{local: m.local.Load(), exports: m.exports.Load()}
+	in := mergeInput{local: m.local.Load(), exports: m.exports.Load(), bundles: m.cfg.Source.Changed()}
 	b := m.book.Load()
 	peers := m.currentPeers()
 	for _, member := range b.Members() {
@@ -42,14 +37,9 @@ func (m *Mesh) merge() {
 			in.members = append(in.members, memberInput{member.Record.ID, member, p.part.Load(), *p.judged.Load()})
 		}
 	}
-	for td, bundle := range m.cfg.Source.Bundles() {
-		sequence, _ := bundle.SequenceNumber()
-		in.trusted = append(in.trusted, trustInput{td.Name(), sequence})
-	}
-	slices.SortFunc(in.trusted, func(a, b trustInput) int { return cmp.Compare(a.td, b.td) })
 	last := m.merged
-	if in.local == last.local && in.exports == last.exports && last.members != nil &&
-		slices.Equal(in.members, last.members) && slices.Equal(in.trusted, last.trusted) {
+	if in.local == last.local && in.exports == last.exports && in.bundles == last.bundles && last.members != nil &&
+		slices.Equal(in.members, last.members) {
 		return
 	}
 	if in.local == last.local && in.exports == last.exports {
@@ -78,8 +68,8 @@ func (m *Mesh) merge() {
 		next.Members[r.Name] = member(r, mi.judged)
 		sources = append(sources, federation.Source{ID: mi.id, Name: r.Name, Part: mi.part})
 	}
-	for _, t := range in.trusted {
-		next.Trusted[t.td] = t.sequence
+	for td, b := range m.cfg.Source.Bundles() {
+		next.Trusted[td.Name()], _ = b.SequenceNumber()
 	}
 	next.Imports = federation.Merge(sources, prev.Imports)
 	m.clusterset.Store(&published{next, make(chan struct{})})

@@ -129,6 +129,7 @@ type Mesh struct {
 	markers      map[string]bool                 // trust domains that this Mesh has added, as stored
 	trusted      map[spiffeid.TrustDomain]string // bundle as it was given to Bundles
 	merged       mergeInput
+	applied      basis
 }
 
 // published is a Clusterset and the end of its time.
@@ -305,28 +306,50 @@ func (m *Mesh) step(ctx context.Context, running *sync.WaitGroup) error {
 			errs = append(errs, err)
 		}
 	}
-	note(m.refreshOwn(ctx))
 	note(m.observe(ctx))
-	if gone := m.book.Load().Clone().Expire(m.cfg.Now()); len(gone) > 0 {
-		note(m.change(ctx, func(b *federation.Book) ([]string, error) { return b.Expire(m.cfg.Now()), nil }))
+	if now := m.cfg.Now(); m.book.Load().Due(now) {
+		note(m.change(ctx, func(b *federation.Book) ([]string, error) { return b.Expire(now), nil }))
 	}
 	note(m.expireJoining(ctx))
-	note(m.trust(ctx))
-	m.exportServices()
-	m.exportMembership()
-	m.authorize()
-	note(m.reconcilePeers(ctx, running))
+	if from := m.basisNow(); from != m.applied {
+		note(m.refreshOwn(ctx))
+		note(m.trust(ctx))
+		m.exportServices()
+		m.exportMembership()
+		m.authorize()
+		note(m.reconcilePeers(ctx, running))
+		m.applied = from
+		if len(errs) > 0 {
+			m.applied = basis{} // again
+		}
+	}
 	m.judge(ctx)
 	m.merge()
 	return errors.Join(errs...)
 }
+
+// basis is what membership, exports and the work for peers follow from.
+type basis struct {
+	book    *federation.Book
+	local   *discovery.Snapshot
+	acked   *map[spiffeid.TrustDomain]uint64
+	bundles <-chan struct{} // of the Source; another one after each change
+}
+
+func (m *Mesh) basisNow() basis {
+	return basis{m.book.Load(), m.local.Load(), m.acked.Load(), m.cfg.Source.Changed()}
+}
+
+// reobserve is how often what a peer exports of members is read again though it has not changed: what it means also depends on what others
+// have said since.
+const reobserve = 30 * time.Second
 
 // observe gives the Book what each peer exports of members.
 func (m *Mesh) observe(ctx context.Context) error {
 	var errs []error
 	for id, p := range m.currentPeers() {
 		seen := p.seen.Load()
-		if seen == nil || seen == p.took {
+		if seen == nil || seen == p.took && m.cfg.Now().Sub(p.tookAt) < reobserve {
 			continue
 		}
 		var reader federation.Reader
@@ -347,7 +370,7 @@ func (m *Mesh) observe(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("records of cluster %s: %w", p.record.Name, err))
 			continue
 		}
-		p.took = seen
+		p.took, p.tookAt = seen, m.cfg.Now()
 	}
 	return errors.Join(errs...)
 }

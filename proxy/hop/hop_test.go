@@ -413,3 +413,114 @@ func TestDeadGateway(t *testing.T) {
 		t.Errorf("error %v, want one of the gateway", err)
 	}
 }
+
+// TestFullConnection: where a connection has no free stream another is opened, up to the limit; then streams wait.
+func TestFullConnection(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	leave := make(chan struct{})
+	var served sync.WaitGroup
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		served.Done()
+		<-leave
+	}), func(c *hop.ServerConfig) { c.MaxStreams = 2 })
+	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) { c.MaxConns = 2 })
+	served.Add(4)
+	var calls sync.WaitGroup
+	call := func() {
+		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_ = resp.Body.Close()
+	}
+	for range 4 {
+		calls.Go(call)
+		time.Sleep(20 * time.Millisecond) // so that each sees the ones before
+	}
+	served.Wait()
+	if n := len(c.Connections()); n != 2 {
+		t.Errorf("%d connections for 4 streams of 2 each", n)
+	}
+	served.Add(1)
+	calls.Go(call) // waits for a stream
+	close(leave)
+	calls.Wait()
+}
+
+// TestIdleConnectionsAreClosed by the client.
+func TestIdleConnectionsAreClosed(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(whoCalls))
+	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) { c.IdleClose, c.PingAfter = 50*time.Millisecond, 20*time.Millisecond })
+	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	for len(c.Connections()) > 0 {
+		time.Sleep(5 * time.Millisecond)
+	}
+	if resp, err = c.RoundTrip(peer, request(t, "GET", "/", nil)); err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+}
+
+// TestServerExpiry: a server whose SVID expires sends its callers away, by GOAWAY.
+func TestServerExpiry(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	src := d.Source(payments)
+	src.SetSVID(d.SVID(payments, 1500*time.Millisecond))
+	entered, leave := make(chan struct{}, 2), make(chan struct{})
+	peer, _, _ := serve(t, src, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		entered <- struct{}{}
+		if r.URL.Path == "/hang" {
+			<-leave
+		}
+		fmt.Fprint(w, "ok")
+	}))
+	c := client(t, d.Source("/ns/shop/sa/frontend"))
+	done := make(chan error, 1)
+	go func() {
+		resp, err := c.RoundTrip(peer, request(t, "GET", "/hang", nil))
+		if err == nil {
+			_, err = io.ReadAll(resp.Body)
+		}
+		done <- err
+	}()
+	<-entered
+	src.SetSVID(d.SVID(payments, time.Hour))
+	for usable(c) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	close(leave)
+	if err := <-done; err != nil {
+		t.Errorf("the open stream: %v", err)
+	}
+}
+
+// TestHeaderLimit: a head that is too large is refused, and the connection serves others.
+func TestHeaderLimit(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(whoCalls), func(c *hop.ServerConfig) { c.MaxHeaderBytes = 4 << 10 })
+	c := client(t, d.Source("/ns/shop/sa/frontend"))
+	req := request(t, "GET", "/", nil)
+	req.Header.Set("X-Big", strings.Repeat("x", 100<<10))
+	if resp, err := c.RoundTrip(peer, req); err == nil {
+		if resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+			t.Errorf("status %d", resp.StatusCode)
+		}
+		_ = resp.Body.Close()
+	}
+	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+}

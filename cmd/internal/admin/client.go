@@ -49,7 +49,6 @@ func New(cfg Config) (*Client, error) {
 		DisableCompression:    true,
 		MaxIdleConns:          2,
 		IdleConnTimeout:       30 * time.Second,
-		TLSHandshakeTimeout:   dialTimeout,
 		ResponseHeaderTimeout: 0, // a stream's first event may take its time; other calls have callTimeout
 	}
 	d := &net.Dialer{Timeout: dialTimeout}
@@ -62,7 +61,20 @@ func New(cfg Config) (*Client, error) {
 		}
 	case cfg.Address != "" && cfg.TLS != nil:
 		c.where, c.base = cfg.Address, "https://"+cfg.Address
-		t.DialContext, t.TLSClientConfig = d.DialContext, cfg.TLS
+		t.DialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := d.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			tc := tls.Client(conn, cfg.TLS)
+			ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+			defer cancel()
+			if err := tc.HandshakeContext(ctx); err != nil {
+				conn.Close()
+				return nil, &handshakeError{err}
+			}
+			return tc, nil
+		}
 	default:
 		return nil, errors.New("a socket, or an address with an admin SVID, is needed to reach hansed")
 	}
@@ -326,8 +338,8 @@ func (c *Client) unreachable(err error) error {
 			Hint:    "is that its address for remote administration (port 7447), and is it running?",
 		}
 	}
-	var alert tls.AlertError
-	if cert := (*tls.CertificateVerificationError)(nil); errors.As(err, &cert) || errors.As(err, &alert) {
+	var alert tls.AlertError // what the server made of our SVID comes after the handshake, in TLS 1.3
+	if refused := (*handshakeError)(nil); errors.As(err, &refused) || errors.As(err, &alert) {
 		return &Error{
 			Message: fmt.Sprintf("no mutual TLS with %s: %v", c.where, err),
 			Hint:    "the context's svid must be spiffe://<trust domain>/hanse/admin/<name>, unexpired, and its bundle that of the cluster",
@@ -341,6 +353,12 @@ func (c *Client) unreachable(err error) error {
 	}
 	return &Error{Message: fmt.Sprintf("talk to hansed at %s: %v", c.where, err)}
 }
+
+// handshakeError is a connection that did not come about: one side did not accept who the other is.
+type handshakeError struct{ err error }
+
+func (e *handshakeError) Error() string { return e.err.Error() }
+func (e *handshakeError) Unwrap() error { return e.err }
 
 // owner names who owns the socket, as numbers: enough for `sudo -u` and `id`.
 func owner(path string) string {

@@ -204,6 +204,12 @@ func (s *Server) check(ctx context.Context, pb *joinpb.Claim) (*claim, error) {
 		return nil, status.Errorf(codes.PermissionDenied, "the client certificate does not verify against the bundle in the request: %v", err)
 	}
 
+	if known, ok := s.cfg.Registry.Known(r.ID); ok { // the ID is its holder's, whatever token the caller has
+		if held, err := parseBundle(known.TrustDomain, known.Bundle); err != nil || verifyControlPlane(chain, held) != nil {
+			return nil, status.Errorf(codes.PermissionDenied, "member %.8s is cluster %s, and the client certificate is not of its trust domain's bundle", r.ID, known.Name)
+		}
+	}
+
 	c := &claim{tokenID: pb.TokenId, record: r, bundle: b}
 	if id, err := hex.DecodeString(pb.TokenId); err != nil || len(id) != idSize {
 		return nil, tokenError(ErrWrong)

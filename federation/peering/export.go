@@ -47,15 +47,16 @@ func isServiceScope(scope string) bool {
 	return scope != federation.MembersScope && scope != federation.AcksScope && !strings.HasPrefix(scope, federation.PeerScope(""))
 }
 
-// exportServices gives the exporter the exported services of the local Snapshot. Nothing is exported before every source has been read
-// whole: what was exported before stays until then.
+// exportServices gives the exporter the exported services of the local Snapshot. The first change goes at
+// once, more within Debounce together. Nothing is exported before every source has been read whole: what was exported before stays until then.
 func (m *Mesh) exportServices() {
-	s := m.local.Load()
-	if s == nil || !s.Complete || s == m.exportedFrom {
+	s, now := m.local.Load(), m.cfg.Now()
+	if s == nil || !s.Complete || s == m.exportedFrom || now.Before(m.exportAt) {
 		return
 	}
+	m.exportAt = now.Add(m.cfg.Timers.Debounce)
 	prev := m.exports.Load()
-	next, faults := federation.Encode(s, prev, m.cfg.Now())
+	next, faults := federation.Encode(s, prev, now)
 	if old := m.faults.Swap(&faults); old == nil || !slices.Equal(*old, faults) {
 		for _, f := range faults {
 			m.log.Error("service is not exported as it is now", "scope", f.Scope, "key", f.Key, "reason", f.Reason)

@@ -27,7 +27,7 @@ import (
 
 // Timers of a Mesh. Zero is the default.
 type Timers struct {
-	Debounce time.Duration // from the first local change to its export; 100 ms
+	Debounce time.Duration // between exports while the local state keeps changing; 100 ms
 	Probe    time.Duration // between rounds of data-path probes; 5 s
 	Tick     time.Duration // between judgements; 1 s
 	Move     time.Duration // a service that changes its audience is in both scopes for so long; 30 s
@@ -123,6 +123,7 @@ type Mesh struct {
 
 	// owned by the loop in Run
 	exportedFrom *discovery.Snapshot
+	exportAt     time.Time                       // not before
 	membership   map[string]map[string][]byte    // as given to the exporter, by scope and key
 	retained     []string                        // scopes
 	restored     map[string][]string             // scopes by member ID, as the last run exported them
@@ -178,7 +179,7 @@ func New(cfg Config) (*Mesh, error) {
 		Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{},
 	}, make(chan struct{})})
 	m.kv, m.imports = kv{etcd.NewKV(cfg.Own, "")}, imports{cfg.Imports}
-	m.exporter = etcd.NewExporter(etcd.ExporterConfig{Store: cfg.Own, Linger: cfg.Timers.Debounce, Move: cfg.Timers.Move, Log: cfg.Log, Now: cfg.Now})
+	m.exporter = etcd.NewExporter(etcd.ExporterConfig{Store: cfg.Own, Linger: cfg.Timers.Debounce / 10, Move: cfg.Timers.Move, Log: cfg.Log, Now: cfg.Now})
 	if cfg.Servers != nil {
 		kvServer, watchServer := cfg.Servers()
 		m.guard = etcd.NewGuard(etcd.GuardConfig{
@@ -266,6 +267,10 @@ func (m *Mesh) Run(ctx context.Context) error {
 			close(settled)
 			settled = nil
 		}
+		var due <-chan time.Time
+		if wait := m.exportAt.Sub(m.cfg.Now()); m.local.Load() != m.exportedFrom && wait > 0 {
+			due = time.After(wait)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -273,6 +278,8 @@ func (m *Mesh) Run(ctx context.Context) error {
 			return err
 		case <-m.kick:
 		case <-bundles:
+		case <-due:
+			m.applied = basis{}
 		case <-tick.C:
 		case settled = <-m.settling:
 		}

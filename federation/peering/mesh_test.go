@@ -19,6 +19,7 @@ import (
 
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/join"
 	"github.com/hanse-mesh/hanse/federation/peering"
 	"github.com/hanse-mesh/hanse/identity"
@@ -447,6 +448,114 @@ func TestAPersonsDistrustIsObeyed(t *testing.T) {
 		settle(time.Minute)
 		if _, err := east.source.GetX509BundleForTrustDomain(td); err == nil {
 			t.Fatal("it is trusted again")
+		}
+	})
+}
+
+// TestAHostileMemberIsRefusedAndNamed: a member writes into its own exports what it may not say.
+func TestAHostileMemberIsRefusedAndNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		west, east, north := w.add("west"), w.add("east"), w.add("north")
+		west.export(payments, 3)
+		north.export(payments, 2)
+		settle(time.Minute) // west's export is older than the admission of the others
+		for _, n := range []string{"east", "north"} {
+			if err := w.join(n, "west"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		settle(10 * time.Second)
+		idOf := func(c *cluster) string { return c.mesh.Load().Status().Self.ID }
+		put := func(key string, value []byte) {
+			t.Helper()
+			if _, _, err := east.own.Txn(t.Context(), nil, []etcd.Op{{Key: "exports/v1/" + key, Value: value}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stolen := north.mesh.Load().Status().Self // with east's root, and a new life
+		stolen.Incarnation += 10
+		stolen.Bundle = east.mesh.Load().Status().Self.Bundle
+		put("members/"+idOf(north), stolen.Bytes())
+		double := stolen
+		double.ID, double.Sponsor = strings.Repeat("d", 32), idOf(east)
+		put("members/"+double.ID, double.Bytes())
+		put("members/"+strings.Repeat("e", 32), []byte("not a record"))
+		forged := north.local.Services[payments].Endpoints[0] // an ID of another trust domain, under a service of its own
+		svc := &discovery.Service{Name: payments, Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}}, Export: &discovery.Export{Created: time.UnixMilli(1)}, Endpoints: []*discovery.Endpoint{forged}}
+		ex, faults := federation.Encode(&discovery.Snapshot{Self: north.self, Services: map[discovery.Name]*discovery.Service{payments: svc}}, nil, time.Now())
+		if len(faults) > 0 {
+			t.Fatal(faults)
+		}
+		for k, v := range ex.Scopes[federation.AllScope] {
+			put("all/"+k, v)
+		}
+		settle(10 * time.Second)
+
+		s := west.mesh.Load().Status()
+		alarms := w.anonymous(strings.Join(s.Alarms, "\n"))
+		for _, want := range []string{
+			`cluster east exports the record of "north" (member <north>), which only that member and its sponsor may: refused`,
+			`cluster east introduces "north" (member dddddddd), but cluster name "north" is already held`,
+		} {
+			if !strings.Contains(alarms, want) {
+				t.Errorf("alarms are\n%s\nwithout %s", alarms, want)
+			}
+		}
+		var refused []string
+		for _, m := range s.Members {
+			for _, f := range m.Faults {
+				refused = append(refused, f.Error())
+			}
+		}
+		for _, want := range []string{"from cluster east: 1 of 1 endpoints refused", "not of the exporter's trust domain east.demo", "from cluster east: not a Member"} {
+			if !strings.Contains(strings.Join(refused, "\n"), want) {
+				t.Errorf("faults are %q, without %q", refused, want)
+			}
+		}
+		cs := west.mesh.Load().Clusterset()
+		for _, f := range cs.Imports[payments].From {
+			if f.Member == "east" && len(f.Endpoints) > 0 {
+				t.Errorf("endpoints came in from east: %+v", f.Endpoints[0])
+			}
+		}
+		if cs.Imports[payments].From[0].Member == "east" {
+			t.Error("an export time before its admission made east the oldest")
+		}
+		if got := west.source.Bundles()[spiffeid.RequireTrustDomainFromString("north.demo")]; !got.X509Authorities()[0].Equal(north.ca.root) {
+			t.Error("north's root was replaced")
+		}
+	})
+}
+
+// TestFlatNetwork: on one network the endpoints themselves are probed, with their own IDs.
+func TestFlatNetwork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		west, east := w.make("west", 1), w.make("east", 2)
+		for _, c := range []*cluster{west, east} {
+			c.self.Network = "flat"
+			c.local.Self = c.self
+			c.start()
+		}
+		west.export(payments, 5)
+		if err := w.join("east", "west"); err != nil {
+			t.Fatal(err)
+		}
+		settle(10 * time.Second)
+		probe := func() peering.ProbeResult { return east.mesh.Load().Status().Members[0].Probe }
+		if p := probe(); !p.Known || p.OK || !strings.Contains(p.Error, "10.0.0.") {
+			t.Fatalf("nobody listens, and the probe says %+v", p)
+		}
+		for _, ep := range west.local.Services[payments].Endpoints {
+			address := ep.DialAddress("http").String()
+			w.answer(w.network.listen(address, "west"), west, spiffeid.RequireFromString(ep.SPIFFEID))
+		}
+		settle(10 * time.Second)
+		if p := probe(); !p.OK {
+			t.Fatalf("probe says %+v", p)
 		}
 	})
 }

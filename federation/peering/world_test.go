@@ -502,9 +502,13 @@ func (w *world) gateway(c *cluster, up bool) {
 		return
 	}
 	l := w.network.listen(address, c.name+"-gateway")
-	td := spiffeid.RequireTrustDomainFromString(c.self.TrustDomain)
+	w.answer(l, c, identity.GatewayID(spiffeid.RequireTrustDomainFromString(c.self.TrustDomain)))
+}
+
+// answer answers probes at a listener with an SVID of a cluster.
+func (w *world) answer(l net.Listener, c *cluster, id spiffeid.ID) {
 	src := identity.NewSource()
-	svid := c.ca.svid(identity.GatewayID(td))
+	svid := c.ca.svid(id)
 	go func() {
 		for {
 			raw, err := l.Accept()

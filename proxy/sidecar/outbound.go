@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptrace"
@@ -108,7 +109,7 @@ func (s *Sidecar) resolve(ctx context.Context, authority string) (*proxy.Table, 
 
 // serveHTTP routes one request.
 func (s *Sidecar) serveHTTP(w http.ResponseWriter, r *http.Request, rec *record, table *proxy.Table, l *proxy.Listener, local bool) {
-	out := &http.Request{Method: r.Method, Header: r.Header.Clone(), Host: r.Host, ContentLength: r.ContentLength, Trailer: r.Trailer,
+	out := &http.Request{Method: r.Method, Header: r.Header.Clone(), Host: r.Host, ContentLength: r.ContentLength, Trailer: maps.Clone(r.Trailer),
 		URL: &url.URL{Scheme: "https", Path: r.URL.Path, RawPath: r.URL.RawPath, Opaque: r.URL.Opaque, RawQuery: r.URL.RawQuery, ForceQuery: r.URL.ForceQuery}}
 	if out.URL.Path == "" && out.URL.Opaque == "" {
 		out.URL.Path = "/"
@@ -334,10 +335,17 @@ func (t *transfer) try(ctx context.Context, counts bool, picked func()) attempt 
 	if t.body != nil {
 		body, ok := t.body.next()
 		if !ok {
+			a.result.Outcome = balance.Canceled
 			a.failure = failWith(codeLost, "the body cannot be sent again")
 			return a
 		}
 		req.Body = body
+		req.Trailer = maps.Clone(t.out.Trailer)
+		body.ended = func() { // by then the caller's trailers are known
+			for name := range req.Trailer {
+				req.Trailer[name] = t.r.Trailer[name]
+			}
+		}
 	}
 	resp, err := t.s.roundTrip(t.backend.Cluster, pick, req)
 	if err != nil {
@@ -479,7 +487,7 @@ func (t *transfer) finish(a *attempt) {
 	rec.setEndpoint(a.pick)
 	defer func() {
 		if t.body != nil {
-			rec.in = t.body.bytes()
+			rec.in = t.body.finish()
 		}
 	}()
 	if a.failure != nil {

@@ -322,6 +322,7 @@ func (e *Embedded) compact(ctx context.Context, upTo int64) error {
 			return err
 		}
 	}
+	e.etcd.Server.Backend().ForceCommit() // else the sizes are those before the compaction
 	file, inUse := e.Sizes()
 	if file < e.cfg.QuotaBytes/10*8 || inUse > e.cfg.QuotaBytes/10*7 {
 		return nil

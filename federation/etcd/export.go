@@ -41,7 +41,7 @@ type ExporterConfig struct {
 type Scope struct {
 	Keys      map[string][]byte // all of it; neither map nor values may be changed later. A value that is the same slice as before costs nothing
 	Endpoints int               // in these keys
-	Complete  bool              // all sources have been read. Until then nothing is deleted
+	Complete  bool              // all sources have been read. Without that nothing is deleted
 	Explained int               // endpoints that are gone since the Set before because their object was deleted, or moved to another scope
 }
 
@@ -271,7 +271,7 @@ func (e *Exporter) take(s *exportScope, want Scope) {
 	if s.want == nil {
 		s.want = map[string][]byte{}
 	}
-	s.complete = s.complete || want.Complete
+	s.complete = want.Complete
 	if e.loaded {
 		s.compare()
 	}
@@ -551,13 +551,10 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 	last := len(s.check)-len(ops) <= len(s.due) // nothing more to write, except what waits
 	meta := &etcdpb.Meta{Keys: int64(left), Endpoints: s.last.Endpoints, Complete: s.last.Complete, RestartSeconds: int64(e.restart / time.Second)}
 	var epoch, tick []byte
-	if last && s.want != nil {
-		meta.Endpoints = int64(s.endpoints)
-		if s.complete {
-			meta.Complete = true
-			if s.epoch == nil {
-				epoch, tick = e.birth()
-			}
+	if last && s.want != nil && s.complete { // a partial export changes nothing that peers or the hold-back compare with
+		meta.Endpoints, meta.Complete = int64(s.endpoints), true
+		if s.epoch == nil {
+			epoch, tick = e.birth()
 		}
 	}
 	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(meta)
@@ -721,5 +718,5 @@ func (s *exportScope) settled(restart time.Duration) bool {
 	case s.want == nil:
 		return true
 	}
-	return s.meta != nil && s.last.Endpoints == int64(s.endpoints) && s.complete == (s.epoch != nil)
+	return !s.complete || (s.epoch != nil && s.last.Endpoints == int64(s.endpoints))
 }

@@ -259,6 +259,35 @@ func TestExporterHoldsBack(t *testing.T) {
 	})
 }
 
+func TestExporterPartialExportHidesNoLoss(t *testing.T) {
+	exporting(t, func(t *testing.T, store *recorder, e *etcd.Exporter) {
+		e.Set("all", services(200, "v1"))
+		_ = e.Flush(t.Context())
+		part := services(10, "v2")
+		part.Complete = false
+		e.Set("all", part)
+		if err := e.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := data(store.Memory, "all"); len(got) != 400 || got["svc/shop/s0001"] != "service v2" {
+			t.Errorf("%d keys after a partial export", len(got))
+		}
+		if m := meta(t, store.Memory, "all"); m.Endpoints != 200 || !m.Complete {
+			t.Errorf("meta %v", m)
+		}
+		e.Set("all", services(20, "v2"))
+		time.Sleep(time.Second)
+		if st, _ := e.Status(); st["all"].Held == "" {
+			t.Error("the loss went through")
+		}
+		empty := etcd.Scope{}
+		e.Set("for-north", empty)
+		if err := e.Flush(t.Context()); err != nil || len(store.Dump(etcd.ExportPrefix+"for-north/")) != 0 {
+			t.Errorf("an empty partial export: %v", err)
+		}
+	})
+}
+
 func TestExporterHoldsBackAfterRestart(t *testing.T) {
 	exporting(t, func(t *testing.T, store *recorder, e *etcd.Exporter) {
 		e.Set("all", services(200, "v1"))

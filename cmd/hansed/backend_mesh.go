@@ -174,12 +174,23 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 	switch {
 	case !out.OK:
 		out.Summary = fmt.Sprintf("%s: %d of %d checks failed.", p.cfg.Cluster, bad, len(out.Checks))
-	case len(s.Members) == 0:
+	case present(s.Members) == 0:
 		out.Summary = fmt.Sprintf("%s is well, and alone: no other cluster has joined.", p.cfg.Cluster)
 	default:
-		out.Summary = fmt.Sprintf("%s is well: %d clusters in mesh %q, all fresh, synced and probed end to end.", p.cfg.Cluster, len(s.Members)+1, s.Mesh)
+		out.Summary = fmt.Sprintf("%s is well: %d clusters in mesh %q, all fresh, synced and probed end to end.", p.cfg.Cluster, present(s.Members)+1, s.Mesh)
 	}
 	return out, nil
+}
+
+// present counts the members that have not left.
+func present(members []peering.MemberStatus) int {
+	n := 0
+	for i := range members {
+		if members[i].State != string(federation.Left) {
+			n++
+		}
+	}
+	return n
 }
 
 func memberCheck(m *peering.MemberStatus) admin.Check {

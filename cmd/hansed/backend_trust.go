@@ -57,6 +57,7 @@ func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
 	}
 	row.Sequence, _ = b.SequenceNumber()
 	now := p.now()
+	row.Age = bundleAge(b, now).Seconds()
 	for _, c := range b.X509Authorities() {
 		sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
 		left := "expired"
@@ -175,6 +176,25 @@ func (p *controlPlane) relate(domain, url, profile, endpointID, bundleJSON strin
 		return nil
 	}
 	return p.bundles.Set(td, b, "applied")
+}
+
+// bundleAge is how long ago a bundle was made: our authorities number them by time; of others it is the age of the newest authority.
+func bundleAge(b *spiffebundle.Bundle, now time.Time) time.Duration {
+	if seq, ok := b.SequenceNumber(); ok {
+		if made := time.Unix(int64(min(seq, 1<<40)), 0); made.Year() > 2020 && made.Before(now.Add(time.Hour)) {
+			return max(0, now.Sub(made))
+		}
+	}
+	var newest time.Time
+	for _, c := range b.X509Authorities() {
+		if c.NotBefore.After(newest) {
+			newest = c.NotBefore
+		}
+	}
+	if newest.IsZero() {
+		return 0
+	}
+	return max(0, now.Sub(newest))
 }
 
 func newer(b, than *spiffebundle.Bundle) bool {

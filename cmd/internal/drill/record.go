@@ -213,7 +213,7 @@ func report(d *admin.Drill, samples []Sample, m moments) {
 }
 
 // shiftTime is when callers had left what is drilled: the last ejection of a target during the drill, or, without one, the last report
-// of a success there if a later report of any caller shows none. Zero: they have not.
+// of a call there if later reports show none for 3 s. Zero: they have not, or there was none to begin with.
 func shiftTime(samples []Sample, m moments, end time.Time) time.Time {
 	var ejected, lastHit, lastSeen time.Time
 	for _, s := range samples {
@@ -224,7 +224,7 @@ func shiftTime(samples []Sample, m moments, end time.Time) time.Time {
 		if !m.targets[s.Endpoint] {
 			continue
 		}
-		if s.OK > 0 && s.Time.After(m.start.Add(time.Second)) {
+		if s.OK+s.Errors > 0 {
 			lastHit = latest(lastHit, s.Time)
 		}
 		for _, e := range s.Events {
@@ -236,8 +236,6 @@ func shiftTime(samples []Sample, m moments, end time.Time) time.Time {
 	switch {
 	case !ejected.IsZero() && lastHit.Before(ejected.Add(2*time.Second)):
 		return ejected
-	case lastHit.IsZero() && !lastSeen.IsZero() && len(m.targets) > 0:
-		return m.start
 	case !lastHit.IsZero() && lastSeen.Sub(lastHit) > 3*time.Second:
 		return lastHit
 	}

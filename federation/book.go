@@ -269,7 +269,7 @@ func sameEntry(a, b *Entry) bool {
 // within bounds a time that another clock made.
 func within(t, now time.Time) time.Time {
 	if t.IsZero() || t.After(now.Add(maxClockAhead)) {
-		return now
+		return Stamp(now)
 	}
 	return t
 }

@@ -190,10 +190,10 @@ func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fa
 func encodeService(trustDomain string, svc *discovery.Service, old *exported, now time.Time) (*exported, error) {
 	x := &exported{
 		source: svc, scope: AudienceScope(svc.Export.Audience), audience: svc.Export.Audience,
-		since: svc.Export.Created, slots: map[string]int{}, values: map[string][]byte{},
+		since: Stamp(svc.Export.Created), slots: map[string]int{}, values: map[string][]byte{},
 	}
 	if x.since.IsZero() {
-		if x.since = now; old != nil && !old.since.IsZero() {
+		if x.since = Stamp(now); old != nil && !old.since.IsZero() {
 			x.since = old.since
 		}
 	}
@@ -337,6 +337,9 @@ func affinity(s string) string {
 	}
 	return s
 }
+
+// Stamp returns a time as exports and records keep it: UTC, in milliseconds. What is in memory then equals what a restart reads.
+func Stamp(t time.Time) time.Time { return fromMillis(toMillis(t)) }
 
 func toMillis(t time.Time) int64 {
 	if t.IsZero() {

@@ -31,7 +31,7 @@ func LocalPart(s *discovery.Snapshot, e *Exports) *Part {
 		}
 		since := e.Since(name)
 		if since.IsZero() {
-			since = svc.Export.Created
+			since = Stamp(svc.Export.Created)
 		}
 		p.Exports[name] = &Export{
 			Ports: svc.Ports, Headless: svc.Headless, Affinity: affinity(svc.Affinity), Exported: since, Endpoints: svc.Endpoints,

@@ -103,7 +103,7 @@ func (m *Mesh) loadBook(ctx context.Context) (*federation.Book, error) {
 	}
 	b := federation.NewBook(federation.Record{
 		ID: string(self), Name: m.cfg.Self.Cluster, TrustDomain: m.cfg.Self.TrustDomain, Mesh: m.cfg.MeshName,
-		Incarnation: 1, Standing: federation.Joined, Admitted: m.cfg.Now(), Changed: m.cfg.Now(),
+		Incarnation: 1, Standing: federation.Joined, Admitted: federation.Stamp(m.cfg.Now()), Changed: federation.Stamp(m.cfg.Now()),
 	})
 	for key, value := range stored {
 		e, err := decodeEntry(value)

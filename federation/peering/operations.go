@@ -179,9 +179,9 @@ func (m *Mesh) Join(ctx context.Context, token string, progress func(Progress)) 
 	err = m.change(ctx, func(b *federation.Book) ([]string, error) {
 		r := *b.Own()
 		r.Standing, r.Incarnation, r.Sponsor, r.Mesh = federation.Joining, a.Self.Incarnation, a.Issuer.ID, a.Mesh
-		r.Admitted, r.Changed, r.Expires, r.Proof = a.Self.Admitted, m.cfg.Now(), a.Self.Expires, nil
+		r.Admitted, r.Changed, r.Expires, r.Proof = a.Self.Admitted, federation.Stamp(m.cfg.Now()), a.Self.Expires, nil
 		if r.Expires.IsZero() { // the issuer has it as a member already: a repeated join
-			r.Expires = m.cfg.Now().Add(join.TokenLife)
+			r.Expires = federation.Stamp(m.cfg.Now().Add(join.TokenLife))
 		}
 		b.Put(&federation.Entry{Record: r})
 		return []string{b.Self}, nil
@@ -201,7 +201,7 @@ func (m *Mesh) Join(ctx context.Context, token string, progress func(Progress)) 
 			return nil, err
 		}
 		r := *b.Own()
-		r.Standing, r.Incarnation, r.Changed, r.Expires = federation.Joined, self.Incarnation, m.cfg.Now(), time.Time{}
+		r.Standing, r.Incarnation, r.Changed, r.Expires = federation.Joined, self.Incarnation, federation.Stamp(m.cfg.Now()), time.Time{}
 		b.Put(&federation.Entry{Record: r})
 		return append(changed, b.Self), nil
 	})
@@ -280,7 +280,7 @@ func (m *Mesh) expireJoining(ctx context.Context) error {
 		if r.Standing != federation.Joining {
 			return nil, nil
 		}
-		r.Standing, r.Sponsor, r.Mesh, r.Changed, r.Expires = federation.Joined, "", m.cfg.MeshName, m.cfg.Now(), time.Time{}
+		r.Standing, r.Sponsor, r.Mesh, r.Changed, r.Expires = federation.Joined, "", m.cfg.MeshName, federation.Stamp(m.cfg.Now()), time.Time{}
 		b.Put(&federation.Entry{Record: r})
 		return []string{b.Self}, nil
 	})
@@ -316,7 +316,7 @@ func (m *Mesh) leave(ctx context.Context, force bool) (*LeaveResult, error) {
 	if left.Standing == federation.Left {
 		return res, nil
 	}
-	left.Incarnation, left.Standing, left.Changed, left.Bundle = left.Incarnation+1, federation.Left, m.cfg.Now().UTC().Truncate(time.Millisecond), nil
+	left.Incarnation, left.Standing, left.Changed, left.Bundle = left.Incarnation+1, federation.Left, federation.Stamp(m.cfg.Now()), nil
 	if err := signLeft(m.cfg.Source, &left); err != nil {
 		return nil, err
 	}
@@ -432,7 +432,7 @@ func (m *Mesh) remove(ctx context.Context, member string, force bool) (*LeaveRes
 		return nil, fmt.Errorf("%w: cluster %s", ErrNeedsForce, e.Record.Name)
 	}
 	left := e.Record
-	left.Incarnation, left.Standing, left.Changed, left.Bundle = left.Incarnation+1, federation.Left, m.cfg.Now().UTC().Truncate(time.Millisecond), nil
+	left.Incarnation, left.Standing, left.Changed, left.Bundle = left.Incarnation+1, federation.Left, federation.Stamp(m.cfg.Now()), nil
 	if err := signLeft(m.cfg.Source, &left); err != nil {
 		return nil, err
 	}

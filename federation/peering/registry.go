@@ -56,7 +56,7 @@ func (g registry) Known(id string) (federation.Record, bool) {
 // other begins a new life, two ahead, so that a left record that others may still make of the old one does not beat it.
 func (g registry) Admit(ctx context.Context, r federation.Record) (self federation.Record, others []federation.Record, err error) {
 	err = g.m.change(ctx, func(b *federation.Book) ([]string, error) {
-		own, now := *b.Own(), g.m.cfg.Now()
+		own, now := *b.Own(), federation.Stamp(g.m.cfg.Now())
 		if own.Standing == federation.Joining {
 			return nil, fmt.Errorf("cluster %s is itself joining a mesh", own.Name)
 		}
@@ -108,7 +108,7 @@ func (g registry) Confirm(ctx context.Context, id string, incarnation uint64) (s
 			self = next.Record
 			return nil, nil
 		}
-		next.Record.Standing, next.Record.Expires, next.Record.Changed = federation.Joined, time.Time{}, g.m.cfg.Now()
+		next.Record.Standing, next.Record.Expires, next.Record.Changed = federation.Joined, time.Time{}, federation.Stamp(g.m.cfg.Now())
 		self = next.Record
 		b.Put(&next)
 		g.m.log.Info("cluster joined", "cluster", self.Name, "member", id, "incarnation", incarnation)

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"errors"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/hanse-mesh/hanse/federation/etcd/etcdpb"
@@ -157,4 +159,28 @@ func TestEmbeddedRecoversFromItsQuota(t *testing.T) {
 	if file, inUse := e.Sizes(); inUse > 1<<20 || file > 4<<20 {
 		t.Errorf("%d bytes in use of %d", inUse, file)
 	}
+}
+
+func TestEmbeddedThatFailsSaysSo(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	e, err := StartEmbedded(t.Context(), EmbeddedConfig{Dir: dir, Name: "west"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := StartEmbedded(t.Context(), EmbeddedConfig{Dir: dir, Name: "west"}); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+		t.Errorf("a second server on the same data: %v", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- e.Wait(t.Context()) }()
+	log := newZap(nil, e.fail)
+	go log.Fatal("failed to save", zap.Error(syscall.ENOSPC)) // as etcd does when its log cannot be written
+	var de *DataError
+	if err := <-ended; !errors.As(err, &de) || !strings.Contains(err.Error(), "no space left") || !strings.Contains(err.Error(), dir) {
+		t.Errorf("Wait: %v", err)
+	}
+	if err := e.Close(); !errors.As(err, &de) {
+		t.Errorf("Close: %v", err)
+	}
+	e.etcd.Close()
 }

@@ -309,6 +309,8 @@ func (c *Client) RoundTrip(peer Peer, req *http.Request) (*http.Response, error)
 	reached := sent.Load() && !unprocessed(err)
 	if cause := cc.cause.Load(); cause != nil {
 		err = *cause
+	} else if cc.meter.broken.Load() {
+		err = fmt.Errorf("%w: %w", ErrLost, err)
 	}
 	if ctxErr := context.Cause(req.Context()); ctxErr != nil {
 		err = ctxErr

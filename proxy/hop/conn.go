@@ -17,6 +17,7 @@ type meteredConn struct {
 	lastRead atomic.Int64 // Unix nanoseconds
 	read     atomic.Uint64
 	written  atomic.Uint64
+	broken   atomic.Bool // reading or writing has failed
 }
 
 func (c *meteredConn) Read(p []byte) (int, error) {
@@ -25,12 +26,18 @@ func (c *meteredConn) Read(p []byte) (int, error) {
 		c.lastRead.Store(time.Now().UnixNano())
 		c.read.Add(uint64(n))
 	}
+	if err != nil {
+		c.broken.Store(true)
+	}
 	return n, err
 }
 
 func (c *meteredConn) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
 	c.written.Add(uint64(n))
+	if err != nil {
+		c.broken.Store(true)
+	}
 	return n, err
 }
 

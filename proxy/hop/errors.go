@@ -9,6 +9,8 @@ import (
 var (
 	// ErrDead is the failure of streams on a connection that answered no PING in time.
 	ErrDead = errors.New("no byte and no answer to PING")
+	// ErrLost is the failure of streams whose connection broke: their peer has died, or the way to it.
+	ErrLost = errors.New("connection lost")
 	// ErrDistrusted is the failure of streams whose peer is no longer vouched for by any bundle.
 	ErrDistrusted = errors.New("peer's SVID no longer verifies")
 	// ErrClosed is returned once Run has returned.

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -76,6 +77,41 @@ func TestLoadConfig(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
+}
+
+// TestSample: the file in deploy has every field, and is good.
+func TestSample(t *testing.T) {
+	b, err := os.ReadFile("../../deploy/systemd/hanse-proxy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := LoadConfig(write(t, string(b)), "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, field := range jsonFields(reflect.TypeOf(*c)) {
+		if !strings.Contains(string(b), field+":") {
+			t.Errorf("the sample does not name %s", field)
+		}
+	}
+}
+
+func jsonFields(typ reflect.Type) []string {
+	var names []string
+	for i := range typ.NumField() {
+		f := typ.Field(i)
+		if name := f.Tag.Get("json"); name != "" {
+			names = append(names, name)
+		}
+		ft := f.Type
+		if ft.Kind() == reflect.Slice {
+			ft = ft.Elem()
+		}
+		if ft.Kind() == reflect.Struct && ft != reflect.TypeFor[Duration]() {
+			names = append(names, jsonFields(ft)...)
+		}
+	}
+	return names
 }
 
 // TestFaults: all are reported together, each with its field.

@@ -267,7 +267,7 @@ func (m *Mesh) follow(ctx context.Context, p *peer) {
 			}
 			m.wake()
 		})
-		if err != nil && ctx.Err() == nil {
+		if ctx.Err() == nil {
 			log.Warn("reading imports ended", "error", err)
 		}
 		pause(ctx, time.Second)

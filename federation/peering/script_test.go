@@ -200,9 +200,7 @@ func (c *cluster) state() []byte {
 	for _, a := range st.Alarms {
 		out.Alarms = append(out.Alarms, c.w.anonymous(a))
 	}
-	for _, td := range slices.Sorted(maps.Keys(cs.Trusted)) {
-		out.Trusted = append(out.Trusted, td)
-	}
+	out.Trusted = append(out.Trusted, slices.Sorted(maps.Keys(cs.Trusted))...)
 	b, err := json.MarshalIndent(out, "", "  ")
 	if err != nil {
 		c.w.t.Fatal(err)

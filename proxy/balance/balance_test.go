@@ -189,7 +189,7 @@ func TestEjectionByAnswers(t *testing.T) {
 
 // TestAnswersThatConnectAreStillCounted: a stream that was accepted and then answered badly is a bad answer.
 func TestAnswersThatConnectAreStillCounted(t *testing.T) {
-	b, clock := newTest(t, Config{})
+	b, _ := newTest(t, Config{})
 	b.Update(table(clusterOf(endpoints("a", "a1"), endpoints("b", "b1"))))
 	for range 5 {
 		p := mustPick(t, b, PickInfo{})
@@ -199,7 +199,7 @@ func TestAnswersThatConnectAreStillCounted(t *testing.T) {
 	if got := draw(t, b, 100); got["b1"] != 100 {
 		t.Fatalf("five bad answers: %v", got)
 	}
-	b, clock = newTest(t, Config{Ramp: -1})
+	b, clock := newTest(t, Config{Ramp: -1})
 	b.Update(table(clusterOf(endpoints("a", "a1"), endpoints("b", "b1"))))
 	p := mustPick(t, b, PickInfo{})
 	p.Done(Result{Outcome: Dead})

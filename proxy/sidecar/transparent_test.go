@@ -46,7 +46,7 @@ func TestTransparent(t *testing.T) {
 		w.Header().Add("Set-Cookie", "a=1")
 		w.Header().Add("Set-Cookie", "b=2")
 		w.Header().Set("X-Big", strings.Repeat("x", 30_000))
-		http.Error(w, "teapot", 418)
+		http.Error(w, "teapot", http.StatusTeapot)
 	})
 	mux.HandleFunc("/gzip", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Encoding", "gzip")

@@ -514,7 +514,7 @@ func (s *store) failure(authority string) error {
 		return nil
 	}
 	if r := s.kinds[listeners].rejected[authority]; r != nil && n.next == nil {
-		return fmt.Errorf("Listener %q was rejected: %w", authority, r.err)
+		return fmt.Errorf("the Listener %q was rejected: %w", authority, r.err)
 	}
 	return nil
 }

@@ -157,7 +157,7 @@ func (s *Sidecar) portOf(in *proxy.Inbound, target string) *proxy.InboundPort {
 		return nil
 	}
 	var found *proxy.InboundPort
-	target = strings.ToLower(target)
+	target = onlyPort(in, strings.ToLower(target))
 	address, err := netip.ParseAddrPort(target)
 	for i := range in.Ports {
 		p := &in.Ports[i]
@@ -169,6 +169,25 @@ func (s *Sidecar) portOf(in *proxy.Inbound, target string) *proxy.InboundPort {
 		}
 	}
 	return found
+}
+
+// onlyPort completes a service name without port, as other peers may send it, where the service has one port here.
+func onlyPort(in *proxy.Inbound, target string) string {
+	if strings.IndexByte(target, ':') >= 0 {
+		return target
+	}
+	only := target
+	for i := range in.Ports {
+		for _, service := range in.Ports[i].Services {
+			if strings.HasPrefix(service, target+":") && service != only {
+				if only != target {
+					return target // several
+				}
+				only = service
+			}
+		}
+	}
+	return only
 }
 
 // suffer carries out the faults in force for one request.
@@ -226,7 +245,7 @@ func (s *Sidecar) toApp(r *http.Request, rec *record, caller hop.Caller) (contex
 func (s *Sidecar) inboundHTTP(w http.ResponseWriter, r *http.Request, rec *record, to *app, caller hop.Caller, protocol proxy.Protocol) {
 	ctx, out := s.toApp(r, rec, caller)
 	transport := to.http1
-	if protocol == proxy.HTTP2 || protocol == proxy.GRPC {
+	if protocol == proxy.HTTP2 || protocol == proxy.GRPC || isGRPC(out.Header) { // gRPC is HTTP/2, whatever the port is called
 		transport = to.h2c
 	}
 	counted := &countingBody{ReadCloser: r.Body}

@@ -47,7 +47,7 @@ func (p *plaintext) roundTrip(e *proxy.Endpoint, c *proxy.Cluster, req *http.Req
 		return nil, err
 	}
 	transport := p.http1
-	if c != nil && (c.Protocol == proxy.HTTP2 || c.Protocol == proxy.GRPC) {
+	if c != nil && (c.Protocol == proxy.HTTP2 || c.Protocol == proxy.GRPC) || isGRPC(req.Header) {
 		transport = p.h2c
 	}
 	u := *req.URL

@@ -294,7 +294,7 @@ func TestForeignPeer(t *testing.T) {
 	c := hop.NewClient(hop.ClientConfig{Source: src, ConnectTimeout: 5 * time.Second})
 	run(t, c.Run)
 	e := pay.endpoint("e1")
-	for _, host := range []string{authority, "127.0.0.1:8080"} {
+	for _, host := range []string{authority, "127.0.0.1:8080", "payments.shop.svc.clusterset.local"} {
 		req, _ := http.NewRequestWithContext(t.Context(), "GET", "https://"+host+"/", nil)
 		req.Header.Set("X-Forwarded-Client-Cert", "URI=spiffe://evil")
 		resp, err := c.RoundTrip(hop.Peer{Address: e.Address, SPIFFEID: e.SPIFFEID}, req)

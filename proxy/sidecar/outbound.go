@@ -411,7 +411,7 @@ func outcomeOf(err error) balance.Outcome {
 		return balance.GatewayFailed
 	case e.Stage == hop.StageConnect, e.Stage == hop.StageHandshake:
 		return balance.ConnectFailed
-	case errors.Is(err, hop.ErrDead), errors.Is(err, hop.ErrDistrusted):
+	case errors.Is(err, hop.ErrDead), errors.Is(err, hop.ErrLost), errors.Is(err, hop.ErrDistrusted):
 		return balance.Dead
 	case !e.Sent:
 		return balance.Refused

@@ -358,8 +358,12 @@ func TestFragments(t *testing.T) {
 
 // FuzzReadHello: never a panic, never more bytes than given.
 func FuzzReadHello(f *testing.F) {
-	f.Add(hello(f, "e1.endpoint.hanse"))
-	f.Add(hello(f, ""))
+	const head = "\x03\x03" + "12345678901234567890123456789012" + "\x00" + "\x00\x02\x13\x01" + "\x01\x00"
+	sni := "\x00\x00\x00\x0e" + "\x00\x0c" + "\x00\x00\x09" + "e1.ep.han"
+	for _, extensions := range []string{"", "\x00\x00", "\x00\x12" + sni, "\x00\x19" + "\x00\x2b\x00\x03\x02\x03\x04" + sni} {
+		n := len(head) + len(extensions)
+		f.Add([]byte("\x16\x03\x01\x00" + string(rune(n+4)) + "\x01\x00\x00" + string(rune(n)) + head + extensions))
+	}
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		raw, name, err := readHello(bytes.NewReader(b))

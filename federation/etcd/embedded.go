@@ -31,7 +31,7 @@ const (
 	defaultHistory = 15 * time.Minute
 	compactEvery   = time.Minute
 	startTimeout   = 30 * time.Second
-	lockTimeout    = 5 * time.Second // for a process before this one to end
+	lockTimeout    = 3 * time.Second // for a process before this one to end
 	txnOps         = MaxOps + 8      // a batch, its checkpoint, its fence
 )
 
@@ -217,7 +217,7 @@ func (e *Embedded) settings() *embed.Config {
 	c.MaxTxnOps = txnOps
 	c.MaxRequestBytes = 2 << 20
 	c.SnapshotCount, c.SnapshotCatchUpEntries = 100, 10 // entries kept in memory; there is no follower to catch up
-	c.TickMs, c.ElectionMs = 200, 1000                  // nobody to elect against
+	c.TickMs, c.ElectionMs = 50, 250                    // nobody to elect against; the first election is what a start waits for
 	c.WatchProgressNotifyInterval = 10 * time.Second
 	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModePeriodic, "0" // compactLoop does it
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(e.cfg.Log, e.fail))

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -157,7 +158,7 @@ func TestRestoredBackups(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		for i := range 50 {
+		for i := range 20 {
 			backup := b.west.Backup()
 			for j := range rand.IntN(4) {
 				set(fmt.Sprintf("lost %d %d", i, j), 50)
@@ -193,6 +194,33 @@ func TestDeposedMirrorWritesNothing(t *testing.T) {
 		if !b.converged() {
 			t.Error("diverged afterwards")
 		}
+	})
+}
+
+func TestOneBadObjectStopsNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, b *bubble) {
+		kv := etcd.NewKV(b.west, etcd.ExportPrefix)
+		put := func(key string, value []byte) {
+			t.Helper()
+			if _, err := kv.Put(t.Context(), key, value); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put("all/svc/shop/s0001", make([]byte, 2<<20))
+		put("all/svc/shop/"+strings.Repeat("x", 5000), nil)
+		put("peers/"+self+"/scopes", []byte("rubbish"))
+		time.Sleep(time.Second)
+		put("all/svc/shop/s0002", []byte("after"))
+		b.until("others go on", func() bool { return b.imported()["svc/shop/s0002"] == "after" })
+		got := b.imported()
+		if got["svc/shop/s0001"] != "service v1" || len(got) != 100 {
+			t.Errorf("%d keys; the last good state is %.20q", len(got), got["svc/shop/s0001"])
+		}
+		if st := b.mirror.Status(); !st.Connected || !strings.Contains(st.Err, "scope list") {
+			t.Errorf("status %+v", st)
+		}
+		put("peers/"+self+"/scopes", scopeList("all").Keys["scopes"])
+		b.until("no fault", func() bool { return b.mirror.Status().Err == "" })
 	})
 }
 

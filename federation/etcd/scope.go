@@ -288,11 +288,11 @@ func (s *scopeMirror) list(ctx context.Context, remote Remote) error {
 			next.Meta = kv.Value
 			return nil
 		}
-		if err := checkData(key, kv.Value); err != nil {
-			return err
-		}
 		if seen[key] = true; len(seen)%1000 == 0 {
 			s.m.heard()
+		}
+		if s.refused(key, kv.Value) {
+			return nil
 		}
 		if d, ok := digests[key]; ok && d == sha256.Sum256(kv.Value) {
 			return nil
@@ -348,11 +348,13 @@ func (s *scopeMirror) list(ctx context.Context, remote Remote) error {
 	return s.commit(ctx, newBatch())
 }
 
-func checkData(key string, value []byte) error {
-	if len(key) > maxKey || len(value) > MaxValue {
-		return fmt.Errorf("key %.64q of %d bytes with a value of %d: at most %d and %d", key, len(key), len(value), maxKey, MaxValue)
+// refused reports whether an object is too large to be kept. Its last good state stays, and the others go on.
+func (s *scopeMirror) refused(key string, value []byte) bool {
+	if key != "" && len(key) <= maxKey && len(value) <= MaxValue {
+		return false
 	}
-	return nil
+	s.m.log.Error("object is not mirrored: it is too large", "scope", s.name, "key", key[:min(len(key), 64)], "key-bytes", len(key), "value-bytes", len(value))
+	return true
 }
 
 // sweep deletes the stale keys if the peer's own count agrees that it has exactly the others, or if a person says so.
@@ -524,9 +526,7 @@ func (s *scopeMirror) watch(ctx context.Context, remote Remote) error {
 			}
 		}
 	})
-	if err := s.followed(true); err != nil {
-		return err
-	}
+	s.followed(true)
 	probe := time.NewTicker(s.m.cfg.Timers.Probe)
 	defer probe.Stop()
 	probed := make(chan error, 1)
@@ -627,21 +627,27 @@ func (s *scopeMirror) flush(ctx context.Context, b *batch) error {
 	if err := s.sweep(ctx, s.cp.Meta, len(s.sizes)-len(s.stale), false); err != nil {
 		return err
 	}
-	return s.followed((listed == nil) != (s.scopes == nil) || !bytes.Equal(listed, s.scopes))
+	s.followed((listed == nil) != (s.scopes == nil) || !bytes.Equal(listed, s.scopes))
+	return nil
 }
 
 // followed reports that all up to the checkpoint is here, and passes on the scope list if that is news.
-func (s *scopeMirror) followed(listed bool) error {
+func (s *scopeMirror) followed(listed bool) {
+	var fault string
+	if listed && s.scopes != nil {
+		if err := s.m.allowed(s.scopes); err != nil { // the list before stays in force
+			fault = err.Error()
+			s.m.log.Error("scope list is not taken", "error", err)
+		}
+	}
 	var meta etcdpb.Meta
 	_ = proto.Unmarshal(s.cp.Meta, &meta) // sweep says what is wrong with it
 	s.publish(func(r *scopeReport) {
-		r.following, r.err, r.revision = true, "", s.cp.Revision
+		if r.following, r.revision = true, s.cp.Revision; listed || s.scopes == nil {
+			r.err = fault
+		}
 		r.restart = min(time.Duration(meta.RestartSeconds)*time.Second, maxRestart)
 	})
-	if listed && s.scopes != nil {
-		return s.m.allowed(s.scopes)
-	}
-	return nil
 }
 
 // remove deletes the scope here, because the peer's scope list does not have it any more.
@@ -686,8 +692,8 @@ func (s *scopeMirror) events(ctx context.Context, r *WatchResponse, b **batch) e
 			(*b).marked = true
 			continue
 		}
-		if err := checkData(key, e.Value); err != nil {
-			return err
+		if s.refused(key, e.Value) {
+			continue
 		}
 		if (*b).full(key, e.Value) {
 			if err := s.commit(ctx, *b); err != nil {

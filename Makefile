@@ -45,7 +45,7 @@ bin/tools/staticcheck-$(STATICCHECK_VERSION):
 
 .PHONY: soak
 soak: build ## The long runs: full-length timers with real processes (about an hour); the log is kept in bin/soak.log
-	HANSE_SOAK=1 $(GO) test -timeout 3h -v -run Soak ./test/... 2>&1 | tee bin/soak.log
+	HANSE_SOAK=1 $(GO) test -count=1 -timeout 3h -v ./test/... 2>&1 | tee bin/soak.log
 
 .PHONY: fuzz
 fuzz: ## Each fuzz target for 30 s

@@ -118,7 +118,7 @@ func (p *controlPlane) Endpoints(_ context.Context, service string) ([]admin.End
 		}
 		for _, e := range from.Endpoints {
 			out = append(out, admin.Endpoint{
-				ID: e.ID, Cluster: from.Member, Region: e.Locality.Region, Zone: e.Locality.Zone, Address: e.Address.String(), Network: e.Network,
+				ID: e.ID, Cluster: from.Member, Region: e.Locality.Region, Zone: e.Locality.Zone, Address: address(e), Network: e.Network,
 				Ready: e.Ready, Draining: e.Draining, State: stateOf(set, from.Member), Health: p.health.Worst(e.ID, authorities),
 				SPIFFEID: e.SPIFFEID, Transport: string(e.Transport), Revision: from.Revision, SeenAge: age,
 			})
@@ -128,6 +128,14 @@ func (p *controlPlane) Endpoints(_ context.Context, service string) ([]admin.End
 		return cmp.Or(-cmp.Compare(b2i(a.State == self), b2i(b.State == self)), cmp.Compare(a.Cluster, b.Cluster), cmp.Compare(a.Zone, b.Zone), cmp.Compare(a.Address, b.Address))
 	})
 	return out, nil
+}
+
+// address is where an endpoint is dialled: its hop, or the workload itself, whose port depends on the service's.
+func address(e *discovery.Endpoint) string {
+	if e.Transport == discovery.Hop {
+		return e.DialAddress("").String()
+	}
+	return e.Address.String()
 }
 
 // findService reads "namespace/name", "name.namespace…" or, where it is the only one of that name, "name".

@@ -120,7 +120,7 @@ func TestFaults(t *testing.T) {
 	step("SIGSTOP of a peer's hansed: suspect, not forgotten", func(t *testing.T) {
 		d := 6 * time.Second
 		if soak() {
-			d = time.Minute
+			d = 10 * time.Minute
 		}
 		ld := l.load("west", payments, 2)
 		l.signal("east/hansed", syscall.SIGSTOP)

@@ -85,6 +85,7 @@ type lab struct {
 	dir      string
 	clusters []*cluster
 	starts   chan func()
+	args     map[string][]string // more arguments of a process, by its name
 
 	mu    sync.Mutex
 	procs map[string]*process // guarded by mu; by name, such as "west/hansed"
@@ -103,7 +104,7 @@ func newLab(t *testing.T, extra string, names ...string) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &lab{t: t, dir: dir, procs: map[string]*process{}, starts: make(chan func())}
+	l := &lab{t: t, dir: dir, procs: map[string]*process{}, starts: make(chan func()), args: map[string][]string{}}
 	go func() { // children die with the thread that started them: this one lasts as long as the test
 		runtime.LockOSThread()
 		for f := range l.starts {
@@ -333,7 +334,7 @@ func (l *lab) eventually(within time.Duration, what string, f func() error) {
 func (l *lab) up() {
 	l.t.Helper()
 	for _, c := range l.clusters {
-		l.start(c.Name+"/hansed", "hansed", "--config", filepath.Join(c.Dir, "hansed.yaml"))
+		l.start(c.Name+"/hansed", append([]string{"hansed", "--config", filepath.Join(c.Dir, "hansed.yaml")}, l.args[c.Name+"/hansed"]...)...)
 	}
 	for _, c := range l.clusters {
 		l.ready(c.Name+"/hansed", c.Admin)

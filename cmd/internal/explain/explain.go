@@ -201,7 +201,7 @@ func (e *explainer) name() error {
 		}
 	default:
 		e.out.Name = name.Host() + " → unknown"
-		e.fail(fmt.Sprintf("in the cluster that has it: kubectl-style ServiceExport %s/%s (hanse apply -f); or check the name with hanse services", name.Namespace, name.Name),
+		e.fail(fmt.Sprintf("check the name: hanse services. If it is right: in the cluster that has it, hanse apply -f a ServiceExport %s", name),
 			"no cluster exports %s, and %s has no service of that name.", name, set.Local.Self.Cluster)
 		return nil
 	}

@@ -122,8 +122,8 @@ func (x xnetServer) start(ctx context.Context, conn net.Conn) serverSession {
 		ReadIdleTimeout:              x.pingAfter,
 		PingTimeout:                  x.pingAfter,
 		WriteByteTimeout:             x.writeTimeout,
-		MaxUploadBufferPerConnection: 16 << 20,
-		MaxUploadBufferPerStream:     1 << 20,
+		MaxUploadBufferPerConnection: 128 << 20, // far more than one stream's, so that unread uploads do not hold up the others
+		MaxUploadBufferPerStream:     512 << 10,
 	}
 	s := &xnetServerSession{ctx: ctx, conn: conn, base: base, h2: h2}
 	if err := http2.ConfigureServer(base, h2); err != nil {

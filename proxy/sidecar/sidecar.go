@@ -93,7 +93,7 @@ type Sidecar struct {
 	applied uint64 // guarded by applyMu: version of the Table that balancer and faults obey
 
 	trackMu sync.Mutex
-	tracked map[io.Closer]struct{} // guarded by trackMu: what an http.Server no longer knows
+	tracked map[io.Closer]struct{} // guarded by trackMu: what an http.Server no longer knows; nil at the end
 }
 
 // New builds a Sidecar; it fails on names and addresses that cannot be used.
@@ -172,8 +172,8 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	<-serveCtx.Done()
 	result := in.wait(nil)
 	stopOut()
+	s.drainTracked()
 	result = out.wait(result)
-	s.closeTracked()
 	s.background.Wait()
 	stopCore()
 	result = core.wait(result)
@@ -351,14 +351,7 @@ func (s *Sidecar) serveLocal(ctx context.Context, ln net.Listener, authority str
 	if err := <-httpDone; result == nil && ctx.Err() == nil {
 		result = err
 	}
-	finished := make(chan struct{})
-	go func() { conns.Wait(); close(finished) }()
-	select {
-	case <-finished:
-	case <-time.After(s.cfg.DrainTimeout):
-		s.closeTracked()
-		<-finished
-	}
+	conns.Wait() // Run closes what goes on for too long
 	return result
 }
 
@@ -397,22 +390,40 @@ func (h *handedOver) Close() error {
 // Addr implements net.Listener.
 func (h *handedOver) Addr() net.Addr { return h.addr }
 
-// track remembers a connection that shutdown must close; call the result when it is over.
+// track remembers a connection that shutdown must close and await; call the result when it is over.
 func (s *Sidecar) track(c io.Closer) (untrack func()) {
 	s.trackMu.Lock()
+	defer s.trackMu.Unlock()
+	if s.tracked == nil { // too late
+		_ = c.Close()
+		return func() {}
+	}
 	s.tracked[c] = struct{}{}
-	s.trackMu.Unlock()
+	s.background.Add(1)
 	return func() {
 		s.trackMu.Lock()
+		defer s.trackMu.Unlock()
 		delete(s.tracked, c)
-		s.trackMu.Unlock()
+		s.background.Done()
 	}
 }
 
-func (s *Sidecar) closeTracked() {
+// drainTracked waits until nothing is tracked, up to DrainTimeout, then closes what is left and all that comes.
+func (s *Sidecar) drainTracked() {
+	look := time.NewTicker(20 * time.Millisecond)
+	defer look.Stop()
+	for deadline := time.Now().Add(s.cfg.DrainTimeout); time.Now().Before(deadline); <-look.C {
+		s.trackMu.Lock()
+		open := len(s.tracked)
+		s.trackMu.Unlock()
+		if open == 0 {
+			break
+		}
+	}
 	s.trackMu.Lock()
 	defer s.trackMu.Unlock()
 	for c := range s.tracked {
 		_ = c.Close()
 	}
+	s.tracked = nil
 }

@@ -231,7 +231,7 @@ func TestNothingIsLeft(t *testing.T) {
 	cycle := func() {
 		pay := start(t, west.Source("/ns/shop/sa/payments"), func(c *sidecar.Config) { c.Apps[8080] = tcpApp(t) })
 		pay.serves(proxy.TCP, authority)
-		front := start(t, west.Source("/ns/shop/sa/frontend"))
+		front := start(t, west.Source("/ns/shop/sa/frontend"), func(c *sidecar.Config) { c.DrainTimeout = 50 * time.Millisecond })
 		front.calls(proxy.TCP, authority, []*proxy.Endpoint{pay.endpoint("e1")})
 		c, err := net.Dial("tcp", front.outbound)
 		if err != nil {

@@ -98,7 +98,6 @@ func (s *Sidecar) inbound(w http.ResponseWriter, r *http.Request) {
 	if t := r.Header.Get(headerTarget); t != "" && r.Method != http.MethodConnect {
 		target = t
 	}
-	rec.service = target
 	if s.draining.Load() {
 		w.Header().Set("Connection", "close") // GOAWAY
 		s.refuse(w, r, rec, failWith(codeDraining, "this workload is shutting down"))
@@ -109,6 +108,7 @@ func (s *Sidecar) inbound(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, rec, failWith(codeWrongTarget, "%s is not a declared port of this workload", target))
 		return
 	}
+	rec.service = strings.ToLower(target) // not before: a caller's invention must not become a label
 	method, path := rec.method, rec.path
 	if r.Method == http.MethodConnect && upgrade == "" {
 		method, path = "", ""

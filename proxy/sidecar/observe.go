@@ -88,7 +88,7 @@ func (s *Sidecar) finish(rec *record) {
 	m := s.metrics
 	m.active.WithLabelValues(rec.reporter).Dec()
 	service := rec.service
-	if rec.code == codeUnknownService || rec.code == codeWrongTarget {
+	if rec.code == codeUnknownService || rec.code == codeNoConfig {
 		service = "" // a caller's invention must not become a label
 	}
 	m.requests.WithLabelValues(rec.reporter, rec.protocol, rec.source, rec.dest, service, rec.cluster, rec.region, rec.zone,

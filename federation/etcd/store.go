@@ -17,7 +17,7 @@ var (
 // Limits of one Txn (etcd's own defaults, less what the Store adds itself: a checkpoint and a fence).
 const (
 	MaxOps   = 127           // data operations of one Txn
-	MaxBytes = 1 << 18       // of keys and values of one Txn that are batched together; etcd keeps about 100 Txns in memory
+	MaxBytes = 1 << 17       // of keys and values of one Txn that are batched together; etcd keeps about 100 Txns in memory
 	MaxValue = 1<<20 + 1<<18 // bytes of one value
 	overhead = 64            // of one operation, estimated
 	maxKey   = 4096          // bytes of a key

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -290,44 +291,41 @@ func assign(endpoints []*discovery.Endpoint, old *exported) [][]*discovery.Endpo
 }
 
 func encodeSlot(endpoints []*discovery.Endpoint) (*federationpb.Slot, error) {
-	pb := &federationpb.Slot{}
-	profiles := map[string]uint32{}
+	pb := &federationpb.Slot{Endpoints: make([]*federationpb.Endpoint, 0, len(endpoints))}
+	var likes []*discovery.Endpoint // one of each profile
 	for _, ep := range endpoints {
 		id, err := hex.DecodeString(ep.ID)
 		if err != nil || len(id) != 16 {
 			return nil, fmt.Errorf("endpoint ID %q is not 32 hex digits", ep.ID)
 		}
-		p := &federationpb.Profile{
-			HopPort: uint32(ep.HopPort), Transport: string(ep.Transport), SpiffeId: ep.SPIFFEID,
-			Region: ep.Locality.Region, Zone: ep.Locality.Zone, Network: ep.Network,
-		}
-		for name, number := range ep.Ports {
-			p.Ports = append(p.Ports, &federationpb.TargetPort{Name: name, Number: uint32(number)})
-		}
-		slices.SortFunc(p.Ports, func(a, b *federationpb.TargetPort) int { return cmp.Compare(a.Name, b.Name) })
-		key := profileKey(p)
-		i, ok := profiles[key]
-		if !ok {
-			i = uint32(len(pb.Profiles))
-			profiles[key] = i
-			pb.Profiles = append(pb.Profiles, p)
+		i := slices.IndexFunc(likes, func(like *discovery.Endpoint) bool { return sameProfile(like, ep) })
+		if i < 0 {
+			i = len(likes)
+			likes = append(likes, ep)
+			pb.Profiles = append(pb.Profiles, encodeProfile(ep))
 		}
 		pb.Endpoints = append(pb.Endpoints, &federationpb.Endpoint{
-			Id: id, Address: ep.Address.Unmap().AsSlice(), Profile: i, Hostname: ep.Hostname,
+			Id: id, Address: ep.Address.Unmap().AsSlice(), Profile: uint32(i), Hostname: ep.Hostname,
 			Weight: ep.Weight, NotReady: !ep.Ready, Draining: ep.Draining,
 		})
 	}
 	return pb, nil
 }
 
-// profileKey tells profiles apart; no field may contain the separator's byte in a valid export.
-func profileKey(p *federationpb.Profile) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%d\x00%s\x00%s\x00%s\x00%s\x00%s", p.HopPort, p.Transport, p.SpiffeId, p.Region, p.Zone, p.Network)
-	for _, t := range p.Ports {
-		fmt.Fprintf(&b, "\x00%s\x00%d", t.Name, t.Number)
+func sameProfile(a, b *discovery.Endpoint) bool {
+	return a.SPIFFEID == b.SPIFFEID && a.Locality.Zone == b.Locality.Zone && a.Locality.Region == b.Locality.Region && a.Network == b.Network &&
+		a.HopPort == b.HopPort && a.Transport == b.Transport && maps.Equal(a.Ports, b.Ports)
+}
+
+func encodeProfile(ep *discovery.Endpoint) *federationpb.Profile {
+	p := &federationpb.Profile{
+		HopPort: uint32(ep.HopPort), Transport: string(ep.Transport), SpiffeId: ep.SPIFFEID,
+		Region: ep.Locality.Region, Zone: ep.Locality.Zone, Network: ep.Network,
 	}
-	return b.String()
+	for _, name := range slices.Sorted(maps.Keys(ep.Ports)) {
+		p.Ports = append(p.Ports, &federationpb.TargetPort{Name: name, Number: uint32(ep.Ports[name])})
+	}
+	return p
 }
 
 // affinity is session affinity as it is compared and sent: "None" is the default and the same as "".

@@ -21,7 +21,7 @@ import (
 
 // real is a control plane over embedded etcd and TCP.
 type real struct {
-	t       *testing.T
+	t       testing.TB
 	name    string
 	dir     string
 	td      spiffeid.TrustDomain
@@ -37,7 +37,7 @@ type real struct {
 	stop    func()
 }
 
-func newReal(t *testing.T, name string) *real {
+func newReal(t testing.TB, name string) *real {
 	td := spiffeid.RequireTrustDomainFromString(name + ".demo")
 	r := &real{t: t, name: name, dir: t.TempDir(), td: td, ca: newAuthority(t, td), source: identity.NewSource()}
 	r.bundles = &bundles{source: r.source, all: map[spiffeid.TrustDomain]*spiffebundle.Bundle{td: r.ca.bundle()}}

@@ -27,6 +27,9 @@ type memberInput struct {
 	judged judgement
 }
 
+// mergeShare bounds the share of time that merging takes while changes keep coming: it rests for so many times as long as it took.
+const mergeShare = 4
+
 // merge publishes a new Clusterset if anything that it is made of has changed.
 func (m *Mesh) merge() {
 	in := mergeInput{local: m.local.Load(), exports: m.exports.Load(), bundles: m.cfg.Source.Changed()}
@@ -40,6 +43,11 @@ func (m *Mesh) merge() {
 	last := m.merged
 	if in.local == last.local && in.exports == last.exports && in.bundles == last.bundles && last.members != nil &&
 		slices.Equal(in.members, last.members) {
+		m.mergeLater = false
+		return
+	}
+	start := m.cfg.Now()
+	if m.mergeLater = start.Before(m.mergeAt); m.mergeLater {
 		return
 	}
 	if in.local == last.local && in.exports == last.exports {
@@ -74,6 +82,8 @@ func (m *Mesh) merge() {
 	next.Imports = federation.Merge(sources, prev.Imports)
 	m.clusterset.Store(&published{next, make(chan struct{})})
 	close(prev.replaced)
+	end := m.cfg.Now()
+	m.mergeAt = end.Add(mergeShare * end.Sub(start))
 }
 
 func member(r *federation.Record, j judgement) *discovery.Member {

@@ -130,6 +130,8 @@ type Mesh struct {
 	markers      map[string]bool                 // trust domains that this Mesh has added, as stored
 	trusted      map[spiffeid.TrustDomain]string // bundle as it was given to Bundles
 	merged       mergeInput
+	mergeAt      time.Time // not before
+	mergeLater   bool      // there is something to merge at mergeAt
 	applied      basis
 }
 
@@ -271,6 +273,10 @@ func (m *Mesh) Run(ctx context.Context) error {
 		if wait := m.exportAt.Sub(m.cfg.Now()); m.local.Load() != m.exportedFrom && wait > 0 {
 			due = time.After(wait)
 		}
+		var remerge <-chan time.Time
+		if m.mergeLater {
+			remerge = time.After(m.mergeAt.Sub(m.cfg.Now()))
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -280,8 +286,10 @@ func (m *Mesh) Run(ctx context.Context) error {
 		case <-bundles:
 		case <-due:
 			m.applied = basis{}
+		case <-remerge:
 		case <-tick.C:
 		case settled = <-m.settling:
+			m.mergeAt = time.Time{}
 		}
 	}
 }

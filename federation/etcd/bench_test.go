@@ -238,13 +238,13 @@ func (b *benchSide) observe(changes []etcd.Change) {
 
 // process is a benchSide seen from outside.
 type process struct {
-	b   *testing.B
+	b   testing.TB
 	cmd *exec.Cmd
 	in  io.Writer
 	out *bufio.Scanner
 }
 
-func newProcess(b *testing.B, dir string) *process {
+func newProcess(b testing.TB, dir string) *process {
 	p := &process{b: b, cmd: exec.Command(os.Args[0], dir)}
 	p.cmd.Env = append(os.Environ(), roleEnv+"=side")
 	p.cmd.Stderr = os.Stderr

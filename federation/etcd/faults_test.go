@@ -369,3 +369,33 @@ func TestCorruptDataDirectory(t *testing.T) {
 		t.Errorf("after a restart: %q %v", v, err)
 	}
 }
+
+// TestKilled kills a writing process and starts again on what it leaves.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for i := range 3 {
+		p := newProcess(t, dir)
+		p.say("start data")
+		if got := p.say("export 200 1 32 1"); got != "ok" {
+			t.Fatal(got)
+		}
+		fmt.Fprintln(p.in, "flap 0 60000 32 1") // never answered
+		time.Sleep(time.Duration(50+rand.IntN(200)) * time.Millisecond)
+		if err := p.cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = p.cmd.Wait()
+		e, err := etcd.StartEmbedded(t.Context(), etcd.EmbeddedConfig{Dir: dir + "/data", Name: "data"})
+		if err != nil {
+			t.Fatalf("after kill %d: %v", i, err)
+		}
+		scopes, err := etcd.ReadExports(t.Context(), e.Store(), "")
+		if err != nil || len(scopes["all"]) != 400 {
+			t.Errorf("after kill %d: %d keys, %v", i, len(scopes["all"]), err)
+		}
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

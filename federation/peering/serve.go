@@ -22,7 +22,11 @@ import (
 	"github.com/hanse-mesh/hanse/identity"
 )
 
-const handshakeTime = 10 * time.Second
+const (
+	handshakeTime = 10 * time.Second
+	maxHandshakes = 256       // at one time
+	maxClaim      = 256 << 10 // bytes of a joiner's request, which has its bundle
+)
 
 // Serve answers on the federation port until ctx ends. What a connection may reach is decided by its handshake, and by separate servers:
 //
@@ -33,7 +37,8 @@ const handshakeTime = 10 * time.Second
 // Serve closes lis.
 func (m *Mesh) Serve(ctx context.Context, lis net.Listener) error {
 	options := append(etcd.ServerOptions(rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))), grpc.Creds(acceptedTLS{}))
-	peers, strangers := grpc.NewServer(options...), grpc.NewServer(options...)
+	peers := grpc.NewServer(options...)
+	strangers := grpc.NewServer(append(options, grpc.MaxRecvMsgSize(maxClaim), grpc.MaxConcurrentStreams(4))...)
 	if m.guard != nil {
 		m.guard.Register(peers)
 	}
@@ -47,13 +52,22 @@ func (m *Mesh) Serve(ctx context.Context, lis net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { lis.Close() })
 	defer stop()
 	cfg := m.serverTLS()
+	handshakes := make(chan struct{}, maxHandshakes)
 	var err error
 	for {
 		var raw net.Conn
 		if raw, err = lis.Accept(); err != nil {
 			break
 		}
-		work.Go(func() { m.accept(ctx, raw, cfg, toPeers, toStrangers) })
+		select {
+		case handshakes <- struct{}{}:
+			work.Go(func() {
+				defer func() { <-handshakes }()
+				m.accept(ctx, raw, cfg, toPeers, toStrangers)
+			})
+		default:
+			raw.Close()
+		}
 	}
 	lis.Close()
 	toPeers.Close()

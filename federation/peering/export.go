@@ -51,7 +51,11 @@ func isServiceScope(scope string) bool {
 // once, more within Debounce together. Nothing is exported before every source has been read whole: what was exported before stays until then.
 func (m *Mesh) exportServices() {
 	s, now := m.local.Load(), m.cfg.Now()
-	if s == nil || !s.Complete || s == m.exportedFrom || now.Before(m.exportAt) {
+	m.exportLater = false
+	if s == nil || !s.Complete || s == m.exportedFrom {
+		return
+	}
+	if m.exportLater = now.Before(m.exportAt); m.exportLater {
 		return
 	}
 	m.exportAt = now.Add(m.cfg.Timers.Debounce)

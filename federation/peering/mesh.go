@@ -124,6 +124,7 @@ type Mesh struct {
 	// owned by the loop in Run
 	exportedFrom *discovery.Snapshot
 	exportAt     time.Time                       // not before
+	exportLater  bool                            // there is something to export at exportAt
 	membership   map[string]map[string][]byte    // as given to the exporter, by scope and key
 	retained     []string                        // scopes
 	restored     map[string][]string             // scopes by member ID, as the last run exported them
@@ -270,8 +271,8 @@ func (m *Mesh) Run(ctx context.Context) error {
 			settled = nil
 		}
 		var due <-chan time.Time
-		if wait := m.exportAt.Sub(m.cfg.Now()); m.local.Load() != m.exportedFrom && wait > 0 {
-			due = time.After(wait)
+		if m.exportLater {
+			due = time.After(m.exportAt.Sub(m.cfg.Now()))
 		}
 		var remerge <-chan time.Time
 		if m.mergeLater {

@@ -569,3 +569,51 @@ func TestFlatNetwork(t *testing.T) {
 		}
 	})
 }
+
+// TestLeaveKilledAnywhere kills the leaver after each of its writes, restarts it, and repeats the leave.
+func TestLeaveKilledAnywhere(t *testing.T) {
+	for n, whole := int64(0), false; !whole && !t.Failed(); n++ {
+		t.Run(fmt.Sprintf("after %d writes", n), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				defer w.stop()
+				west, east := w.add("west"), w.add("east")
+				west.export(payments, 3)
+				if err := w.join("east", "west"); err != nil {
+					t.Fatal(err)
+				}
+				settle(5 * time.Second)
+				keys := west.serviceKeys()
+				east.fault.killAfter(n)
+				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				_, err := east.mesh.Load().Leave(ctx, "", false)
+				cancel()
+				settle(2 * time.Second)
+				east.stop()
+				whole = !east.fault.revive()
+				east.start()
+				east.healLinks()
+				settle(time.Second)
+				if whole && err != nil {
+					t.Fatalf("nobody was killed, and the leave failed: %v", err)
+				}
+				if _, err := east.mesh.Load().Leave(t.Context(), "", false); err != nil {
+					t.Fatalf("the repeated leave: %v", err)
+				}
+				settle(10 * time.Second)
+				for _, c := range []*cluster{west, east} {
+					cs, trusted := c.mesh.Load().Clusterset(), c.source.Bundles()
+					if len(cs.Members) != 0 || len(trusted) != 1 || len(c.imports.Dump("")) != 0 {
+						t.Errorf("%s has members %v, %d trust domains, imports %v", c.name, cs.Members, len(trusted), c.imports.Dump(""))
+					}
+				}
+				if !maps.Equal(keys, west.serviceKeys()) {
+					t.Error("west's exports are not byte-identical")
+				}
+				if err := w.join("east", "west"); err != nil {
+					t.Errorf("join again: %v", err)
+				}
+			})
+		})
+	}
+}

@@ -3,6 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -19,6 +22,7 @@ import (
 	"github.com/hanse-mesh/hanse/federation/peering"
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/attest"
+	"github.com/hanse-mesh/hanse/identity/ca"
 )
 
 // Clusters lists the members of the mesh, this cluster first.
@@ -282,6 +286,44 @@ func (p *controlPlane) CreateToken(ctx context.Context, req admin.TokenRequest) 
 	}
 	t, expires, err := p.tokens.Create(ctx, attest.Grant{ID: id}, life)
 	return admin.Token{Token: t, For: req.Workload, Expires: expires}, err
+}
+
+const (
+	adminLife    = 12 * time.Hour
+	maxAdminLife = 7 * 24 * time.Hour
+)
+
+// IssueAdmin signs an administrator's SVID. Who may ask is an administrator already: by the socket, or by an SVID of this kind.
+func (p *controlPlane) IssueAdmin(ctx context.Context, req admin.AdminRequest) (admin.AdminSVID, error) {
+	id, err := identity.AdminID(p.td, req.Name)
+	if err != nil {
+		return admin.AdminSVID{}, admin.Invalid("letters, digits, - . and _", "administrator's name %q: %v", req.Name, err)
+	}
+	life := cmp.Or(time.Duration(req.TTL*float64(time.Second)), adminLife)
+	if life < time.Minute || life > maxAdminLife {
+		return admin.AdminSVID{}, admin.Invalid("make it as short as you can", "life %s: want between 1m and %s", life, maxAdminLife)
+	}
+	key, err := x509.ParsePKIXPublicKey(req.PublicKey)
+	if ec, ok := key.(*ecdsa.PublicKey); err != nil || !ok || ec.Curve != elliptic.P256() && ec.Curve != elliptic.P384() {
+		return admin.AdminSVID{}, admin.Invalid("hanse makes one", "the public key is not one of EC P-256 or P-384")
+	}
+	chain, err := p.authority.SignX509(ctx, ca.X509Params{ID: id, PublicKey: key, TTL: life})
+	if err != nil {
+		return admin.AdminSVID{}, err
+	}
+	out := admin.AdminSVID{ID: id.String(), Address: p.cfg.Remote.Listen, Expires: chain[0].NotAfter}
+	for _, c := range chain {
+		out.Chain = append(out.Chain, c.Raw)
+	}
+	own, ok := p.bundles.Get(p.td)
+	if !ok {
+		return admin.AdminSVID{}, errors.New("the own bundle is missing")
+	}
+	if out.Bundle, err = own.Marshal(); err != nil {
+		return admin.AdminSVID{}, err
+	}
+	p.log.Info("administrator's SVID issued", "id", out.ID, "expires", out.Expires)
+	return out, nil
 }
 
 // Join joins a mesh, or with req.Check only finds out whether it could.

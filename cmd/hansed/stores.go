@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/federation"
@@ -47,21 +48,26 @@ func openStores(ctx context.Context, cfg *Config, log *slog.Logger) (*stores, er
 		s.own, s.imports, s.servers, s.close = x.Store(), x.Store(), x.Servers, []func() error{x.Close}
 		return s, nil
 	}
-	for _, e := range []struct {
-		name  string
-		store *etcd.Store
-	}{{"own", &s.own}, {"imports", &s.imports}} {
-		x, err := etcd.StartEmbedded(ctx, etcd.EmbeddedConfig{Dir: filepath.Join(cfg.DataDir, "etcd", e.name), Name: cfg.Cluster + "-" + e.name,
-			QuotaBytes: cfg.Etcd.QuotaBytes, Log: log.With("part", "etcd-"+e.name)})
-		if err != nil {
-			return nil, errors.Join(err, s.Close())
-		}
-		*e.store = x.Store()
-		s.close, s.wait = append(s.close, x.Close), append(s.wait, x.Wait)
-		if e.name == "own" {
-			s.servers = x.Servers
+	names := []string{"own", "imports"}
+	started := make([]*etcd.Embedded, len(names))
+	var g errgroup.Group
+	for i, name := range names {
+		g.Go(func() (err error) {
+			started[i], err = etcd.StartEmbedded(ctx, etcd.EmbeddedConfig{Dir: filepath.Join(cfg.DataDir, "etcd", name), Name: cfg.Cluster + "-" + name,
+				QuotaBytes: cfg.Etcd.QuotaBytes, Log: log.With("part", "etcd-"+name)})
+			return err
+		})
+	}
+	err := g.Wait()
+	for _, x := range started {
+		if x != nil {
+			s.close, s.wait = append(s.close, x.Close), append(s.wait, x.Wait)
 		}
 	}
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	s.own, s.imports, s.servers = started[0].Store(), started[1].Store(), started[0].Servers
 	return s, nil
 }
 

@@ -21,6 +21,8 @@ type Backend interface {
 	Explain(ctx context.Context, req ExplainRequest) (Explanation, error)
 
 	CreateToken(ctx context.Context, req TokenRequest) (Token, error)
+	// IssueAdmin signs spiffe://<td>/hanse/admin/<name> for a key of the caller's.
+	IssueAdmin(ctx context.Context, req AdminRequest) (AdminSVID, error)
 	// Join emits a Step for what it does and a Check for each fact it found, and ends with what came of it. With req.Check it
 	// changes nothing on either side. A failed check is an error after its Check was emitted.
 	Join(ctx context.Context, req JoinRequest, emit func(Event) error) (JoinResult, error)

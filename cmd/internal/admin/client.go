@@ -119,6 +119,11 @@ func (c *Client) CreateToken(ctx context.Context, req TokenRequest) (v Token, er
 	return v, c.post(ctx, "/v1/tokens", req, &v)
 }
 
+// IssueAdmin has an administrator's SVID signed.
+func (c *Client) IssueAdmin(ctx context.Context, req AdminRequest) (v AdminSVID, err error) {
+	return v, c.post(ctx, "/v1/admins", req, &v)
+}
+
 // Join joins a mesh, or with req.Check finds out whether it could.
 func (c *Client) Join(ctx context.Context, req JoinRequest, emit func(Event) error) (v JoinResult, err error) {
 	return v, c.stream(ctx, "/v1/join", req, emit, &v)

@@ -41,6 +41,7 @@ func Handler(b Backend, log *slog.Logger) http.Handler {
 	answer(h, "POST /v1/explain", decoded(func(ctx context.Context, req ExplainRequest) (any, error) { return b.Explain(ctx, req) }))
 
 	answer(h, "POST /v1/tokens", decoded(func(ctx context.Context, req TokenRequest) (any, error) { return b.CreateToken(ctx, req) }))
+	answer(h, "POST /v1/admins", decoded(func(ctx context.Context, req AdminRequest) (any, error) { return b.IssueAdmin(ctx, req) }))
 	stream(h, "POST /v1/join", func(ctx context.Context, req JoinRequest, emit func(Event) error) (any, error) {
 		return b.Join(ctx, req, emit)
 	})

@@ -62,6 +62,22 @@ type Token struct {
 	Expires time.Time `json:"expires"`
 }
 
+// AdminRequest is POST /v1/admins: an X509-SVID for an administrator, whose key stays where it was made.
+type AdminRequest struct {
+	Name      string  `json:"name"`
+	PublicKey []byte  `json:"publicKey"`            // PKIX, DER
+	TTL       float64 `json:"ttlSeconds,omitempty"` // default 12 h, at most 7 days
+}
+
+// AdminSVID is the answer.
+type AdminSVID struct {
+	ID      string          `json:"id"`
+	Chain   [][]byte        `json:"chain"`             // DER, leaf first
+	Bundle  json.RawMessage `json:"bundle"`            // SPIFFE JSON of the cluster's trust domain
+	Address string          `json:"address,omitempty"` // where remote administration listens; empty if it is off
+	Expires time.Time       `json:"expires"`
+}
+
 // JoinRequest is POST /v1/join (streamed) and, with Check, a dry run that changes nothing on either side.
 type JoinRequest struct {
 	Token string `json:"token"`

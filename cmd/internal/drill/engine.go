@@ -379,7 +379,7 @@ func (e *Engine) step(ctx context.Context) {
 		samples := e.history.between(r.start.Add(-baseline), now)
 		report(&r.drill, samples, moments{start: r.start, heal: r.heal, now: now, services: r.services, targets: r.targets})
 		r.drill.Missing = silent(samples, r, now)
-		if !r.heal.IsZero() && (now.Sub(r.heal) > settle || r.drill.Return != nil && now.Sub(r.heal) > seconds(*r.drill.Return)+5*time.Second || r.drill.Calls == 0 && now.Sub(r.heal) > 3*time.Second) {
+		if !r.heal.IsZero() && r.settled(now) {
 			r.finish()
 			if b, err := json.Marshal(r.drill); err == nil {
 				save = append(save, saved{id, b})
@@ -418,6 +418,18 @@ func (e *Engine) anyActive() bool {
 		}
 	}
 	return false
+}
+
+// settled says whether the report can be final: traffic is back for 5 s, or nothing is to come back, or it takes too long.
+func (r *run) settled(now time.Time) bool {
+	healed := now.Sub(r.heal)
+	switch {
+	case r.drill.Return != nil:
+		return healed > seconds(*r.drill.Return)+5*time.Second
+	case len(r.targets) == 0 || r.drill.Calls == 0:
+		return healed > 3*time.Second
+	}
+	return healed > settle
 }
 
 // recent adds up the last guardWindow of what the drill's services were called.

@@ -283,6 +283,14 @@ func (f *Fake) TrustAdd(_ context.Context, req admin.TrustAdd) (admin.TrustDomai
 }
 
 // TrustRemove removes one.
+func (f *Fake) IssueAdmin(_ context.Context, req admin.AdminRequest) (admin.AdminSVID, error) {
+	if req.Name == "" {
+		return admin.AdminSVID{}, admin.Invalid("", "an administrator has a name")
+	}
+	return admin.AdminSVID{ID: "spiffe://west.demo/hanse/admin/" + req.Name, Chain: [][]byte{[]byte("not a certificate")}, Bundle: json.RawMessage(`{}`),
+		Address: "127.0.1.1:7447", Expires: f.now().Add(12 * time.Hour)}, nil
+}
+
 func (f *Fake) TrustRemove(_ context.Context, name string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -45,7 +45,7 @@ bin/tools/staticcheck-$(STATICCHECK_VERSION):
 
 .PHONY: soak
 soak: build ## The long runs: full-length timers with real processes (about an hour); the log is kept in bin/soak.log
-	HANSE_SOAK=1 $(GO) test -count=1 -timeout 3h -v ./test/... 2>&1 | tee bin/soak.log
+	HANSE_SOAK=1 $(GO) test -count=1 -timeout 3h -v ./test/... ./federation/peering 2>&1 | tee bin/soak.log
 
 .PHONY: fuzz
 fuzz: ## Each fuzz target for 30 s
@@ -68,8 +68,8 @@ docs: ## Regenerate docs/cli from the commands
 .PHONY: generate
 generate: ## Regenerate protobuf code (needs protoc, protoc-gen-go v1.36.12, protoc-gen-go-grpc v1.6.1)
 	@for f in $$(find discovery federation cmd -name '*.proto'); do \
-	  d=$$(dirname $$f); echo $$f; \
-	  protoc -I $$d --go_out=$$d --go_opt=paths=source_relative --go-grpc_out=$$d --go-grpc_opt=paths=source_relative $$f || exit 1; done
+	  echo $$f; \
+	  protoc -I . --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative $$f || exit 1; done
 
 .PHONY: clean
 clean: ## Remove what was built

@@ -151,5 +151,5 @@ func (s *Service) Port(number uint16) *Port {
 // Export is a ServiceExport: the service may be called from other clusters.
 type Export struct {
 	Created  time.Time `json:"created"`            // set once; the oldest export wins a conflict
-	Audience []string  `json:"audience,omitempty"` // member names (sorted); empty is every member
+	Audience []string  `json:"audience,omitempty"` // member names and key=value labels of Peers (sorted); empty is every member
 }

@@ -201,7 +201,7 @@ func TestAudience(t *testing.T) {
 	e, _ := federation.Encode(snapshot("west.demo", service("west.demo", "open", 1), service("west.demo", "closed", 1, "east", "south"), service("west.demo", "also", 1, "south", "east")), nil, epoch)
 	scope := federation.AudienceScope([]string{"east", "south"})
 	if diff := cmp.Diff(map[string][]string{"east": {federation.AllScope, scope}, "north": {federation.AllScope}},
-		map[string][]string{"east": e.Readable("east"), "north": e.Readable("north")}); diff != "" {
+		map[string][]string{"east": e.Readable("east", nil), "north": e.Readable("north", nil)}); diff != "" {
 		t.Fatal(diff)
 	}
 	if got := slices.Sorted(maps.Keys(e.Scopes[scope])); !slices.Equal(got, []string{"ep/shop/also/0", "ep/shop/closed/0", "svc/shop/also", "svc/shop/closed"}) {
@@ -379,4 +379,22 @@ func FuzzDecodeRecord(f *testing.F) {
 			t.Fatalf("what decodes does not encode to the same: %v", err)
 		}
 	})
+}
+
+func TestAudienceByLabel(t *testing.T) {
+	e := &federation.Exports{Audience: map[string][]string{federation.AllScope: nil, "for-1": {"east", "tier=gold"}, "for-2": {"tier="}}}
+	for _, c := range []struct {
+		member string
+		labels map[string]string
+		want   string
+	}{
+		{"east", nil, "all for-1"},
+		{"north", nil, "all"},
+		{"north", map[string]string{"tier": "gold"}, "all for-1"},
+		{"north", map[string]string{"tier": "silver"}, "all"},
+	} {
+		if got := strings.Join(e.Readable(c.member, c.labels), " "); got != c.want {
+			t.Errorf("Readable(%q, %v) = %s, want %s", c.member, c.labels, got, c.want)
+		}
+	}
 }

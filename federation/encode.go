@@ -44,7 +44,7 @@ func (f Fault) Error() string {
 // Exports is what a cluster exports, as keys and values. It is immutable.
 type Exports struct {
 	Scopes    map[string]map[string][]byte // values by scope and key
-	Audience  map[string][]string          // member names by scope; empty is every member
+	Audience  map[string][]string          // member names and labels by scope; empty is every member
 	Services  int
 	Endpoints int
 
@@ -96,11 +96,16 @@ func (e *Exports) Each(f func(n discovery.Name, scope string, endpoints int)) {
 	}
 }
 
-// Readable returns the scopes that a member of this name may read, sorted.
-func (e *Exports) Readable(member string) []string {
+// Readable returns the scopes that a member may read, sorted. An audience names members, or labels ("tier=gold") that the exporter's own Peer
+// object gives them.
+func (e *Exports) Readable(member string, labels map[string]string) []string {
+	in := func(who string) bool {
+		key, value, label := strings.Cut(who, "=")
+		return who == member || label && value == labels[key] && labels[key] != ""
+	}
 	var scopes []string
 	for scope, audience := range e.Audience {
-		if len(audience) == 0 || slices.Contains(audience, member) {
+		if len(audience) == 0 || slices.ContainsFunc(audience, in) {
 			scopes = append(scopes, scope)
 		}
 	}

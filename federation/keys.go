@@ -25,12 +25,12 @@ const ScopesKey = "scopes"
 // PeerScope returns the scope that tells one peer what it may read.
 func PeerScope(memberID string) string { return "peers/" + memberID }
 
-// AudienceScope returns the scope of exports for these members. The same set of names is the same scope.
-func AudienceScope(members []string) string {
-	if len(members) == 0 {
+// AudienceScope returns the scope of exports for this audience. The same set of names and labels is the same scope.
+func AudienceScope(audience []string) string {
+	if len(audience) == 0 {
 		return AllScope
 	}
-	s := slices.Compact(slices.Sorted(slices.Values(members)))
+	s := slices.Compact(slices.Sorted(slices.Values(audience)))
 	sum := sha256.Sum256([]byte(strings.Join(s, "\n")))
 	return "for-" + hex.EncodeToString(sum[:8])
 }

@@ -7,10 +7,16 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
+)
+
+const (
+	restartGrace = time.Minute // for which peers do not hold a planned silence against this cluster
+	tellTime     = time.Second // to tell them
 )
 
 func main() {
@@ -102,7 +108,18 @@ func run(ctx context.Context, cfg *Config) error {
 	g.Add("admin", func(ctx context.Context) error { return page.Run(ctx, adminListener) })
 	g.Add("control plane", p.Run)
 	log.Info("hansed starts", "version", daemon.Version, "trust_domain", cfg.TrustDomain, "data", cfg.DataDir)
-	err = g.Run(ctx, log)
+	// Before anything ends, peers are told that the silence which follows is planned.
+	work, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	context.AfterFunc(ctx, func() {
+		defer end()
+		tell, cancel := context.WithTimeout(work, tellTime)
+		defer cancel()
+		if err := p.mesh.AnnounceRestart(tell, restartGrace); err != nil {
+			log.Warn("peers were not told of the planned restart; they wait as for a failure", "err", err)
+		}
+	})
+	err = g.Run(work, log)
 	log.Info("hansed has ended")
 	return err
 }

@@ -138,7 +138,11 @@ func (m *Mesh) readable(r *federation.Record) []string {
 	if scopes, ok := m.restored[r.ID]; ok && m.exportedFrom == nil {
 		return scopes
 	}
-	scopes := append(m.exports.Load().Readable(r.Name), federation.MembersScope, federation.AcksScope)
+	var labels map[string]string
+	if s := m.local.Load(); s != nil && s.Peers[r.Name] != nil {
+		labels = s.Peers[r.Name].Labels
+	}
+	scopes := append(m.exports.Load().Readable(r.Name, labels), federation.MembersScope, federation.AcksScope)
 	slices.Sort(scopes)
 	return scopes
 }

@@ -13,6 +13,7 @@ import (
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -187,6 +188,11 @@ func envoyAction(c *callee, r *Rule, route *routev3.Route) {
 		a.RequestMirrorPolicies = []*routev3.RouteAction_RequestMirrorPolicy{{
 			Cluster: authorityOf(m.Service, m.Port, false),
 		}}
+		if p := r.Filters.MirrorPercent; p > 0 {
+			a.RequestMirrorPolicies[0].RuntimeFraction = &corev3.RuntimeFractionalPercent{
+				DefaultValue: &typev3.FractionalPercent{Numerator: uint32(p * 10_000), Denominator: typev3.FractionalPercent_MILLION},
+			}
+		}
 	}
 	if len(r.Targets) == 1 && reflect.ValueOf(r.Targets[0].Filters).IsZero() {
 		a.ClusterSpecifier = &routev3.RouteAction_Cluster{Cluster: r.Targets[0].Authority}

@@ -657,6 +657,9 @@ func decodeMirror(r *proxy.Route, ms []*routev3.RouteAction_RequestMirrorPolicy)
 			return errors.New("request_mirror_policies[0].runtime_fraction: unknown denominator")
 		}
 		r.Mirror.Weight = uint32(min(100, uint64(f.Numerator)*100/of[f.Denominator]))
+		if f.Numerator > 0 {
+			r.Mirror.Weight = max(1, r.Mirror.Weight)
+		}
 	}
 	return nil
 }

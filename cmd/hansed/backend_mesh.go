@@ -103,15 +103,15 @@ func age(now, t time.Time) float64 {
 	return max(0, now.Sub(t).Seconds())
 }
 
-// seenAge is how long ago a member was last heard of; nil for this cluster itself and for those never heard of.
-func (p *controlPlane) seenAge(member string) *float64 {
+// seenAges is how many seconds ago each member was last heard of; those never heard of are missing.
+func (p *controlPlane) seenAges() map[string]float64 {
+	ages := map[string]float64{}
 	for _, m := range p.mesh.Status().Members {
-		if m.Record.Name == member && m.SeenAge >= 0 {
-			s := m.SeenAge.Seconds()
-			return &s
+		if m.SeenAge >= 0 {
+			ages[m.Record.Name] = m.SeenAge.Seconds()
 		}
 	}
-	return nil
+	return ages
 }
 
 // probeState is what the last round of probes found at a gateway address.

@@ -20,7 +20,7 @@ const self = "self"
 
 // Services lists this cluster's services and those that it imports.
 func (p *controlPlane) Services(context.Context) ([]admin.Service, error) {
-	set := p.mesh.Clusterset()
+	set, ages := p.mesh.Clusterset(), p.seenAges()
 	rows := map[discovery.Name]*admin.Service{}
 	row := func(n discovery.Name, ports []discovery.Port) *admin.Service {
 		if rows[n] == nil {
@@ -31,8 +31,7 @@ func (p *controlPlane) Services(context.Context) ([]admin.Service, error) {
 	for n, imp := range set.Imports {
 		r := row(n, imp.Ports)
 		for _, from := range imp.From {
-			part := p.part(set, from)
-			r.Clusters = append(r.Clusters, part)
+			r.Clusters = append(r.Clusters, part(set, ages, from))
 		}
 		for _, c := range imp.Conflicts {
 			r.Conflicts = append(r.Conflicts, fmt.Sprintf("%s: %s: %s", c.Member, c.Reason, c.Message))
@@ -42,7 +41,7 @@ func (p *controlPlane) Services(context.Context) ([]admin.Service, error) {
 		r := row(n, svc.Ports)
 		r.Exported = svc.Export != nil
 		if svc.Export == nil {
-			r.Clusters = append(r.Clusters, p.part(set, discovery.ImportedFrom{Member: set.Local.Self.Cluster, Endpoints: svc.Endpoints}))
+			r.Clusters = append(r.Clusters, part(set, ages, discovery.ImportedFrom{Member: set.Local.Self.Cluster, Endpoints: svc.Endpoints}))
 		}
 	}
 	out := make([]admin.Service, 0, len(rows))
@@ -65,14 +64,16 @@ func b2i(b bool) int {
 	return 0
 }
 
-func (p *controlPlane) part(set *discovery.Clusterset, from discovery.ImportedFrom) admin.ServicePart {
+func part(set *discovery.Clusterset, ages map[string]float64, from discovery.ImportedFrom) admin.ServicePart {
 	part := admin.ServicePart{Cluster: from.Member, Total: len(from.Endpoints), Revision: from.Revision, State: stateOf(set, from.Member)}
 	for _, e := range from.Endpoints {
 		if e.Ready && !e.Draining {
 			part.Ready++
 		}
 	}
-	part.Age = p.seenAge(from.Member)
+	if age, ok := ages[from.Member]; ok {
+		part.Age = &age
+	}
 	return part
 }
 
@@ -111,16 +112,13 @@ func (p *controlPlane) Endpoints(_ context.Context, service string) ([]admin.End
 		}
 	}
 	out := []admin.Endpoint{}
+	ages := p.seenAges()
 	for _, from := range parts {
-		age := 0.0
-		if a := p.seenAge(from.Member); a != nil {
-			age = *a
-		}
 		for _, e := range from.Endpoints {
 			out = append(out, admin.Endpoint{
 				ID: e.ID, Cluster: from.Member, Region: e.Locality.Region, Zone: e.Locality.Zone, Address: address(e), Network: e.Network,
 				Ready: e.Ready, Draining: e.Draining, State: stateOf(set, from.Member), Health: p.health.Worst(e.ID, authorities),
-				SPIFFEID: e.SPIFFEID, Transport: string(e.Transport), Revision: from.Revision, SeenAge: age,
+				SPIFFEID: e.SPIFFEID, Transport: string(e.Transport), Revision: from.Revision, SeenAge: ages[from.Member],
 			})
 		}
 	}
@@ -218,9 +216,8 @@ func (p *controlPlane) Explain(_ context.Context, req admin.ExplainRequest) (adm
 		}
 		callers = append(callers, explain.Caller{Viewer: s.Viewer, Config: configText(s, now), Problem: nackText(s)})
 	}
-	from := ""
 	in := explain.Input{View: p.xds.View(), Request: req, Callers: callers, Now: now,
-		Health:  func(authority, id string) explain.Health { return p.health.Of(from, authority, id) },
+		Health:  p.health.Of,
 		Gateway: p.gatewayState,
 	}
 	return explain.Explain(in)

@@ -35,8 +35,8 @@ type Input struct {
 	View    *xdsgen.View
 	Request admin.ExplainRequest
 	Callers []Caller
-	Health  func(authority, endpointID string) Health
-	Gateway func(addr string) (state string) // "up", "down" or "" for unknown
+	Health  func(proxyID, authority, endpointID string) Health // as that proxy sees it, else the worst that any does
+	Gateway func(addr string) (state string)                   // "up", "down" or "" for unknown
 	Now     time.Time
 }
 
@@ -381,7 +381,7 @@ func (e *explainer) level(target string, number int, l xdsgen.Level, share float
 			rows = append(rows, &admin.ExplainLevel{Level: number, Cluster: r.Locality.Cluster, Region: r.Locality.Region, Zone: r.Locality.Zone, Note: e.note(r)})
 			i = len(rows) - 1
 		}
-		h := e.in.Health(target, r.ID)
+		h := e.in.Health(e.viewer.ID, target, r.ID)
 		ep := admin.ExplainEndpoint{ID: r.ID, Address: r.Address.String(), Health: cmp.Or(h.State, "unknown"), Reason: cmp.Or(h.Reason, r.Reason)}
 		switch {
 		case !r.Ready:
@@ -409,7 +409,7 @@ func (e *explainer) level(target string, number int, l xdsgen.Level, share float
 }
 
 func (e *explainer) healthy(target string, r xdsgen.Ranked) bool {
-	s := e.in.Health(target, r.ID).State
+	s := e.in.Health(e.viewer.ID, target, r.ID).State
 	return r.Ready && !r.Draining && (s == "" || s == "healthy")
 }
 

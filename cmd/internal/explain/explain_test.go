@@ -45,7 +45,7 @@ func frontend() Caller {
 func explain(t *testing.T, set *discovery.Clusterset, req admin.ExplainRequest, health map[string]string) admin.Explanation {
 	t.Helper()
 	e, err := Explain(Input{View: xdsgen.NewView(set, nil), Request: req, Callers: []Caller{frontend()}, Now: time.Unix(1000, 0),
-		Health:  func(_, id string) Health { return Health{State: health[id[:2]]} },
+		Health:  func(_, _, id string) Health { return Health{State: health[id[:2]]} },
 		Gateway: func(string) string { return "up" }})
 	if err != nil {
 		t.Fatal(err)

@@ -260,7 +260,7 @@ func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 // onReport spreads what a proxy reports.
 func (p *controlPlane) onReport(r xdsserver.Report) {
 	samples, alive := p.health.Note(r)
-	p.drills.Observe(samples)
+	p.drills.Observe(r.Viewer.ID, r.Time, samples)
 	for _, member := range alive {
 		p.mesh.ReportSuccess(member)
 	}

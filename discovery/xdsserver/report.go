@@ -107,11 +107,12 @@ func (s *Server) StreamLoadStats(stream grpc.BidiStreamingServer[loadv3.LoadStat
 	for {
 		select {
 		case req := <-requests:
-			if viewer == nil {
+			first := viewer == nil
+			if first {
 				v, _ := s.describe(p.id, req.GetNode())
 				viewer = &v
 			}
-			if len(req.GetClusterStats()) > 0 {
+			if !first || len(req.GetClusterStats()) > 0 {
 				s.metrics.reports.Inc()
 				if s.cfg.OnReport != nil {
 					s.cfg.OnReport(s.report(viewer, req.GetClusterStats()))

@@ -41,7 +41,7 @@ type Config struct {
 	Source      *identity.Source     // the control plane's SVID and the bundles; required
 	TrustDomain spiffeid.TrustDomain // own; required
 	Debounce    time.Duration        // views within it of the last are taken together; 0 is 20 ms
-	OnReport    func(Report)         // called for each load report, from its stream's goroutine; may be nil
+	OnReport    func(Report)         // called for each load report, also an empty one, from its stream's goroutine; may be nil
 	Log         *slog.Logger
 	Registerer  prometheus.Registerer // may be nil
 	Now         func() time.Time      // nil: time.Now

@@ -162,18 +162,18 @@ func traffic(ctx context.Context, e *Engine, lose uint64) {
 		if f := e.Faults([]string{"127.0.1.11"}, false); len(f.Faults) > 0 {
 			if !failed {
 				failed = true
-				e.Observe([]Sample{{Time: s.Time, Caller: "frontend", Service: payments, Endpoint: "a1", Cluster: "west", Zone: "eu-1a", Errors: 5 + lose, Retried: 5,
+				e.Observe("frontend", s.Time, []Sample{{Time: s.Time, Caller: "frontend", Service: payments, Endpoint: "a1", Cluster: "west", Zone: "eu-1a", Errors: 5 + lose, Retried: 5,
 					Events: []Event{{Time: s.Time, Kind: "first_failure", Detail: "ping timeout"}}}})
 			} else if !ejected {
 				ejected = true
-				e.Observe([]Sample{{Time: s.Time, Caller: "frontend", Service: payments, Endpoint: "a1", Cluster: "west", Zone: "eu-1a",
+				e.Observe("frontend", s.Time, []Sample{{Time: s.Time, Caller: "frontend", Service: payments, Endpoint: "a1", Cluster: "west", Zone: "eu-1a",
 					Events: []Event{{Time: s.Time, Kind: "ejected"}}}})
 			}
 			s.Endpoint, s.Zone = "b1", "eu-1b"
 		} else {
 			s.Endpoint, s.Zone = "a1", "eu-1a"
 		}
-		e.Observe([]Sample{s})
+		e.Observe("frontend", s.Time, []Sample{s})
 	}
 }
 
@@ -309,4 +309,52 @@ func deref(f *float64) float64 {
 		return -1
 	}
 	return *f
+}
+
+// Sidecars heal when the time is up, and report it before the engine's next tick; that is after the drill, not during it.
+func TestReportsBetweenTheEndAndTheNextTick(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(context.Background())
+		store := &memory{values: map[string][]byte{}}
+		e := engine(store)
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = e.Run(ctx) })
+		observe := func(caller, endpoint string, s Sample, events ...string) {
+			s.Time, s.Caller, s.Service, s.Endpoint, s.Cluster = time.Now(), caller, payments, endpoint, "west"
+			for _, kind := range events {
+				s.Events = append(s.Events, Event{Time: s.Time, Kind: kind})
+			}
+			e.Observe(caller, s.Time, []Sample{s})
+		}
+		time.Sleep(10*time.Second + 10*time.Millisecond) // ticks are 240 ms after what follows
+		observe("frontend", "a1", Sample{OK: 100})
+		observe("idle", "a1", Sample{OK: 1})
+		observe("gone", "a1", Sample{OK: 1})
+		time.Sleep(time.Nanosecond)
+		id, err := e.Start(ctx, complete(t, admin.DrillSpec{Mode: Blackhole, For: 11, Scope: admin.DrillScope{Service: "shop/payments", Zone: "eu-1a"}}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		observe("frontend", "a1", Sample{Retried: 1}) // reported before the failure that it made good
+		time.Sleep(time.Second)
+		observe("frontend", "a1", Sample{Errors: 8, Retried: 7}, "first_failure", "ejected")
+		for range 7 {
+			time.Sleep(time.Second)
+			observe("frontend", "b1", Sample{OK: 100})
+		}
+		e.Observe("idle", time.Now(), nil)
+		time.Sleep(1100 * time.Millisecond) // the time is up for 100 ms, and no tick has come
+		observe("frontend", "a1", Sample{OK: 30}, "returned")
+		time.Sleep(20 * time.Second)
+		d, _, final, _ := e.Get(id)
+		if !final || d.Shift == nil || *d.Shift != 3 || d.Return == nil || *d.Return > 0.2 || d.Failed != 0 || d.Retried != 8 || d.Elapsed != 11 {
+			t.Errorf("final=%v shift=%v return=%v: %+v", final, deref(d.Shift), deref(d.Return), d)
+		}
+		if len(d.Missing) != 1 || d.Missing[0] != "gone" {
+			t.Errorf("callers whose proxies are silent: %v", d.Missing)
+		}
+		cancel()
+		wg.Wait()
+	})
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -71,10 +72,11 @@ type Engine struct {
 
 	wake chan struct{}
 
-	mu      sync.Mutex
-	drills  map[string]*run // guarded by mu
-	history history         // guarded by mu
-	renewal uint64          // guarded by mu
+	mu       sync.Mutex
+	drills   map[string]*run      // guarded by mu
+	history  history              // guarded by mu
+	reported map[string]time.Time // guarded by mu: the newest report of each caller's proxy
+	renewal  uint64               // guarded by mu
 }
 
 // run is one drill. Its fields are guarded by Engine.mu.
@@ -92,7 +94,7 @@ type run struct {
 
 // New returns an Engine. Run must be called for drills to end.
 func New(cfg Config) *Engine {
-	return &Engine{cfg: cfg, wake: make(chan struct{}, 1), drills: map[string]*run{}}
+	return &Engine{cfg: cfg, wake: make(chan struct{}, 1), drills: map[string]*run{}, reported: map[string]time.Time{}}
 }
 
 // Run resumes what a restart interrupted, renews, watches guards and heals. It returns after ctx ends.
@@ -245,7 +247,7 @@ func (e *Engine) Stop(id string) error {
 		return fmt.Errorf("drill %s: %w", id, ErrNotFound)
 	}
 	if r.drill.State == "running" {
-		e.endLocked(r, "stopped", "stopped by hand")
+		e.endLocked(r, e.cfg.Now(), "stopped", "stopped by hand")
 	}
 	return nil
 }
@@ -273,10 +275,11 @@ func (e *Engine) List() []admin.Drill {
 	return out
 }
 
-// Observe takes in what proxies report.
-func (e *Engine) Observe(samples []Sample) {
+// Observe takes in one report of a caller's proxy; one without samples says that nobody called.
+func (e *Engine) Observe(caller string, at time.Time, samples []Sample) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.reported[caller] = at
 	for _, s := range samples {
 		e.history.add(s)
 	}
@@ -368,17 +371,18 @@ func (e *Engine) step(ctx context.Context) {
 		active = true
 		switch {
 		case r.drill.State == "running" && now.Sub(r.start) >= seconds(r.drill.Spec.For):
-			e.endLocked(r, "done", "")
+			// Sidecars heal by their own clocks at that moment, and not at this one, which is up to a tick later.
+			e.endLocked(r, r.start.Add(seconds(r.drill.Spec.For)), "done", "")
 			ended = true
 		case r.drill.State == "running":
 			if why := r.guard.Tripped(r.recent(&e.history, now)); why != "" {
-				e.endLocked(r, "aborted", "the guard tripped: "+why)
+				e.endLocked(r, now, "aborted", "the guard tripped: "+why)
 				ended = true
 			}
 		}
 		samples := e.history.between(r.start.Add(-baseline), now)
 		report(&r.drill, samples, moments{start: r.start, heal: r.heal, now: now, services: r.services, targets: r.targets})
-		r.drill.Missing = silent(samples, r, now)
+		r.drill.Missing = e.silentLocked(samples, r, now)
 		if !r.heal.IsZero() && r.settled(now) {
 			r.finish()
 			if b, err := json.Marshal(r.drill); err == nil {
@@ -389,6 +393,7 @@ func (e *Engine) step(ctx context.Context) {
 		r.changed = make(chan struct{})
 	}
 	drop := e.oldLocked()
+	maps.DeleteFunc(e.reported, func(_ string, at time.Time) bool { return now.Sub(at) > historyLength })
 	e.mu.Unlock()
 
 	for _, s := range save {
@@ -443,32 +448,23 @@ func (r *run) recent(h *history, now time.Time) Totals {
 	return t
 }
 
-// silent names callers that called what is drilled before the drill, and have not reported since.
-func silent(samples []Sample, r *run, now time.Time) []string {
-	before, during := map[string]bool{}, map[string]bool{}
+// silentLocked names callers that called what is drilled before the drill, and whose proxies have not reported since.
+func (e *Engine) silentLocked(samples []Sample, r *run, now time.Time) []string {
+	if now.Sub(r.start) <= 10*time.Second {
+		return nil
+	}
+	before := map[string]bool{}
 	for _, s := range samples {
-		if s.Time.Before(r.start) {
-			if s.OK+s.Errors > 0 && (r.services == nil || r.services[s.Service]) {
-				before[s.Caller] = true
-			}
-		} else {
-			during[s.Caller] = true
+		if s.Time.Before(r.start) && s.OK+s.Errors > 0 && (r.services == nil || r.services[s.Service]) && e.reported[s.Caller].Before(r.start) {
+			before[s.Caller] = true
 		}
 	}
-	var out []string
-	if now.Sub(r.start) > 10*time.Second {
-		for _, c := range sortedKeys(before) {
-			if !during[c] {
-				out = append(out, c)
-			}
-		}
-	}
-	return out
+	return sortedKeys(before)
 }
 
-// endLocked removes the fault; the report follows when traffic has settled.
-func (e *Engine) endLocked(r *run, verdict, reason string) {
-	r.heal = e.cfg.Now()
+// endLocked removes the fault, which has ended at that time; the report follows when traffic has settled.
+func (e *Engine) endLocked(r *run, at time.Time, verdict, reason string) {
+	r.heal = at
 	r.drill.State = "healing"
 	r.drill.Verdict, r.drill.Reason = verdict, reason
 	if m := r.drill.Spec.Mode; m == SilenceControlPlane || m == CutFederation {

@@ -49,7 +49,7 @@ func (g Guard) Tripped(t Totals) string {
 		return ""
 	}
 	if s := t.Success(); g.MinSuccess > 0 && s < g.MinSuccess {
-		return fmt.Sprintf("success %.2f%% < %g%% over %s (%d of %d calls failed)", 100*s, 100*g.MinSuccess, guardWindow, t.Failed, t.Calls())
+		return fmt.Sprintf("success %.2f%% < %g%% over %s (%d of %d calls failed)", 100*s, 100*g.MinSuccess, guardWindow, t.Failed(), t.Calls())
 	}
 	if g.MaxP99 > 0 && t.P99() > g.MaxP99 {
 		return fmt.Sprintf("p99 %s > %s over %s", t.P99(), g.MaxP99, guardWindow)

@@ -32,7 +32,7 @@ type Event struct {
 
 // Totals adds samples up.
 type Totals struct {
-	OK, Failed, Retried uint64
+	OK, Errors, Retried uint64
 	p50, p99            weighted
 }
 
@@ -43,10 +43,9 @@ type weighted struct {
 }
 
 func (t *Totals) add(s Sample) {
-	failed := s.Errors - min(s.Errors, s.Retried)
 	t.OK += s.OK
-	t.Failed += failed
-	t.Retried += min(s.Errors, s.Retried)
+	t.Errors += s.Errors
+	t.Retried += s.Retried
 	t.p50.sum += s.P50.Seconds() * float64(s.OK)
 	t.p50.n += s.OK
 	if s.OK > 0 && s.P99 > t.p99.max {
@@ -54,8 +53,12 @@ func (t *Totals) add(s Sample) {
 	}
 }
 
+// Failed is how many calls failed for good. A retry may be reported a moment before or after the failure that it made good, so that
+// only sums can be compared.
+func (t Totals) Failed() uint64 { return t.Errors - min(t.Errors, t.Retried) }
+
 // Calls is how many calls ended.
-func (t Totals) Calls() uint64 { return t.OK + t.Failed }
+func (t Totals) Calls() uint64 { return t.OK + t.Failed() }
 
 // Success is the share that succeeded, 1 where there was none.
 func (t Totals) Success() float64 {
@@ -172,7 +175,7 @@ func report(d *admin.Drill, samples []Sample, m moments) {
 			}
 		}
 	}
-	d.Calls, d.Failed, d.Retried, d.Success = during.Calls(), during.Failed, during.Retried, during.Success()
+	d.Calls, d.Failed, d.Retried, d.Success = during.Calls(), during.Failed(), during.Retried, during.Success()
 	d.P50Before, d.P50During = ms(before.P50()), ms(during.P50())
 	d.P99Before, d.P99During = ms(before.P99()), ms(during.P99())
 	d.Elapsed = end.Sub(m.start).Seconds()

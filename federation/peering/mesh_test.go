@@ -163,7 +163,11 @@ func TestTokens(t *testing.T) {
 			}
 		}
 		token := tokenFor(west, "east")
-		fails("tampered", east, token[:20]+"A"+token[21:], join.ErrTampered, "checksum")
+		tampered := token[:20] + "A" + token[21:]
+		if tampered == token {
+			tampered = token[:20] + "B" + token[21:]
+		}
+		fails("tampered", east, tampered, join.ErrTampered, "checksum")
 		fails("cut", east, token[:len(token)-7], join.ErrTampered, "")
 		fails("not a token", east, "hunter2", join.ErrTampered, "hns1_")
 		forged, err := join.DecodeToken(token)

@@ -105,7 +105,7 @@ func (c *conn) init(nc net.Conn, cfg Config, client bool) {
 	c.dec = hpack.NewDecoder(defaultTableSize, nil)
 	c.head.init(c.dec, c.cfg.MaxHeadBytes, client)
 	c.nextID = 1
-	c.sendWindow, c.peerWindow, c.peerFrame, c.peerStreams = defaultWindow, defaultWindow, maxFrame, 100
+	c.sendWindow, c.peerWindow, c.peerFrame, c.peerStreams = defaultWindow, defaultWindow, maxFrame, maxWindow
 	c.recvWindow = max(defaultWindow, int64(c.cfg.ConnWindow))
 	c.peerLast = maxWindow
 
@@ -436,9 +436,6 @@ func (c *conn) settingsFrame(f *xhttp2.SettingsFrame) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.peerKnown {
-		c.peerStreams = maxWindow
-	}
 	c.peerKnown = true
 	err := f.ForeachSetting(func(s xhttp2.Setting) error {
 		if err := s.Valid(); err != nil {

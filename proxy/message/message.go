@@ -159,7 +159,7 @@ type ClientStream interface {
 
 // Options of one exchange at its client.
 type Options struct {
-	End    bool                             // the request has no body and no trailers
+	End    bool                            // the request has no body and no trailers
 	Inform func(status int, fields Fields) // called from Response for informational heads other than 100; nil: they are dropped
 }
 

@@ -254,23 +254,24 @@ type serverStream struct {
 	in body
 
 	// guarded by wire.mu
-	continues bool // 100 (Continue) is awaited
-	minor     byte
-	closing   bool // the connection ends with this exchange
-	responded bool
-	tunnel    bool // raw bytes from here on
-	isHead    bool
-	noBody    bool
-	chunk     bool
-	left      int64 // to be written; message.Unknown
-	ended     bool
-	err       error
-	onAbort   func(err error)
-	calling   bool
-	watching  chan struct{} // closed when the background read has ended; nil: there is none
-	timer     *time.Timer
-	cond      sync.Cond
-	over      bool // the handler has returned
+	continues  bool // 100 (Continue) is awaited
+	minor      byte
+	closing    bool // the connection ends with this exchange
+	responded  bool
+	tunnel     bool // raw bytes from here on
+	isHead     bool
+	noBody     bool
+	chunk      bool
+	left       int64 // to be written; message.Unknown
+	ended      bool
+	err        error
+	onAbort    func(err error)
+	calling    bool
+	readClosed bool
+	watching   chan struct{} // closed when the background read has ended; nil: there is none
+	timer      *time.Timer
+	cond       sync.Cond
+	over       bool // the handler has returned
 }
 
 // begin sets up what follows the head.
@@ -305,9 +306,12 @@ func (s *serverStream) Read(p []byte) (int, error) {
 		return 0, io.EOF
 	}
 	c.mu.Lock()
-	if s.err != nil {
+	if s.err != nil || s.readClosed {
 		defer c.mu.Unlock()
-		return 0, s.err
+		if s.err != nil {
+			return 0, s.err
+		}
+		return 0, errReadClosed
 	}
 	if s.continues {
 		s.continues = false
@@ -316,12 +320,18 @@ func (s *serverStream) Read(p []byte) (int, error) {
 			_ = c.flush()
 		}
 	}
-	c.mu.Unlock()
 	if len(c.unread()) == 0 {
 		c.within(c.cfg.IdleTimeout)
 	}
+	c.mu.Unlock()
 	n, err := c.body(&s.in, p)
 	if err != nil && !errors.Is(err, io.EOF) {
+		c.mu.Lock()
+		closed := s.readClosed
+		c.mu.Unlock()
+		if closed {
+			return n, errReadClosed
+		}
 		var rej *Reject
 		if errors.As(err, &rej) {
 			c.cfg.OnReject(rej.Reason)
@@ -331,12 +341,32 @@ func (s *serverStream) Read(p []byte) (int, error) {
 	return n, err
 }
 
+var errReadClosed = &message.Error{Sent: true, Err: errors.New("http1: reading has been given up")}
+
+// CloseRead implements message.ServerStream.
+func (s *serverStream) CloseRead() {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !s.readClosed && !s.over {
+		s.readClosed = true
+		c.readDeadline = time.Unix(1, 0)
+		_ = c.nc.SetReadDeadline(c.readDeadline)
+	}
+}
+
 // readRaw is Read after an upgrade or CONNECT was accepted; before, there is nothing to read.
 func (s *serverStream) readRaw(p []byte) (int, error) {
 	c := s.c
 	s.stopWatch()
 	c.mu.Lock()
 	tunnel, err := s.tunnel, s.err
+	if err == nil && s.readClosed {
+		err = errReadClosed
+	}
+	if err == nil && tunnel {
+		c.unbounded()
+	}
 	c.mu.Unlock()
 	switch {
 	case err != nil:
@@ -344,7 +374,6 @@ func (s *serverStream) readRaw(p []byte) (int, error) {
 	case !tunnel:
 		return 0, io.EOF
 	}
-	c.unbounded()
 	n, err := c.body(&s.in, p)
 	if err != nil && !errors.Is(err, io.EOF) {
 		s.broken(&message.Error{Sent: true, Err: err})

@@ -244,6 +244,8 @@ func (s *serverStream) finish() {
 	c := s.c
 	c.mu.Lock()
 	s.onAbort = nil
+	s.readClosed = true
+	s.cond.Broadcast()
 	for s.calling {
 		s.cond.Wait()
 	}

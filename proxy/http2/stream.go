@@ -26,6 +26,7 @@ type stream struct {
 	trailer    message.Fields
 	recvEnd    bool // END_STREAM came
 	abandoned  bool // nobody reads any more
+	readClosed bool // Read is to return
 	answered   bool // client: the final head came
 
 	sendWindow int64
@@ -101,6 +102,9 @@ func (s *stream) Read(p []byte) (int, error) {
 			return n, nil
 		}
 		switch {
+		case s.readClosed:
+			c.mu.Unlock()
+			return 0, errReadClosed
 		case s.recvEnd:
 			c.mu.Unlock()
 			return 0, io.EOF
@@ -132,6 +136,16 @@ func (s *stream) Trailers() message.Fields {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
 	return s.trailer
+}
+
+var errReadClosed = &message.Error{Sent: true, Err: errors.New("http2: reading has been given up")}
+
+// CloseRead implements message.ServerStream.
+func (s *stream) CloseRead() {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	s.readClosed = true
+	s.cond.Broadcast()
 }
 
 var errEnded = errors.New("http2: write after the end")

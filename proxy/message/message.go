@@ -118,6 +118,8 @@ type ServerStream interface {
 	Read(p []byte) (int, error)
 	// Ready reports whether Read would return at once.
 	Ready() bool
+	// CloseRead ends a Read that waits, and all later ones: what is left of the request is not wanted. Any goroutine may call it.
+	CloseRead()
 	Trailers() Fields
 	// Inform sends an informational response other than 100 and 101. What the caller does not understand is left out silently.
 	Inform(status int, fields Fields) error

@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 x/net's own Transport and Server are the stock peers that this engine must get on with.
+
 package http2
 
 import (

@@ -120,16 +120,6 @@ func (b *replay) replayable() bool {
 	return b.base == 0
 }
 
-// failed is why the caller's body ended before its end, or nil.
-func (b *replay) failed() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.err == io.EOF {
-		return nil
-	}
-	return b.err
-}
-
 // finish ends all reading, and returns how much came.
 func (b *replay) finish() int64 {
 	b.mu.Lock()

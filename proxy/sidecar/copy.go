@@ -39,6 +39,7 @@ func copyBody(to message.ServerStream, from message.ClientStream) (int64, error)
 			}
 			return total, nil
 		case err != nil:
+			_ = to.Flush() // what has come so far is true
 			return total, err
 		}
 	}

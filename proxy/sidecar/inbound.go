@@ -301,7 +301,7 @@ func (s *Sidecar) inboundTCP(st message.ServerStream, rec *record, to *app) {
 		return
 	}
 	defer conn.Close()
-	if err := st.Respond(&message.Response{Status: http.StatusOK, Length: message.Unknown}, false); err == nil {
+	if err = st.Respond(&message.Response{Status: http.StatusOK, Length: message.Unknown}, false); err == nil {
 		err = st.Flush()
 	}
 	if err != nil {

@@ -311,18 +311,18 @@ func ownID(src *identity.Source) string {
 }
 
 // openAccessLog returns nil for "none".
-func openAccessLog(where string) (log *slog.Logger, closeLog func(), err error) {
+func openAccessLog(where string) (log io.Writer, closeLog func(), err error) {
 	switch where {
 	case none:
 		return nil, func() {}, nil
 	case "stdout":
-		return slog.New(slog.NewJSONHandler(os.Stdout, nil)), func() {}, nil
+		return os.Stdout, func() {}, nil
 	}
 	f, err := os.OpenFile(where, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, nil, fmt.Errorf("access log: %w", err)
 	}
-	return slog.New(slog.NewJSONHandler(f, nil)), func() { _ = f.Close() }, nil
+	return f, func() { _ = f.Close() }, nil
 }
 
 // tracing exports spans, or does nothing.

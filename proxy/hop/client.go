@@ -5,11 +5,12 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
 	"net"
-	"net/http"
-	"net/http/httptrace"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +19,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/proxy/http2"
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
 // Peer is an endpoint as the hop dials it.
@@ -38,7 +41,7 @@ type ClientConfig struct {
 	PingAfter      time.Duration                                                        // silence with open streams before a PING; default 1 s
 	DeadAfter      time.Duration                                                        // silence that ends a connection; default 2 s
 	IdleClose      time.Duration                                                        // default 90 s
-	MaxConns       int                                                                  // per peer; default 4
+	MaxConns       int                                                                  // per peer; default GOMAXPROCS, at most 4
 	Log            *slog.Logger
 	Metrics        prometheus.Registerer
 }
@@ -46,16 +49,15 @@ type ClientConfig struct {
 // Client owns the outgoing connections of one process. It is safe for concurrent use.
 type Client struct {
 	cfg     ClientConfig
-	engine  clientEngine
 	metrics clientMetrics
 
 	ctx    context.Context // ends with Run
 	cancel context.CancelFunc
 	dials  sync.WaitGroup
 
-	mu     sync.Mutex
-	closed bool              // guarded by mu
-	pools  map[poolKey]*pool // guarded by mu
+	mu     sync.Mutex // held to change pools
+	closed bool       // guarded by mu
+	pools  atomic.Pointer[map[poolKey]*pool]
 }
 
 type clientMetrics struct {
@@ -72,10 +74,19 @@ type poolKey struct {
 	sni       string
 }
 
-// pool is guarded by Client.mu.
+// pool is the connections to one peer.
 type pool struct {
-	conns   []*clientConn // including those that only finish their streams
-	dialing *dial
+	conns   atomic.Pointer[[]*clientConn] // changed under Client.mu; including those that only finish their streams
+	dialing *dial                         // guarded by Client.mu
+	waiting atomic.Int32                  // for a stream, where the peer allows no more
+	freed   chan struct{}                 // of size 1
+}
+
+func (p *pool) all() []*clientConn {
+	if l := p.conns.Load(); l != nil {
+		return *l
+	}
+	return nil
 }
 
 type dial struct {
@@ -84,12 +95,15 @@ type dial struct {
 }
 
 type clientConn struct {
-	session  clientSession
+	session  *http2.ClientConn
 	meter    *meteredConn
 	tls      *tls.Conn
 	key      poolKey
+	pool     *pool // set when it joins
 	expires  time.Time
 	opened   time.Time
+	active   atomic.Int64 // streams that are in use
+	bulk     atomic.Int64 // of these: such as carry many bytes
 	busyFrom atomic.Int64 // Unix nanoseconds: when streams went from none to some
 	pinging  atomic.Bool
 	draining atomic.Bool
@@ -109,15 +123,13 @@ func NewClient(cfg ClientConfig) *Client {
 	setDefault(&cfg.DeadAfter, 2*time.Second)
 	setDefault(&cfg.IdleClose, 90*time.Second)
 	if cfg.MaxConns == 0 {
-		cfg.MaxConns = 4
+		cfg.MaxConns = min(runtime.GOMAXPROCS(0), 4)
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	c := &Client{
-		cfg:    cfg,
-		engine: newXnetClient(256<<10, 30*time.Second),
-		pools:  map[poolKey]*pool{},
+		cfg: cfg,
 		metrics: clientMetrics{
 			open: prometheus.NewGauge(prometheus.GaugeOpts{
 				Name: "hanse_hop_client_connections", Help: "Open hop connections to peers."}),
@@ -127,6 +139,7 @@ func NewClient(cfg ClientConfig) *Client {
 				Name: "hanse_hop_client_ended_total", Help: "Hop connections ended, by cause."}, []string{"cause"}),
 		},
 	}
+	c.pools.Store(&map[poolKey]*pool{})
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if cfg.Metrics != nil {
 		cfg.Metrics.MustRegister(c.metrics.open, c.metrics.dials, c.metrics.ended)
@@ -158,6 +171,7 @@ func (c *Client) Run(ctx context.Context) error {
 				again = true
 			case <-tick.C:
 				c.sweep(&pings)
+				tick.Reset(c.pace())
 			}
 		}
 	}
@@ -175,20 +189,25 @@ func (c *Client) close() {
 	c.dials.Wait()
 }
 
-// all needs mu.
 func (c *Client) all() []*clientConn {
 	var conns []*clientConn
-	for _, p := range c.pools {
-		conns = append(conns, p.conns...)
+	for _, p := range *c.pools.Load() {
+		conns = append(conns, p.all()...)
 	}
 	return conns
 }
 
+// pace is how often connections are looked at: a Client without any has little to do.
+func (c *Client) pace() time.Duration {
+	if len(*c.pools.Load()) == 0 {
+		return max(c.cfg.PingAfter, 5*time.Millisecond)
+	}
+	return max(c.cfg.PingAfter/4, 5*time.Millisecond)
+}
+
 // reverify closes connections whose peer the current bundles do not vouch for.
 func (c *Client) reverify() {
-	c.mu.Lock()
 	conns := c.all()
-	c.mu.Unlock()
 	now := time.Now()
 	for _, cc := range conns {
 		if err := verifyNow(c.cfg.Source, cc.tls.ConnectionState().PeerCertificates, now); err != nil {
@@ -200,19 +219,17 @@ func (c *Client) reverify() {
 
 // sweep pings, retires and forgets connections.
 func (c *Client) sweep(pings *sync.WaitGroup) {
-	c.mu.Lock()
 	conns := c.all()
-	c.mu.Unlock()
 	now := time.Now()
 	for _, cc := range conns {
-		open, _ := cc.session.streams()
-		usable := cc.session.usable()
+		open, _ := cc.session.Streams()
+		usable := cc.session.Usable()
 		switch {
 		case !usable && open == 0:
 			c.end(cc, nil)
 			continue
 		case usable && !now.Before(cc.expires):
-			c.retire(cc, pings)
+			c.retire(cc)
 		}
 		if open == 0 {
 			if cc.idleFrom.IsZero() {
@@ -240,7 +257,7 @@ func (c *Client) ping(cc *clientConn, deadline time.Time) {
 	from := cc.meter.lastRead.Load()
 	ctx, cancel := context.WithDeadline(c.ctx, deadline)
 	defer cancel()
-	err := cc.session.ping(ctx)
+	err := cc.session.Ping(ctx)
 	if err == nil || c.ctx.Err() != nil || cc.meter.lastRead.Load() != from {
 		return
 	}
@@ -249,11 +266,10 @@ func (c *Client) ping(cc *clientConn, deadline time.Time) {
 }
 
 // retire stops new streams and lets the open ones finish.
-func (c *Client) retire(cc *clientConn, wait *sync.WaitGroup) {
-	if !cc.draining.CompareAndSwap(false, true) {
-		return
+func (c *Client) retire(cc *clientConn) {
+	if cc.draining.CompareAndSwap(false, true) {
+		go cc.session.Shutdown() // waits, shortly, where nothing is open
 	}
-	wait.Go(func() { _ = cc.session.shutdown(c.ctx) })
 }
 
 // end closes a connection and forgets it. The cause replaces the error of its streams.
@@ -261,22 +277,12 @@ func (c *Client) end(cc *clientConn, cause error) {
 	if cause != nil {
 		cc.cause.CompareAndSwap(nil, &cause)
 	}
-	c.mu.Lock()
-	found := false
-	if p := c.pools[cc.key]; p != nil {
-		for i, x := range p.conns {
-			if x == cc {
-				p.conns, found = append(p.conns[:i:i], p.conns[i+1:]...), true
-				break
-			}
-		}
-		if len(p.conns) == 0 && p.dialing == nil {
-			delete(c.pools, cc.key)
-		}
-	}
-	c.mu.Unlock()
+	found := c.remove(cc)
 	_ = cc.meter.Conn.Close() // first, so that TLS cannot block on a dead peer
-	_ = cc.session.close()
+	if cause == nil {
+		cause = ErrClosed
+	}
+	cc.session.Close(cause)
 	if !found {
 		return
 	}
@@ -291,47 +297,230 @@ func (c *Client) end(cc *clientConn, cause error) {
 	}
 }
 
-// RoundTrip sends one request to peer and returns its answer; what the peer answers is never an error. Errors are *Error.
-// The caller closes the response's body. req.URL.Scheme must be "http" or "https"; Host is the authority.
-func (c *Client) RoundTrip(peer Peer, req *http.Request) (*http.Response, error) {
-	cc, err := c.get(req.Context(), peer)
+// remove forgets a connection, and reports whether it was known.
+func (c *Client) remove(cc *clientConn) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := (*c.pools.Load())[cc.key]
+	if p == nil {
+		return false
+	}
+	var rest []*clientConn
+	for _, x := range p.all() {
+		if x != cc {
+			rest = append(rest, x)
+		}
+	}
+	if len(rest) == len(p.all()) {
+		return false
+	}
+	p.conns.Store(&rest)
+	c.tidy(cc.key, p)
+	return true
+}
+
+// tidy forgets a pool that is empty. It needs mu.
+func (c *Client) tidy(key poolKey, p *pool) {
+	if len(p.all()) == 0 && p.dialing == nil {
+		next := maps.Clone(*c.pools.Load())
+		delete(next, key)
+		c.pools.Store(&next)
+	}
+}
+
+// Open begins an exchange with peer. ctx bounds the wait for a connection only. Errors, also those of the stream, are *Error; what
+// the peer answers is never one.
+func (c *Client) Open(ctx context.Context, peer Peer, r *message.Request, o message.Options) (message.ClientStream, error) {
+	var patience *time.Timer
+	for {
+		cc, err := c.get(ctx, &peer)
+		if err != nil {
+			return nil, err
+		}
+		s, err := cc.session.Open(r, o)
+		if err == nil {
+			cc.requests.Add(1)
+			return &stream{ClientStream: s, cc: cc, peer: peer.SPIFFEID}, nil
+		}
+		cc.release()
+		switch {
+		case errors.Is(err, message.ErrUnsupported):
+			return nil, cc.failure(peer.SPIFFEID, err, nil)
+		case errors.Is(err, http2.ErrFull):
+			if patience == nil {
+				patience = time.NewTimer(c.timeout(&peer))
+				defer patience.Stop()
+			}
+			if _, _, usable := leastBusy(cc.pool.all(), time.Now()); usable < c.cfg.MaxConns {
+				c.more(cc.key, cc.pool, &peer)
+			}
+			if !cc.await(ctx, patience) {
+				return nil, cc.failure(peer.SPIFFEID, err, nil)
+			}
+		case errors.Is(err, http2.ErrGoAway):
+			cc.draining.Store(true) // the next get finds another
+		default:
+			if c.ctx.Err() != nil || !c.remove(cc) {
+				return nil, cc.failure(peer.SPIFFEID, err, nil)
+			}
+			c.metrics.open.Dec()
+			c.metrics.ended.WithLabelValues("closed").Inc()
+		}
+	}
+}
+
+// await waits until some stream of the peer has ended. It is false if the time is up.
+func (cc *clientConn) await(ctx context.Context, patience *time.Timer) bool {
+	cc.pool.waiting.Add(1)
+	defer cc.pool.waiting.Add(-1)
+	again := time.NewTimer(10 * time.Millisecond) // one may have ended before this one waited
+	defer again.Stop()
+	select {
+	case <-cc.pool.freed:
+	case <-again.C:
+	case <-patience.C:
+		return false
+	case <-ctx.Done():
+		return false
+	}
+	return true
+}
+
+// release ends a use that get has begun.
+func (cc *clientConn) release() {
+	cc.active.Add(-1)
+	if cc.pool.waiting.Load() > 0 {
+		select {
+		case cc.pool.freed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (c *Client) timeout(peer *Peer) time.Duration {
+	if peer.ConnectTimeout > 0 {
+		return peer.ConnectTimeout
+	}
+	return c.cfg.ConnectTimeout
+}
+
+// failure says what has become of a stream, and why.
+func (cc *clientConn) failure(peer string, err, cancelled error) error {
+	var e *message.Error
+	if !errors.As(err, &e) {
+		return err // a codec's word on what the caller does
+	}
+	why := e.Err
+	switch cause := cc.cause.Load(); {
+	case cancelled != nil && errors.Is(why, cancelled):
+		why = cancelled
+	case cause != nil:
+		why = *cause
+	case errors.Is(why, http2.ErrReset), errors.Is(why, http2.ErrFull), errors.Is(why, http2.ErrGoAway), errors.Is(why, message.ErrUnsupported):
+		why = err
+	case cc.meter.broken.Load() || cc.session.Err() != nil:
+		why = fmt.Errorf("%w: %w", ErrLost, why)
+	}
+	return &Error{Peer: peer, Address: cc.key.address, Gateway: cc.key.gateway, Stage: StageStream, Sent: e.Sent, Err: why}
+}
+
+// stream names the peer in its errors, and what it carries.
+type stream struct {
+	message.ClientStream
+	cc        *clientConn
+	peer      string
+	bytes     atomic.Int64
+	cancelled atomic.Pointer[error]
+}
+
+// bulky is how many bytes make a stream one that small requests should not share a connection with.
+const bulky = 1 << 20
+
+func (s *stream) count(n int) {
+	if sum := s.bytes.Add(int64(n)); sum >= bulky && sum-int64(n) < bulky {
+		s.cc.bulk.Add(1)
+	}
+}
+
+func (s *stream) fail(err error) error {
+	if err == nil || err == io.EOF {
+		return err
+	}
+	var cancelled error
+	if p := s.cancelled.Load(); p != nil {
+		cancelled = *p
+	}
+	return s.cc.failure(s.peer, err, cancelled)
+}
+
+func (s *stream) Write(p []byte) (int, error) {
+	n, err := s.ClientStream.Write(p)
+	s.count(n)
+	return n, s.fail(err)
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	n, err := s.ClientStream.Read(p)
+	s.count(n)
+	return n, s.fail(err)
+}
+
+func (s *stream) Response() (*message.Response, error) {
+	r, err := s.ClientStream.Response()
+	return r, s.fail(err)
+}
+
+func (s *stream) Flush() error                      { return s.fail(s.ClientStream.Flush()) }
+func (s *stream) End(trailers message.Fields) error { return s.fail(s.ClientStream.End(trailers)) }
+
+func (s *stream) Cancel(err error) {
 	if err != nil {
-		return nil, err
+		s.cancelled.CompareAndSwap(nil, &err)
 	}
-	var sent atomic.Bool
-	trace := &httptrace.ClientTrace{WroteHeaders: func() { sent.Store(true) }}
-	cc.requests.Add(1)
-	resp, err := cc.session.roundTrip(req.WithContext(httptrace.WithClientTrace(req.Context(), trace)))
-	if err == nil {
-		resp.Request = req
-		return resp, nil
+	s.ClientStream.Cancel(err)
+}
+
+func (s *stream) Close() {
+	s.ClientStream.Close()
+	if s.bytes.Load() >= bulky {
+		s.cc.bulk.Add(-1)
 	}
-	reached := sent.Load() && !unprocessed(err)
-	if cause := cc.cause.Load(); cause != nil {
-		err = *cause
-	} else if cc.meter.broken.Load() {
-		err = fmt.Errorf("%w: %w", ErrLost, err)
-	}
-	if ctxErr := context.Cause(req.Context()); ctxErr != nil {
-		err = ctxErr
-	}
-	return nil, &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: cc.key.gateway, Stage: StageStream, Sent: reached, Err: err}
+	s.cc.release()
 }
 
 // Ping opens a connection to peer if there is none, and waits for one PING's answer.
 func (c *Client) Ping(ctx context.Context, peer Peer) error {
-	cc, err := c.get(ctx, peer)
+	cc, err := c.get(ctx, &peer)
 	if err != nil {
 		return err
 	}
-	if err := cc.session.ping(ctx); err != nil {
+	defer cc.release()
+	if err := cc.session.Ping(ctx); err != nil {
 		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: cc.key.gateway, Stage: StageStream, Err: err}
 	}
 	return nil
 }
 
-// get returns the least busy usable connection to peer, and opens one where there is none, or where all are full.
-func (c *Client) get(ctx context.Context, peer Peer) (*clientConn, error) {
+// Warm opens a connection to peer in the background if there is none.
+func (c *Client) Warm(peer Peer) {
+	svid, err := c.cfg.Source.GetX509SVID()
+	if err != nil {
+		return
+	}
+	key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, gateway: peer.Gateway, sni: peer.SNI}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p := c.pool(key); p != nil && len(p.all()) == 0 && p.dialing == nil {
+		c.startDial(key, p, &peer)
+	}
+}
+
+// busyConn is how many streams a connection has before another is opened beside it, and how many one bulk stream counts for.
+const busyConn = 24
+
+// get returns the least busy usable connection to peer, for one use, and opens one where there is none. Where all are busy it opens
+// another for those who come later; where all are full it waits for that.
+func (c *Client) get(ctx context.Context, peer *Peer) (*clientConn, error) {
 	fail := func(stage Stage, err error) error {
 		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: peer.Gateway, Stage: stage, Err: err}
 	}
@@ -339,36 +528,42 @@ func (c *Client) get(ctx context.Context, peer Peer) (*clientConn, error) {
 	if err != nil {
 		return nil, fail(StageHandshake, err)
 	}
-	want, err := spiffeid.FromString(peer.SPIFFEID)
-	if err != nil {
-		return nil, fail(StageHandshake, fmt.Errorf("endpoint's SPIFFE ID: %w", err))
-	}
 	key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, gateway: peer.Gateway, sni: peer.SNI}
 	for {
+		now := time.Now()
+		p := (*c.pools.Load())[key]
+		if p != nil {
+			best, load, usable := leastBusy(p.all(), now)
+			if best != nil {
+				full := false
+				if load >= busyConn {
+					open, limit := best.session.Streams()
+					full = open >= limit
+				}
+				if load >= busyConn && usable < c.cfg.MaxConns {
+					c.more(key, p, peer)
+				}
+				if !full || usable >= c.cfg.MaxConns {
+					if best.active.Add(1) == 1 {
+						best.busyFrom.Store(now.UnixNano())
+					}
+					return best, nil
+				}
+			}
+		}
 		c.mu.Lock()
 		if c.closed {
 			c.mu.Unlock()
 			return nil, fail(StageConnect, ErrClosed)
 		}
-		p := c.pools[key]
-		if p == nil {
-			p = &pool{}
-			c.pools[key] = p
-		}
-		best, full, usable := leastBusy(p.conns)
-		if best != nil && (!full || usable >= c.cfg.MaxConns || p.dialing != nil) {
-			if open, _ := best.session.streams(); open == 0 {
-				best.busyFrom.Store(time.Now().UnixNano())
-			}
+		p = c.pool(key)
+		if best, load, _ := leastBusy(p.all(), now); p.dialing == nil && best != nil && load < busyConn {
 			c.mu.Unlock()
-			return best, nil
+			continue // it was opened meanwhile
 		}
 		d := p.dialing
 		if d == nil {
-			d = &dial{done: make(chan struct{})}
-			p.dialing = d
-			c.dials.Add(1)
-			go c.dial(d, key, peer, want)
+			d = c.startDial(key, p, peer)
 		}
 		c.mu.Unlock()
 		select {
@@ -382,40 +577,71 @@ func (c *Client) get(ctx context.Context, peer Peer) (*clientConn, error) {
 	}
 }
 
-func leastBusy(conns []*clientConn) (best *clientConn, full bool, usable int) {
-	least := 0
+// pool returns the pool of a key, nil once the Client is closed. It needs mu.
+func (c *Client) pool(key poolKey) *pool {
+	if c.closed {
+		return nil
+	}
+	p := (*c.pools.Load())[key]
+	if p == nil {
+		p = &pool{freed: make(chan struct{}, 1)}
+		next := maps.Clone(*c.pools.Load())
+		next[key] = p
+		c.pools.Store(&next)
+	}
+	return p
+}
+
+// more opens another connection in the background.
+func (c *Client) more(key poolKey, p *pool, peer *Peer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p.dialing == nil && !c.closed && (*c.pools.Load())[key] == p {
+		c.startDial(key, p, peer)
+	}
+}
+
+// startDial needs mu.
+func (c *Client) startDial(key poolKey, p *pool, peer *Peer) *dial {
+	d := &dial{done: make(chan struct{})}
+	p.dialing = d
+	c.dials.Add(1)
+	go c.dial(d, key, *peer)
+	return d
+}
+
+func leastBusy(conns []*clientConn, now time.Time) (best *clientConn, least int64, usable int) {
 	for _, cc := range conns {
-		if cc.draining.Load() || !cc.session.usable() || !time.Now().Before(cc.expires) {
+		if cc.draining.Load() || !now.Before(cc.expires) {
 			continue
 		}
 		usable++
-		open, limit := cc.session.streams()
-		if best == nil || open < least {
-			best, least, full = cc, open, open >= limit
+		if load := cc.active.Load() + busyConn*cc.bulk.Load(); best == nil || load < least {
+			best, least = cc, load
 		}
 	}
-	return best, full, usable
+	return best, least, usable
 }
 
 // dial opens one connection for everyone who waits. It outlives the request that wanted it, within its timeout.
-func (c *Client) dial(d *dial, key poolKey, peer Peer, want spiffeid.ID) {
+func (c *Client) dial(d *dial, key poolKey, peer Peer) {
 	defer c.dials.Done()
-	cc, err := c.connect(key, peer, want)
+	cc, err := c.connect(key, peer)
 	c.mu.Lock()
-	p := c.pools[key]
+	p := (*c.pools.Load())[key]
 	p.dialing = nil
 	switch {
 	case err == nil && c.closed:
 		err = &Error{Peer: peer.SPIFFEID, Address: peer.Address, Stage: StageConnect, Err: ErrClosed}
 		_ = cc.meter.Conn.Close()
-		_ = cc.session.close()
+		cc.session.Close(ErrClosed)
 	case err == nil:
-		p.conns = append(p.conns, cc)
+		cc.pool = p
+		conns := append(append([]*clientConn(nil), p.all()...), cc)
+		p.conns.Store(&conns)
 		c.metrics.open.Inc()
 	}
-	if len(p.conns) == 0 {
-		delete(c.pools, key)
-	}
+	c.tidy(key, p)
 	c.mu.Unlock()
 	result := "ok"
 	var e *Error
@@ -427,15 +653,15 @@ func (c *Client) dial(d *dial, key poolKey, peer Peer, want spiffeid.ID) {
 	close(d.done)
 }
 
-func (c *Client) connect(key poolKey, peer Peer, want spiffeid.ID) (*clientConn, error) {
-	timeout := peer.ConnectTimeout
-	if timeout == 0 {
-		timeout = c.cfg.ConnectTimeout
-	}
-	ctx, cancel := context.WithTimeout(c.ctx, timeout)
+func (c *Client) connect(key poolKey, peer Peer) (*clientConn, error) {
+	ctx, cancel := context.WithTimeout(c.ctx, c.timeout(&peer))
 	defer cancel()
 	fail := func(stage Stage, err error) error {
 		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: peer.Gateway, Stage: stage, Err: err}
+	}
+	want, err := spiffeid.FromString(peer.SPIFFEID)
+	if err != nil {
+		return nil, fail(StageHandshake, fmt.Errorf("endpoint's SPIFFE ID: %w", err))
 	}
 	address, stage := peer.Address, StageConnect
 	if peer.Gateway.IsValid() {
@@ -449,6 +675,7 @@ func (c *Client) connect(key poolKey, peer Peer, want spiffeid.ID) (*clientConn,
 	var own time.Time
 	cfg := identity.ClientTLS(c.cfg.Source, identity.AuthorizeID(want), "h2")
 	cfg.ServerName = peer.SNI
+	cfg.DynamicRecordSizingDisabled = true // a hop connection is long, and small records cost both ends
 	certificate := cfg.GetClientCertificate
 	cfg.GetClientCertificate = func(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
 		cert, err := certificate(info)
@@ -472,15 +699,11 @@ func (c *Client) connect(key poolKey, peer Peer, want spiffeid.ID) (*clientConn,
 		_ = raw.Close()
 		return nil, fail(StageHandshake, fmt.Errorf("peer negotiated %q, want h2", state.NegotiatedProtocol))
 	}
-	session, err := c.engine.start(conn)
-	if err != nil {
-		_ = raw.Close()
-		return nil, fail(StageHandshake, fmt.Errorf("start HTTP/2: %w", err))
-	}
+	session := http2.NewClientConn(conn, http2.Config{MaxStreams: 1000, MaxHeadBytes: 256 << 10, Log: c.cfg.Log})
 	// TLS 1.3 clients finish first: a server that refuses our SVID says so in its first record, and the PING waits for that.
-	if err := session.ping(ctx); err != nil {
+	if err := session.Ping(ctx); err != nil {
 		_ = raw.Close()
-		_ = session.close()
+		session.Close(err)
 		return nil, fail(StageHandshake, fmt.Errorf("peer refused the connection: %w", err))
 	}
 	return &clientConn{session: session, meter: meter, tls: conn, key: key, expires: expiry(own, state), opened: time.Now()}, nil
@@ -504,14 +727,12 @@ type Connection struct {
 
 // Connections lists what is open now.
 func (c *Client) Connections() []Connection {
-	c.mu.Lock()
 	conns := c.all()
-	c.mu.Unlock()
 	list := make([]Connection, 0, len(conns))
 	for _, cc := range conns {
-		open, _ := cc.session.streams()
+		open, _ := cc.session.Streams()
 		d := Connection{Own: cc.key.own, Peer: cc.key.peer, Address: cc.key.address, Streams: open, Requests: cc.requests.Load(),
-			Read: cc.meter.read.Load(), Written: cc.meter.written.Load(), Opened: cc.opened, Expires: cc.expires, Draining: cc.draining.Load(), GoneAway: !cc.session.usable()}
+			Read: cc.meter.read.Load(), Written: cc.meter.written.Load(), Opened: cc.opened, Expires: cc.expires, Draining: cc.draining.Load(), GoneAway: !cc.session.Usable()}
 		if cc.key.gateway.IsValid() {
 			d.Gateway = cc.key.gateway.String()
 		}

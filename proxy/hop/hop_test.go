@@ -16,6 +16,7 @@ import (
 
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/message"
 	"github.com/hanse-mesh/hanse/proxy/proxytest"
 )
 
@@ -28,7 +29,10 @@ func serve(t *testing.T, src *identity.Source, h http.Handler, change ...func(*h
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := hop.ServerConfig{Source: src, Handler: h, DrainTimeout: 2 * time.Second}
+	cfg := hop.ServerConfig{Source: src, DrainTimeout: 2 * time.Second, Handle: func(caller hop.Caller, s message.ServerStream) {
+		s.Request().Fields.Set("x-caller", caller.ID.String())
+		proxytest.Handler(h)(s)
+	}}
 	for _, f := range change {
 		f(&cfg)
 	}
@@ -78,8 +82,13 @@ func request(t *testing.T, method, path string, body io.Reader) *http.Request {
 }
 
 func whoCalls(w http.ResponseWriter, r *http.Request) {
-	c, _ := hop.CallerOf(r.Context())
-	fmt.Fprint(w, c.ID)
+	fmt.Fprint(w, r.Header.Get("X-Caller"))
+}
+
+func roundTrip(c *hop.Client, peer hop.Peer, req *http.Request) (*http.Response, error) {
+	return proxytest.RoundTrip(func(ctx context.Context, r *message.Request, o message.Options) (message.ClientStream, error) {
+		return c.Open(ctx, peer, r, o)
+	}, req)
 }
 
 func TestRequestCarriesTheCallersID(t *testing.T) {
@@ -87,7 +96,7 @@ func TestRequestCarriesTheCallersID(t *testing.T) {
 	peer, _, _ := serve(t, east.Source(payments, west), http.HandlerFunc(whoCalls))
 	c := client(t, west.Source("/ns/shop/sa/frontend", east))
 	for range 3 {
-		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -118,7 +127,7 @@ func TestRefusedIdentities(t *testing.T) {
 		"no SVID":                       {identity.NewSource(), peer},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := client(t, tc.src).RoundTrip(tc.peer, request(t, "GET", "/", nil))
+			_, err := roundTrip(client(t, tc.src), tc.peer, request(t, "GET", "/", nil))
 			var e *hop.Error
 			if !errors.As(err, &e) || e.Stage != hop.StageHandshake || e.Sent {
 				t.Errorf("error %v, want one of the handshake with nothing sent", err)
@@ -141,7 +150,7 @@ func TestDistrust(t *testing.T) {
 				<-r.Context().Done()
 			}))
 			c := client(t, clientSrc)
-			resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+			resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -153,7 +162,7 @@ func TestDistrust(t *testing.T) {
 			if _, err := io.ReadAll(resp.Body); err == nil {
 				t.Error("the open stream ended cleanly")
 			}
-			if _, err := c.RoundTrip(peer, request(t, "GET", "/", nil)); err == nil {
+			if _, err := roundTrip(c, peer, request(t, "GET", "/", nil)); err == nil {
 				t.Error("a new stream was opened")
 			}
 		})
@@ -167,7 +176,7 @@ func TestRotation(t *testing.T) {
 	src := d.Source("/ns/shop/sa/frontend")
 	c := client(t, src)
 	call := func() string {
-		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -198,14 +207,14 @@ func TestExpiry(t *testing.T) {
 	src.SetSVID(d.SVID("/ns/shop/sa/frontend", 1500*time.Millisecond))
 	c := client(t, src)
 	pr, pw := io.Pipe()
-	resp, err := c.RoundTrip(peer, request(t, "POST", "/", pr))
+	resp, err := roundTrip(c, peer, request(t, "POST", "/", pr))
 	if err != nil {
 		t.Fatal(err)
 	}
 	first := c.Connections()[0]
 	src.SetSVID(d.SVID("/ns/shop/sa/frontend", time.Hour))
 	time.Sleep(time.Until(first.Expires) + 50*time.Millisecond)
-	second, err := c.RoundTrip(peer, request(t, "POST", "/", strings.NewReader("new")))
+	second, err := roundTrip(c, peer, request(t, "POST", "/", strings.NewReader("new")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,7 +270,7 @@ func TestBlackHoleIsFoundByPing(t *testing.T) {
 		c.PingAfter, c.DeadAfter = 50*time.Millisecond, 150*time.Millisecond
 	})
 	go func() { <-entered; close(shut) }()
-	_, err := c.RoundTrip(peer, request(t, "GET", "/hang", nil))
+	_, err := roundTrip(c, peer, request(t, "GET", "/hang", nil))
 	if !errors.Is(err, hop.ErrDead) || !hop.Sent(err) {
 		t.Errorf("error %v, want ErrDead of a request that was sent", err)
 	}
@@ -277,7 +286,7 @@ func TestLongSilenceIsNotDeath(t *testing.T) {
 	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) {
 		c.PingAfter, c.DeadAfter = 20*time.Millisecond, 100*time.Millisecond
 	})
-	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -300,7 +309,7 @@ func TestDrain(t *testing.T) {
 	}
 	got := make(chan result, 1)
 	go func() {
-		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 		if err != nil {
 			got <- result{err: err}
 			return
@@ -314,7 +323,7 @@ func TestDrain(t *testing.T) {
 	for c.Connections()[0].Draining || usable(c) {
 		time.Sleep(5 * time.Millisecond)
 	}
-	if _, err := c.RoundTrip(peer, request(t, "GET", "/", nil)); err == nil || hop.Sent(err) {
+	if _, err := roundTrip(c, peer, request(t, "GET", "/", nil)); err == nil || hop.Sent(err) {
 		t.Errorf("a request during drain: %v, want a failure with nothing sent", err)
 	}
 	close(leave)
@@ -340,41 +349,50 @@ func TestStreamHalfClose(t *testing.T) {
 	for _, first := range []string{"client", "server"} {
 		t.Run(first+" ends first", func(t *testing.T) {
 			received := make(chan []byte, 1)
-			peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if r.Method != http.MethodConnect || r.Host != "payments.shop.svc.clusterset.local:5432" {
-					w.WriteHeader(http.StatusMisdirectedRequest)
-					return
+			peer, _, _ := serve(t, d.Source(payments), nil, func(c *hop.ServerConfig) {
+				c.Handle = func(_ hop.Caller, s message.ServerStream) {
+					if r := s.Request(); r.Method != http.MethodConnect || r.Authority != "payments.shop.svc.clusterset.local:5432" {
+						_ = s.Respond(&message.Response{Status: http.StatusMisdirectedRequest}, true)
+						return
+					}
+					if err := errors.Join(s.Respond(&message.Response{Status: 200, Length: message.Unknown}, false), s.Flush()); err != nil {
+						t.Error(err)
+						return
+					}
+					send := func() {
+						_, _ = s.Write(down)
+						_ = s.End(nil)
+					}
+					if first == "server" {
+						send()
+					}
+					b, err := io.ReadAll(s)
+					if err != nil {
+						t.Error(err)
+					}
+					received <- b
+					if first == "client" {
+						send()
+					}
 				}
-				s, err := hop.Accept(w, r, nil)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				send := func() {
-					_, _ = s.Write(down)
-					_ = s.CloseWrite()
-				}
-				if first == "server" {
-					send()
-				}
-				b, err := io.ReadAll(s)
-				if err != nil {
-					t.Error(err)
-				}
-				received <- b
-				if first == "client" {
-					send()
-				}
-			}))
+			})
 			c := client(t, d.Source("/ns/shop/sa/frontend"))
-			s, err := c.Open(t.Context(), peer, "payments.shop.svc.clusterset.local:5432", nil)
-			if err != nil {
-				t.Fatal(err)
+			connect := func(authority string) (message.ClientStream, *message.Response) {
+				s, err := c.Open(t.Context(), peer, &message.Request{Method: http.MethodConnect, Authority: authority, Length: message.Unknown}, message.Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := s.Response()
+				if err != nil {
+					t.Fatal(err)
+				}
+				return s, resp
 			}
+			s, _ := connect("payments.shop.svc.clusterset.local:5432")
 			defer s.Close()
 			send := func() {
 				_, _ = s.Write(up)
-				_ = s.CloseWrite()
+				_ = s.End(nil)
 			}
 			if first == "client" {
 				send()
@@ -389,10 +407,11 @@ func TestStreamHalfClose(t *testing.T) {
 			if got := <-received; !bytes.Equal(got, up) {
 				t.Errorf("server read %d bytes", len(got))
 			}
-			var status *hop.StatusError
-			if _, err := c.Open(t.Context(), peer, "other:1", nil); !errors.As(err, &status) || status.Status != http.StatusMisdirectedRequest {
-				t.Errorf("wrong authority: %v", err)
+			refused, resp := connect("other:1")
+			if resp.Status != http.StatusMisdirectedRequest {
+				t.Errorf("wrong authority: %+v", resp)
 			}
+			refused.Close()
 		})
 	}
 }
@@ -407,7 +426,7 @@ func TestDeadGateway(t *testing.T) {
 	}
 	peer.Gateway = netip.MustParseAddrPort(ln.Addr().String())
 	_ = ln.Close()
-	_, err = client(t, d.Source("/ns/shop/sa/frontend")).RoundTrip(peer, request(t, "GET", "/", nil))
+	_, err = roundTrip(client(t, d.Source("/ns/shop/sa/frontend")), peer, request(t, "GET", "/", nil))
 	var e *hop.Error
 	if !errors.As(err, &e) || e.Stage != hop.StageGateway || e.Sent {
 		t.Errorf("error %v, want one of the gateway", err)
@@ -427,7 +446,7 @@ func TestFullConnection(t *testing.T) {
 	served.Add(4)
 	var calls sync.WaitGroup
 	call := func() {
-		resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+		resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 		if err != nil {
 			t.Error(err)
 			return
@@ -453,7 +472,7 @@ func TestIdleConnectionsAreClosed(t *testing.T) {
 	d := proxytest.NewDomain(t, "west.test")
 	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(whoCalls))
 	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) { c.IdleClose, c.PingAfter = 50*time.Millisecond, 20*time.Millisecond })
-	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -461,7 +480,7 @@ func TestIdleConnectionsAreClosed(t *testing.T) {
 	for len(c.Connections()) > 0 {
 		time.Sleep(5 * time.Millisecond)
 	}
-	if resp, err = c.RoundTrip(peer, request(t, "GET", "/", nil)); err != nil {
+	if resp, err = roundTrip(c, peer, request(t, "GET", "/", nil)); err != nil {
 		t.Fatal(err)
 	}
 	_ = resp.Body.Close()
@@ -483,7 +502,7 @@ func TestServerExpiry(t *testing.T) {
 	c := client(t, d.Source("/ns/shop/sa/frontend"))
 	done := make(chan error, 1)
 	go func() {
-		resp, err := c.RoundTrip(peer, request(t, "GET", "/hang", nil))
+		resp, err := roundTrip(c, peer, request(t, "GET", "/hang", nil))
 		if err == nil {
 			_, err = io.ReadAll(resp.Body)
 		}
@@ -494,7 +513,7 @@ func TestServerExpiry(t *testing.T) {
 	for usable(c) {
 		time.Sleep(5 * time.Millisecond)
 	}
-	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -512,13 +531,13 @@ func TestHeaderLimit(t *testing.T) {
 	c := client(t, d.Source("/ns/shop/sa/frontend"))
 	req := request(t, "GET", "/", nil)
 	req.Header.Set("X-Big", strings.Repeat("x", 100<<10))
-	if resp, err := c.RoundTrip(peer, req); err == nil {
+	if resp, err := roundTrip(c, peer, req); err == nil {
 		if resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 			t.Errorf("status %d", resp.StatusCode)
 		}
 		_ = resp.Body.Close()
 	}
-	resp, err := c.RoundTrip(peer, request(t, "GET", "/", nil))
+	resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"sync"
 	"time"
 
@@ -16,6 +15,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/proxy/http2"
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
 // Caller is who opened a connection; every request on it carries it in its context.
@@ -24,19 +25,11 @@ type Caller struct {
 	Address net.Addr    // of the TCP connection: a gateway's where one is between
 }
 
-type callerKey struct{}
-
-// CallerOf returns the caller of a request that a Server handed out.
-func CallerOf(ctx context.Context) (Caller, bool) {
-	c, ok := ctx.Value(callerKey{}).(Caller)
-	return c, ok
-}
-
-// ServerConfig configures a Server. Source and Handler are required.
+// ServerConfig configures a Server. Source and Handle are required.
 type ServerConfig struct {
 	Source           *identity.Source
-	Handler          http.Handler        // sees HTTP/2 requests and CONNECT, with CallerOf
-	Authorize        identity.Authorizer // nil: every ID that a bundle vouches for
+	Handle           func(Caller, message.ServerStream) // is called for each exchange, on a goroutine of its own
+	Authorize        identity.Authorizer                // nil: every ID that a bundle vouches for
 	Admit            func(net.Addr) error
 	Wrap             func(net.Conn) net.Conn // below TLS, for faults
 	MaxConns         int                     // default 10,000
@@ -45,6 +38,7 @@ type ServerConfig struct {
 	HandshakeTimeout time.Duration           // default 5 s
 	IdleTimeout      time.Duration           // default 3 min; clients close after 90 s
 	PingAfter        time.Duration           // silence before the server asks whether the client lives; default 15 s
+	OnReject         func(reason string)     // called for each violation of HTTP/2 with a constant; may be nil
 	DrainTimeout     time.Duration           // after ctx ended; default 30 s
 	Log              *slog.Logger
 	Metrics          prometheus.Registerer
@@ -53,7 +47,6 @@ type ServerConfig struct {
 // Server answers hop connections.
 type Server struct {
 	cfg     ServerConfig
-	engine  serverEngine
 	metrics serverMetrics
 
 	mu    sync.Mutex
@@ -69,7 +62,7 @@ type serverConn struct {
 	raw     net.Conn
 	chain   []*x509.Certificate
 	caller  Caller
-	session serverSession // nil before the handshake
+	session *http2.ServerConn // nil before the handshake
 	expires time.Time
 }
 
@@ -95,9 +88,7 @@ func NewServer(cfg ServerConfig) *Server {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Server{
-		cfg: cfg,
-		engine: xnetServer{handler: cfg.Handler, maxStreams: cfg.MaxStreams, maxHeaderBytes: cfg.MaxHeaderBytes,
-			idleTimeout: cfg.IdleTimeout, pingAfter: cfg.PingAfter, writeTimeout: 30 * time.Second, log: cfg.Log},
+		cfg:   cfg,
 		conns: map[*serverConn]struct{}{},
 		metrics: serverMetrics{
 			open: prometheus.NewGauge(prometheus.GaugeOpts{
@@ -194,7 +185,7 @@ func (s *Server) drain(conns map[*serverConn]struct{}, done <-chan struct{}) {
 
 func (s *Server) goAway(conns map[*serverConn]struct{}) {
 	s.mu.Lock()
-	var sessions []serverSession
+	var sessions []*http2.ServerConn
 	for sc := range conns {
 		if sc.session != nil {
 			sessions = append(sessions, sc.session)
@@ -202,7 +193,7 @@ func (s *Server) goAway(conns map[*serverConn]struct{}) {
 	}
 	s.mu.Unlock()
 	for _, session := range sessions {
-		session.goAway()
+		session.GoAway()
 	}
 }
 
@@ -267,6 +258,7 @@ func (s *Server) serveConn(ctx context.Context, sc *serverConn) {
 	}
 	var own time.Time
 	cfg := identity.ServerTLS(s.cfg.Source, s.cfg.Authorize, "h2")
+	cfg.DynamicRecordSizingDisabled = true
 	certificate := cfg.GetCertificate
 	cfg.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 		cert, err := certificate(hello)
@@ -293,8 +285,8 @@ func (s *Server) serveConn(ctx context.Context, sc *serverConn) {
 		return // verified above: cannot be
 	}
 	caller := Caller{ID: id, Address: sc.raw.RemoteAddr()}
-	ctx = context.WithValue(ctx, callerKey{}, caller)
-	session := s.engine.start(ctx, tc)
+	session := http2.NewServerConn(tc, http2.Config{MaxStreams: s.cfg.MaxStreams, MaxHeadBytes: uint32(s.cfg.MaxHeaderBytes), IdleTimeout: s.cfg.IdleTimeout,
+		PingAfter: s.cfg.PingAfter, OnReject: s.cfg.OnReject, Log: s.cfg.Log}, func(st message.ServerStream) { s.cfg.Handle(caller, st) })
 	s.mu.Lock()
 	sc.chain, sc.caller, sc.session, sc.expires = state.PeerCertificates, caller, session, expiry(own, state)
 	s.mu.Unlock()
@@ -304,8 +296,9 @@ func (s *Server) serveConn(ctx context.Context, sc *serverConn) {
 		return
 	}
 	s.metrics.accepted.WithLabelValues("ok").Inc()
-	expired := time.AfterFunc(time.Until(sc.expires), session.goAway)
+	expired := time.AfterFunc(time.Until(sc.expires), session.GoAway)
 	defer expired.Stop()
-	session.serve()
-	_ = tc.CloseWrite()
+	if err := session.Serve(); err != nil {
+		s.cfg.Log.Debug("hop connection ended", "caller", caller.ID, "address", caller.Address, "error", err)
+	}
 }

@@ -4,23 +4,21 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 
 	"google.golang.org/grpc/codes"
+
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
 const (
-	headerTarget      = "Hanse-Target"
-	headerUpgrade     = "Hanse-Upgrade"
-	headerPath        = "Hanse-Path"
-	headerHost        = "Hanse-Host"
-	headerStatus      = "Hanse-Status"
-	headerUnprocessed = "Hanse-Unprocessed"
-	headerError       = "Hanse-Error"
-	headerPeerAddress = "Hanse-Peer-Address"
-	headerClientCert  = "X-Forwarded-Client-Cert"
+	headerTarget      = "hanse-target"
+	headerStatus      = "hanse-status"
+	headerUnprocessed = "hanse-unprocessed"
+	headerError       = "hanse-error"
+	headerPeerAddress = "hanse-peer-address"
+	headerClientCert  = "x-forwarded-client-cert"
 )
 
 // failure is an answer of the proxy itself.
@@ -87,39 +85,39 @@ func failWith(code, format string, args ...any) *failure {
 }
 
 // isGRPC reports whether the caller expects its status in trailers.
-func isGRPC(h http.Header) bool {
-	rest, ok := strings.CutPrefix(h.Get("Content-Type"), "application/grpc")
+func isGRPC(fields message.Fields) bool {
+	v, _ := fields.Get("content-type")
+	rest, ok := strings.CutPrefix(v, "application/grpc")
 	return ok && (rest == "" || rest[0] == '+' || rest[0] == ';')
 }
 
-// write answers with f. between says that the reader is a sidecar, which learns whether trying elsewhere is safe.
-func (f *failure) write(w http.ResponseWriter, r *http.Request, between bool) {
-	h := w.Header()
-	h.Set(headerError, f.code)
+// write answers with f; extra fields go along. between says that the reader is a sidecar, which learns whether trying elsewhere is safe.
+func (f *failure) write(s message.ServerStream, extra message.Fields, between bool) {
+	r := s.Request()
+	h := append(extra, message.Field{Name: headerError, Value: f.code})
 	if between && f.unprocessed {
-		h.Set(headerUnprocessed, "true")
+		h.Add(headerUnprocessed, "true")
 	}
-	if isGRPC(r.Header) { // Trailers-Only (gRPC over HTTP/2, Responses)
-		h.Set("Content-Type", "application/grpc")
-		h.Set("Grpc-Status", strconv.Itoa(int(f.grpc)))
-		h.Set("Grpc-Message", grpcMessage("hanse: "+f.code+": "+f.detail))
-		w.WriteHeader(http.StatusOK)
+	if isGRPC(r.Fields) { // Trailers-Only (gRPC over HTTP/2, Responses)
+		h.Set("content-type", "application/grpc")
+		h.Set("grpc-status", strconv.Itoa(int(f.grpc)))
+		h.Set("grpc-message", grpcMessage("hanse: "+f.code+": "+f.detail))
+		_ = s.Respond(&message.Response{Status: http.StatusOK, Fields: h, Length: message.Unknown}, true)
 		return
 	}
-	h.Set("Cache-Control", "no-store")
+	h.Set("cache-control", "no-store")
 	var body []byte
-	if strings.Contains(r.Header.Get("Accept"), "application/json") {
-		h.Set("Content-Type", "application/json")
+	if strings.Contains(r.Fields.Value("accept"), "application/json") {
+		h.Set("content-type", "application/json")
 		body, _ = json.Marshal(map[string]string{"error": f.code, "detail": f.detail})
 		body = append(body, '\n')
 	} else {
-		h.Set("Content-Type", "text/plain; charset=utf-8")
+		h.Set("content-type", "text/plain; charset=utf-8")
 		body = []byte("hanse: " + f.code + ": " + strings.ReplaceAll(f.detail, "\n", " ") + "\n")
 	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(f.status)
-	if r.Method != http.MethodHead {
-		_, _ = w.Write(body)
+	if s.Respond(&message.Response{Status: f.status, Fields: h, Length: int64(len(body))}, false) == nil {
+		_, _ = s.Write(body)
+		_ = s.End(nil)
 	}
 }
 
@@ -137,73 +135,49 @@ func grpcMessage(s string) string {
 }
 
 // stripOwn removes our own fields, which nobody but a sidecar may set.
-func stripOwn(h http.Header) {
-	for name := range h {
-		if strings.HasPrefix(name, "Hanse-") {
-			delete(h, name)
+func stripOwn(fields *message.Fields) {
+	for i := range *fields {
+		if strings.HasPrefix((*fields)[i].Name, "hanse-") {
+			fields.DelFunc(func(name string) bool { return strings.HasPrefix(name, "hanse-") })
+			return
 		}
 	}
 }
 
-// stripHopByHop removes what concerns one connection only (RFC 9110 §7.6.1). "TE: trailers" stays, as gRPC wants it.
-func stripHopByHop(h http.Header) {
-	for _, field := range h["Connection"] {
-		for name := range strings.SplitSeq(field, ",") {
-			if name = strings.TrimSpace(name); !strings.EqualFold(name, "te") {
-				h.Del(name)
-			}
-		}
+// editor lets header edits reach a message; what frames it or routes it is not theirs. authority may be nil.
+type editor struct {
+	fields    *message.Fields
+	authority *string
+}
+
+func (e editor) name(name string) string {
+	switch name = strings.ToLower(name); name {
+	case "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "te", "trailer", "proxy-connection", "expect":
+		return ""
 	}
-	te := false
-	for _, field := range h["Te"] {
-		for coding := range strings.SplitSeq(field, ",") {
-			te = te || strings.EqualFold(strings.TrimSpace(coding), "trailers")
-		}
+	if strings.HasPrefix(name, "hanse-") {
+		return ""
 	}
-	for _, name := range [...]string{"Connection", "Keep-Alive", "Proxy-Connection", "Proxy-Authenticate", "Proxy-Authorization", "Te", "Transfer-Encoding", "Upgrade", "Http2-Settings"} {
-		delete(h, name)
-	}
-	if te {
-		h["Te"] = []string{"trailers"}
+	return name
+}
+
+func (e editor) Set(name, value string) {
+	switch name = e.name(name); {
+	case name == "host" && e.authority != nil:
+		*e.authority = value
+	case name != "" && name != "host":
+		e.fields.Set(name, value)
 	}
 }
 
-// keepUserAgent stops net/http from naming itself where the caller named nobody.
-func keepUserAgent(h http.Header) {
-	if _, ok := h["User-Agent"]; !ok {
-		h["User-Agent"] = []string{""}
+func (e editor) Add(name, value string) {
+	if name = e.name(name); name != "" && name != "host" {
+		e.fields.Add(name, value)
 	}
 }
 
-// upgradeOf returns the protocol that a request asks to switch to, or "".
-func upgradeOf(h http.Header) string {
-	for _, field := range h["Connection"] {
-		for name := range strings.SplitSeq(field, ",") {
-			if strings.EqualFold(strings.TrimSpace(name), "upgrade") {
-				return h.Get("Upgrade")
-			}
-		}
+func (e editor) Del(name string) {
+	if name = e.name(name); name != "" && name != "host" {
+		e.fields.Del(name)
 	}
-	return ""
-}
-
-// requestPath returns the path as received, without query.
-func requestPath(u *url.URL) string {
-	if u.Opaque != "" {
-		return u.Opaque
-	}
-	if p := u.EscapedPath(); p != "" {
-		return p
-	}
-	return "/"
-}
-
-// setPath makes u carry an escaped path as it stands.
-func setPath(u *url.URL, escaped string) error {
-	p, err := url.PathUnescape(escaped)
-	if err != nil {
-		return fmt.Errorf("path %q: %w", escaped, err)
-	}
-	u.Path, u.RawPath, u.Opaque = p, escaped, ""
-	return nil
 }

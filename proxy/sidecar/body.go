@@ -3,8 +3,9 @@ package sidecar
 import (
 	"errors"
 	"io"
-	"net/http"
 	"sync"
+
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
 // maxReplay is how much of a request's body is kept for another try, and for a mirror.
@@ -15,34 +16,46 @@ const readAhead = 32 << 10
 
 var errStale = errors.New("this try is over")
 
-// replay lets several tries read one body, one after the other, as long as no more than maxReplay of it has come. The caller is read
-// by a goroutine of its own, so that a try can be given up while the caller is silent.
-type replay struct {
-	src io.ReadCloser
-
-	mu      sync.Mutex
-	changed *sync.Cond
-	buf     []byte // guarded by mu: from base on
-	base    int64  // guarded by mu: how much from the beginning is gone
-	at      int64  // guarded by mu: where the current try reads
-	err     error  // guarded by mu: of src
-	turn    int    // guarded by mu: the try that may read; 0: none yet
-	over    bool   // guarded by mu
+// source is what a body is read from: a message.ServerStream.
+type source interface {
+	Read(p []byte) (int, error)
+	Ready() bool
+	CloseRead()
+	Trailers() message.Fields
 }
 
-func newReplay(body io.ReadCloser) *replay {
-	b := &replay{src: body}
-	b.changed = sync.NewCond(&b.mu)
+// replay lets several tries send one body, one after the other, as long as no more than maxReplay of it has come. What has not
+// arrived by the first try is read by a goroutine of its own, so that a try can be given up while the caller is silent.
+type replay struct {
+	src source
+
+	mu      sync.Mutex
+	changed sync.Cond
+	buf     []byte        // guarded by mu: from base on
+	base    int64         // guarded by mu: how much from the beginning is gone
+	at      int64         // guarded by mu: where the current try reads
+	err     error         // guarded by mu: of src
+	turn    int           // guarded by mu: the try that may read; 0: none yet
+	over    bool          // guarded by mu
+	pumping chan struct{} // closed when the pump has ended; nil: there is none
+}
+
+// newReplay takes what is at hand.
+func newReplay(src source) *replay {
+	b := &replay{src: src}
+	b.changed.L = &b.mu
+	for b.err == nil && len(b.buf) < maxReplay && src.Ready() {
+		if len(b.buf) == cap(b.buf) {
+			b.buf = append(make([]byte, 0, max(512, 2*cap(b.buf))), b.buf...)
+		}
+		n, err := src.Read(b.buf[len(b.buf):cap(b.buf)])
+		b.buf, b.err = b.buf[:len(b.buf)+n], err
+	}
 	return b
 }
 
-// bodyOf returns nil where a request has no body.
-func bodyOf(r *http.Request) *replay {
-	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
-		return nil
-	}
-	return newReplay(r.Body)
-}
+// whole reports whether all of the body is at hand: then it is buf, and nobody else uses it.
+func (b *replay) whole() bool { return b.base == 0 && b.pumping == nil && b.err == io.EOF }
 
 // next gives the body to a new try; the one before reads no more. It is false if the beginning is gone.
 func (b *replay) next() (*replayReader, bool) {
@@ -51,7 +64,8 @@ func (b *replay) next() (*replayReader, bool) {
 	if b.base > 0 {
 		return nil, false
 	}
-	if b.turn == 0 {
+	if b.pumping == nil && b.err == nil {
+		b.pumping = make(chan struct{})
 		go b.pump()
 	}
 	b.turn++
@@ -60,8 +74,9 @@ func (b *replay) next() (*replayReader, bool) {
 	return &replayReader{b: b, turn: b.turn}, true
 }
 
-// pump reads the caller until its body ends, or finish and one more read. net/http ends that read when the handler returns.
+// pump reads the caller until its body ends, or finish.
 func (b *replay) pump() {
+	defer close(b.pumping)
 	chunk := pooledBuffers.Get().(*[32 << 10]byte)
 	defer pooledBuffers.Put(chunk)
 	for {
@@ -108,17 +123,26 @@ func (b *replay) replayable() bool {
 // finish ends all reading, and returns how much came.
 func (b *replay) finish() int64 {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	b.over = true
 	b.changed.Broadcast()
+	pumping := b.pumping
+	open := b.err == nil
+	b.mu.Unlock()
+	if open {
+		b.src.CloseRead()
+	}
+	if pumping != nil {
+		<-pumping
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	return b.end()
 }
 
 type replayReader struct {
 	b      *replay
 	turn   int
-	ended  func() // if set, is called before Read returns the caller's io.EOF
-	closed bool   // guarded by b.mu
+	closed bool // guarded by b.mu
 }
 
 // Read implements io.Reader.
@@ -137,20 +161,89 @@ func (r *replayReader) Read(p []byte) (int, error) {
 			b.changed.Broadcast()
 			return n, nil
 		case b.err != nil:
-			if r.ended != nil && errors.Is(b.err, io.EOF) {
-				r.ended()
-			}
 			return 0, b.err
 		}
 		b.changed.Wait()
 	}
 }
 
-// Close ends a Read that waits. It does not close the caller's body, which another try may need.
+// ready reports whether Read would return at once.
+func (r *replayReader) ready() bool {
+	b := r.b
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.turn != r.turn || r.closed || b.over || b.at < b.end() || b.err != nil
+}
+
+// Close ends a Read that waits. It does not end the caller's body, which another try may need.
 func (r *replayReader) Close() error {
 	r.b.mu.Lock()
 	defer r.b.mu.Unlock()
 	r.closed = true
 	r.b.changed.Broadcast()
 	return nil
+}
+
+// sending is a request's body on its way to one try.
+type sending struct {
+	reader *replayReader // nil: nothing is under way
+	done   chan struct{}
+}
+
+// send passes the body to a try: at once what is at hand, the rest by a goroutine. It is false if the beginning of the body is gone.
+func (b *replay) send(to message.ClientStream) (sending, bool) {
+	if b.whole() {
+		if _, err := to.Write(b.buf); err == nil {
+			_ = to.End(b.src.Trailers()) // a failure shows in the answer
+		}
+		return sending{}, true
+	}
+	r, ok := b.next()
+	if !ok {
+		return sending{}, false
+	}
+	s := sending{reader: r, done: make(chan struct{})}
+	go func() {
+		defer close(s.done)
+		buf := pooledBuffers.Get().(*[32 << 10]byte)
+		defer pooledBuffers.Put(buf)
+		for {
+			if !r.ready() {
+				if to.Flush() != nil {
+					return
+				}
+			}
+			n, err := r.Read(buf[:])
+			if n > 0 {
+				if _, err := to.Write(buf[:n]); err != nil {
+					return
+				}
+			}
+			switch {
+			case err == io.EOF:
+				_ = to.End(b.src.Trailers())
+				return
+			case err == errStale:
+				return
+			case err != nil:
+				to.Cancel(&callerError{err})
+				return
+			}
+		}
+	}()
+	return s, true
+}
+
+// stop ends what is under way, and with it the exchange.
+func (s sending) stop(to message.ClientStream) {
+	if s.reader == nil {
+		return
+	}
+	_ = s.reader.Close()
+	select {
+	case <-s.done:
+	default:
+		to.Cancel(nil) // ends a Write that waits
+		<-s.done
+	}
 }

@@ -7,11 +7,13 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
 // TestReplay: several tries read the same bytes, until more has come than is kept.
 func TestReplay(t *testing.T) {
-	b := newReplay(io.NopCloser(strings.NewReader("hello")))
+	b := newReplay(slowly{strings.NewReader("hello")})
 	first, _ := b.next()
 	if p := make([]byte, 2); must(io.ReadFull(first, p)) != 2 || string(p) != "he" {
 		t.Errorf("first try read %q", p)
@@ -32,7 +34,7 @@ func must(n int, _ error) int { return n }
 
 func TestReplayTooLong(t *testing.T) {
 	data := bytes.Repeat([]byte("0123456789"), 100_000)
-	b := newReplay(io.NopCloser(bytes.NewReader(data)))
+	b := newReplay(slowly{bytes.NewReader(data)})
 	r, _ := b.next()
 	if all, err := io.ReadAll(r); err != nil || !bytes.Equal(all, data) {
 		t.Errorf("read %d bytes, %v", len(all), err)
@@ -49,7 +51,7 @@ func TestReplayTooLong(t *testing.T) {
 func TestReplaySilentCaller(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pr, pw := io.Pipe()
-		b := newReplay(pr)
+		b := newReplay(slowly{pr})
 		first, _ := b.next()
 		ended := make(chan error)
 		go func() { _, err := first.Read(make([]byte, 1)); ended <- err }()
@@ -69,3 +71,14 @@ func TestReplaySilentCaller(t *testing.T) {
 		b.finish()
 	})
 }
+
+// slowly has nothing at hand.
+type slowly struct{ io.Reader }
+
+func (slowly) Ready() bool { return false }
+func (s slowly) CloseRead() {
+	if c, ok := s.Reader.(io.Closer); ok {
+		_ = c.Close()
+	}
+}
+func (slowly) Trailers() message.Fields { return nil }

@@ -1,116 +1,50 @@
 package sidecar
 
 import (
-	"bufio"
 	"cmp"
 	"context"
-	"crypto/tls"
 	"fmt"
-	"io"
-	"math"
 	"net"
 	"net/http"
-	"net/http/httptrace"
 	"net/netip"
-	"net/url"
 	"slices"
+	"strconv"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
-// app is the application behind one declared port.
-type app struct {
-	network, address string
-	http1, h2c       *http.Transport
-}
-
-func newApp(address string, connectTimeout time.Duration) *app {
-	a := &app{network: "tcp", address: address}
-	if path, ok := strings.CutPrefix(address, "unix:"); ok {
-		a.network, a.address = "unix", path
-	}
-	a.http1, a.h2c = newTransports(func(ctx context.Context, _, _ string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-		defer cancel()
-		return a.dial(ctx)
-	})
-	return a
-}
-
-// newTransports speak HTTP/1.1, and HTTP/2 with prior knowledge, in the clear.
-func newTransports(dial func(ctx context.Context, network, address string) (net.Conn, error)) (http1, h2c *http.Transport) {
-	transport := func(set func(*http.Protocols)) *http.Transport {
-		p := new(http.Protocols)
-		set(p)
-		return &http.Transport{
-			Protocols: p, DialContext: dial, DisableCompression: true, Proxy: nil,
-			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS13}, // never used: the scheme is http
-			MaxIdleConns:           256,
-			MaxIdleConnsPerHost:    256,
-			IdleConnTimeout:        30 * time.Second,
-			MaxResponseHeaderBytes: 256 << 10,
-		}
-	}
-	return transport(func(p *http.Protocols) { p.SetHTTP1(true) }), transport(func(p *http.Protocols) { p.SetUnencryptedHTTP2(true) })
-}
-
-func (a *app) dial(ctx context.Context) (net.Conn, error) {
-	return (&net.Dialer{}).DialContext(ctx, a.network, a.address)
-}
-
-func (a *app) close() {
-	a.http1.CloseIdleConnections()
-	a.h2c.CloseIdleConnections()
-}
-
-// inbound serves what comes over the hop.
-func (s *Sidecar) inbound(w http.ResponseWriter, r *http.Request) {
-	caller, ok := hop.CallerOf(r.Context())
-	if !ok {
-		panic("inbound request without a verified caller")
-	}
-	rec := s.begin(reporterDestination, requestProtocol(r))
+// inbound serves one exchange that comes over the hop.
+func (s *Sidecar) inbound(caller hop.Caller, st message.ServerStream) {
+	r := st.Request()
+	rec := s.begin(reporterDestination, requestProtocol(r, true))
 	defer s.finish(rec)
-	rec.source, rec.dest, rec.endpoint = caller.ID.String(), s.ownID(), s.cfg.Workload.String()
+	rec.source, rec.dest, rec.endpoint = caller.ID.String(), s.ownID(), s.workload
 	rec.cluster, rec.region, rec.zone = s.cfg.Locality.Cluster, s.cfg.Locality.Region, s.cfg.Locality.Zone
-	rec.method, rec.path = r.Method, requestPath(r.URL)
-	upgrade := ""
-	if r.Method == http.MethodConnect {
-		rec.path = ""
-		if upgrade = r.Header.Get(headerUpgrade); upgrade != "" {
-			rec.protocol, rec.method = "upgrade", http.MethodGet
-			u, err := url.ParseRequestURI(r.Header.Get(headerPath))
-			if err != nil || u.Host != "" || !strings.HasPrefix(u.Path, "/") {
-				s.refuse(w, r, rec, failWith(codeBadRequest, "bad hanse-path"))
-				return
-			}
-			r.URL = u
-			rec.path = requestPath(u)
-		}
-	}
-	target := r.Host
-	if t := r.Header.Get(headerTarget); t != "" && r.Method != http.MethodConnect {
+	rec.method = r.Method
+	rec.path, _, _ = strings.Cut(r.Path, "?")
+	target := r.Authority
+	if t := r.Fields.Value(headerTarget); t != "" && r.Method != http.MethodConnect {
 		target = t
 	}
 	if s.draining.Load() {
-		w.Header().Set("Connection", "close") // GOAWAY
-		s.refuse(w, r, rec, failWith(codeDraining, "this workload is shutting down"))
+		s.refuse(st, rec, failWith(codeDraining, "this workload is shutting down"))
 		return
 	}
 	port := s.portOf(s.cfg.Control.Table().Inbound, target)
 	if port == nil {
-		s.refuse(w, r, rec, failWith(codeWrongTarget, "%s is not a declared port of this workload", target))
+		s.refuse(st, rec, failWith(codeWrongTarget, "%s is not a declared port of this workload", target))
 		return
 	}
 	rec.service = strings.ToLower(target) // not before: a caller's invention must not become a label
 	method, path := rec.method, rec.path
-	if r.Method == http.MethodConnect && upgrade == "" {
+	if r.Method == http.MethodConnect {
 		method, path = "", ""
 	}
 	d := port.Access.Check(rec.source, method, path)
@@ -126,27 +60,25 @@ func (s *Sidecar) inbound(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if !d.Allow {
-		s.refuse(w, r, rec, failWith(codeDenied, "%s may not call %s: %s", rec.source, target, d.Reason))
+		s.refuse(st, rec, failWith(codeDenied, "%s may not call %s: %s", rec.source, target, d.Reason))
 		return
 	}
-	if f := s.suffer(r.Context(), w, port.Port); f != nil {
-		s.refuse(w, r, rec, f)
+	if f := s.suffer(st, port.Port); f != nil {
+		s.refuse(st, rec, f)
 		return
 	}
 	to := s.apps[port.Port]
 	if to == nil {
-		s.refuse(w, r, rec, failWith(codeNoApp, "no application is configured for port %d", port.Port))
+		s.refuse(st, rec, failWith(codeNoApp, "no application is configured for port %d", port.Port))
 		return
 	}
 	switch {
-	case r.Method == http.MethodConnect && upgrade == "":
-		s.inboundTCP(w, r, rec, to)
-	case upgrade != "":
-		s.inboundUpgrade(w, r, rec, to, caller, upgrade)
+	case r.Method == http.MethodConnect:
+		s.inboundTCP(st, rec, to)
 	case port.Protocol == proxy.TCP:
-		s.refuse(w, r, rec, failWith(codeWrongTarget, "%s is a TCP port", target))
+		s.refuse(st, rec, failWith(codeWrongTarget, "%s is a TCP port", target))
 	default:
-		s.inboundHTTP(w, r, rec, to, caller, port.Protocol)
+		s.inboundHTTP(st, rec, to, caller, port.Protocol)
 	}
 }
 
@@ -158,7 +90,13 @@ func (s *Sidecar) portOf(in *proxy.Inbound, target string) *proxy.InboundPort {
 	}
 	var found *proxy.InboundPort
 	target = onlyPort(in, strings.ToLower(target))
-	address, err := netip.ParseAddrPort(target)
+	var address netip.AddrPort
+	var err error
+	if target == "" || target[0] != '[' && (target[0] < '0' || target[0] > '9') {
+		err = errNoAddress // the common case, without parsing
+	} else {
+		address, err = netip.ParseAddrPort(target)
+	}
 	for i := range in.Ports {
 		p := &in.Ports[i]
 		if err == nil && address.Addr() == in.Address && address.Port() == p.Port || slices.Contains(p.Services, target) {
@@ -170,6 +108,8 @@ func (s *Sidecar) portOf(in *proxy.Inbound, target string) *proxy.InboundPort {
 	}
 	return found
 }
+
+var errNoAddress = fmt.Errorf("not an address")
 
 // onlyPort completes a service name without port, as other peers may send it, where the service has one port here.
 func onlyPort(in *proxy.Inbound, target string) string {
@@ -191,29 +131,32 @@ func onlyPort(in *proxy.Inbound, target string) string {
 }
 
 // suffer carries out the faults in force for one request.
-func (s *Sidecar) suffer(ctx context.Context, w http.ResponseWriter, port uint16) *failure {
-	gone := failWith(codeCanceled, "the caller went away")
+func (s *Sidecar) suffer(st message.ServerStream, port uint16) *failure {
 	v := s.faults.Request(port)
-	for v.Hold {
-		select {
-		case <-v.Changed:
-			v = s.faults.Request(port)
-		case <-ctx.Done():
-			return gone
+	if v.Hold || v.Delay > 0 {
+		gone := make(chan struct{})
+		st.OnAbort(func(error) { close(gone) })
+		defer st.OnAbort(nil)
+		for v.Hold {
+			select {
+			case <-v.Changed:
+				v = s.faults.Request(port)
+			case <-gone:
+				return failWith(codeCanceled, "the caller went away")
+			}
 		}
-	}
-	if v.Delay > 0 {
-		timer := time.NewTimer(v.Delay)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			return gone
+		if v.Delay > 0 {
+			timer := time.NewTimer(v.Delay)
+			defer timer.Stop()
+			select {
+			case <-timer.C:
+			case <-gone:
+				return failWith(codeCanceled, "the caller went away")
+			}
 		}
 	}
 	switch {
 	case v.Refuse:
-		w.Header().Set("Connection", "close")
 		return failWith(codeDraining, "drill %s", v.Drill)
 	case v.Status != 0:
 		f := failWith(codeFault, "drill %s", v.Drill)
@@ -223,167 +166,150 @@ func (s *Sidecar) suffer(ctx context.Context, w http.ResponseWriter, port uint16
 	return nil
 }
 
-// toApp prepares a request for the application: nothing of the caller's making that speaks in a proxy's name is left.
-func (s *Sidecar) toApp(r *http.Request, rec *record, caller hop.Caller) (context.Context, *http.Request) {
-	out := &http.Request{Method: rec.method, Header: r.Header.Clone(), Host: r.Host, ContentLength: r.ContentLength, Trailer: r.Trailer,
-		URL: &url.URL{Scheme: "http", Host: "app", Path: r.URL.Path, RawPath: r.URL.RawPath, Opaque: r.URL.Opaque, RawQuery: r.URL.RawQuery, ForceQuery: r.URL.ForceQuery}}
-	stripHopByHop(out.Header)
-	stripOwn(out.Header)
-	delete(out.Header, "Expect")
-	if host := r.Header.Get(headerHost); host != "" && r.Method == http.MethodConnect {
-		out.Host = host
-	}
-	out.Header.Set(headerClientCert, "URI="+caller.ID.String())
-	if s.cfg.ReportPeerAddress {
-		out.Header.Set(headerPeerAddress, caller.Address.String())
-	}
-	keepUserAgent(out.Header)
-	ctx := s.trace(r.Context(), rec, out.Header, trace.SpanKindServer)
-	return ctx, out
+// serving is an exchange between a caller and the application.
+type serving struct {
+	mu   sync.Mutex
+	gone bool                 // guarded by mu: the caller
+	up   message.ClientStream // guarded by mu
 }
 
-func (s *Sidecar) inboundHTTP(w http.ResponseWriter, r *http.Request, rec *record, to *app, caller hop.Caller, protocol proxy.Protocol) {
-	ctx, out := s.toApp(r, rec, caller)
-	transport := to.http1
-	if protocol == proxy.HTTP2 || protocol == proxy.GRPC || isGRPC(out.Header) { // gRPC is HTTP/2, whatever the port is called
-		transport = to.h2c
+func (v *serving) abort(error) {
+	v.mu.Lock()
+	v.gone = true
+	up := v.up
+	v.mu.Unlock()
+	if up != nil {
+		up.Cancel(errCallerGone)
 	}
-	counted := &countingBody{ReadCloser: r.Body}
-	if r.ContentLength != 0 {
-		out.Body = counted
+}
+
+func (v *serving) left() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.gone
+}
+
+// watch sets what ends when the caller goes away.
+func (v *serving) watch(up message.ClientStream) {
+	v.mu.Lock()
+	v.up = up
+	gone := v.gone
+	v.mu.Unlock()
+	if gone {
+		up.Cancel(errCallerGone)
 	}
-	defer func() { rec.in = counted.n.Load() }()
-	informational, settled := passInformational(w)
-	var sent atomic.Bool
-	informational.WroteHeaders = func() { sent.Store(true) }
-	resp, err := transport.RoundTrip(out.WithContext(httptrace.WithClientTrace(ctx, informational)))
-	settled()
+}
+
+// inboundHTTP asks the application. Nothing of the caller's making that speaks in a proxy's name is left in the request.
+func (s *Sidecar) inboundHTTP(st message.ServerStream, rec *record, to *app, caller hop.Caller, protocol proxy.Protocol) {
+	out := *st.Request()
+	out.Scheme = "http"
+	stripOwn(&out.Fields)
+	out.Fields.Set(headerClientCert, s.certs.of(rec.source))
+	if s.cfg.ReportPeerAddress {
+		out.Fields.Set(headerPeerAddress, caller.Address.String())
+	}
+	s.trace(rec, &out.Fields, trace.SpanKindServer)
+	// gRPC is HTTP/2, whatever the port is called; upgrades are HTTP/1.1's.
+	h2 := out.Protocol == "" && (protocol == proxy.HTTP2 || protocol == proxy.GRPC || isGRPC(out.Fields))
+	v := &serving{}
+	st.OnAbort(v.abort)
+	defer st.OnAbort(nil)
+	upgrade := out.Protocol != ""
+	end := !upgrade && out.Length == 0
+	up, err := to.open(s.coreCtx, &out, message.Options{End: end, Inform: func(status int, fields message.Fields) { _ = st.Inform(status, fields) }}, h2)
 	if err != nil {
-		s.refuse(w, r, rec, appFailure(r, err, sent.Load()))
+		s.refuse(st, rec, appFailure(v, err))
 		return
 	}
-	defer resp.Body.Close()
-	rec.firstByte, rec.status = time.Since(rec.start), resp.StatusCode
-	if resp.StatusCode == http.StatusSwitchingProtocols {
-		s.refuse(w, r, rec, failWith(codeAppFailed, "the application switched protocols unasked"))
+	defer up.Close()
+	v.watch(up)
+	if !end && !upgrade {
+		body := newReplay(st)
+		sent, _ := body.send(up)
+		defer func() {
+			rec.in = body.finish()
+			sent.stop(up)
+		}()
+	}
+	resp, err := up.Response()
+	if err != nil {
+		s.refuse(st, rec, appFailure(v, err))
 		return
 	}
-	stripHopByHop(resp.Header)
-	stripOwn(resp.Header)
-	rec.out, err = writeResponse(w, resp)
-	rec.noteGRPC(resp)
-	if err != nil {
-		f := failWith(codeCanceled, "the caller went away")
-		if r.Context().Err() == nil {
-			f = failWith(codeAppFailed, "the answer broke off: %v", err)
+	rec.firstByte, rec.status = time.Since(rec.start), resp.Status
+	stripOwn(&resp.Fields)
+	if upgrade && s.upgraded(st, rec, up, resp) {
+		return
+	}
+	if err = st.Respond(resp, false); err != nil {
+		err = &callerError{err}
+	} else {
+		rec.out, err = copyBody(st, up)
+	}
+	rec.noteGRPC(resp.Fields, up.Trailers())
+	if err == nil {
+		return
+	}
+	f := failWith(codeAppFailed, "the answer broke off: %v", err)
+	if _, caller := err.(*callerError); caller || v.left() {
+		f = failWith(codeCanceled, "the caller went away")
+	}
+	rec.code, rec.detail = f.code, f.detail
+	st.Abort(err)
+}
+
+// upgraded joins both connections if the application switched. It is false for an answer that can be passed on as it is.
+func (s *Sidecar) upgraded(st message.ServerStream, rec *record, up message.ClientStream, resp *message.Response) bool {
+	switch {
+	case resp.Status == http.StatusSwitchingProtocols:
+		if st.Respond(resp, false) == nil && st.Flush() == nil {
+			rec.in, rec.out = relay(serverEnd{st}, clientEnd{up}, s.cfg.IdleTimeout)
 		}
-		rec.code, rec.detail = f.code, f.detail
-		panic(http.ErrAbortHandler)
+		return true
+	case resp.Status/100 != 2:
+		return false
 	}
+	// Success without switching: on the hop a 2xx would say that it has.
+	resp.Fields.Set(headerStatus, strconv.Itoa(resp.Status))
+	if st.Respond(&message.Response{Status: http.StatusSwitchingProtocols, Fields: resp.Fields, Length: message.Unknown}, false) == nil {
+		var err error
+		if rec.out, err = copyBody(st, up); err != nil {
+			st.Abort(err)
+		}
+	}
+	return true
 }
 
 // appFailure tells an application that cannot be reached from one that broke off.
-func appFailure(r *http.Request, err error, sent bool) *failure {
+func appFailure(v *serving, err error) *failure {
 	switch {
-	case r.Context().Err() != nil:
+	case v.left():
 		return failWith(codeCanceled, "the caller went away")
-	case sent:
+	case message.Sent(err):
 		return failWith(codeAppFailed, "%v", err)
 	}
 	return failWith(codeNoApp, "%v", err)
 }
 
-type countingBody struct {
-	io.ReadCloser
-	n atomic.Int64
-}
-
-func (b *countingBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	b.n.Add(int64(n))
-	return n, err
-}
-
-func (s *Sidecar) inboundTCP(w http.ResponseWriter, r *http.Request, rec *record, to *app) {
-	ctx, cancel := context.WithTimeout(r.Context(), s.cfg.ConnectTimeout)
+func (s *Sidecar) inboundTCP(st message.ServerStream, rec *record, to *app) {
+	ctx, cancel := context.WithTimeout(s.coreCtx, s.cfg.ConnectTimeout)
 	conn, err := to.dial(ctx)
 	cancel()
 	if err != nil {
-		s.refuse(w, r, rec, failWith(codeNoApp, "%v", err))
+		s.refuse(st, rec, failWith(codeNoApp, "%v", err))
 		return
 	}
 	defer conn.Close()
-	stream, err := hop.Accept(w, r, nil)
+	if err = st.Respond(&message.Response{Status: http.StatusOK, Length: message.Unknown}, false); err == nil {
+		err = st.Flush()
+	}
 	if err != nil {
 		rec.fail(failWith(codeCanceled, "%v", err))
 		return
 	}
-	defer stream.Close()
 	rec.status, rec.firstByte = http.StatusOK, time.Since(rec.start)
-	rec.in, rec.out = relay(stream, &appConn{Conn: conn, r: conn}, s.cfg.IdleTimeout)
-}
-
-// inboundUpgrade asks the application to switch protocols and joins both connections if it does.
-func (s *Sidecar) inboundUpgrade(w http.ResponseWriter, r *http.Request, rec *record, to *app, caller hop.Caller, protocol string) {
-	ctx, out := s.toApp(r, rec, caller)
-	out.ContentLength = 0
-	out.Header.Set("Connection", "Upgrade")
-	out.Header.Set("Upgrade", protocol)
-	dialCtx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
-	conn, err := to.dial(dialCtx)
-	cancel()
-	if err != nil {
-		s.refuse(w, r, rec, failWith(codeNoApp, "%v", err))
-		return
-	}
-	defer conn.Close()
-	resp, rest, err := askUpgrade(ctx, conn, out)
-	if err != nil {
-		s.refuse(w, r, rec, appFailure(r, err, true))
-		return
-	}
-	defer resp.Body.Close()
-	rec.firstByte, rec.status = time.Since(rec.start), resp.StatusCode
-	stream, err := hop.Accept(w, r, upgradeAnswer(resp))
-	if err != nil {
-		rec.fail(failWith(codeCanceled, "%v", err))
-		return
-	}
-	defer stream.Close()
-	if resp.StatusCode != http.StatusSwitchingProtocols {
-		if rec.out, err = io.Copy(stream, resp.Body); err == nil {
-			_ = stream.CloseWrite()
-			return
-		}
-		panic(http.ErrAbortHandler)
-	}
-	rec.in, rec.out = relay(stream, &appConn{Conn: conn, r: rest}, s.cfg.IdleTimeout)
-}
-
-// askUpgrade sends the request on a connection of its own, which stays open after a 101; rest then reads what follows the head.
-func askUpgrade(ctx context.Context, conn net.Conn, out *http.Request) (resp *http.Response, rest io.Reader, err error) {
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	defer func() {
-		if !stop() && err == nil {
-			err = ctx.Err()
-		}
-	}()
-	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
-	if err := out.Write(conn); err != nil {
-		return nil, nil, err
-	}
-	head := &io.LimitedReader{R: conn, N: 256 << 10}
-	br := bufio.NewReader(head)
-	for {
-		if resp, err = http.ReadResponse(br, out); err != nil {
-			return nil, nil, err
-		}
-		if resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
-			break
-		}
-	}
-	head.N = math.MaxInt64
-	return resp, br, conn.SetDeadline(time.Time{})
+	rec.in, rec.out = relay(serverEnd{st}, connEnd{conn}, s.cfg.IdleTimeout)
 }
 
 // admit refuses hop connections that come from elsewhere than the configured addresses.
@@ -396,4 +322,19 @@ func (s *Sidecar) admit(from net.Addr) error {
 		return nil
 	}
 	return fmt.Errorf("hop connections are accepted from %v only", s.cfg.GatewaysOnly)
+}
+
+// certs remembers the values of x-forwarded-client-cert.
+type certs struct {
+	mu   sync.Mutex
+	last [2]string // guarded by mu: a caller, and its value
+}
+
+func (c *certs) of(id string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.last[0] != id {
+		c.last = [2]string{id, "URI=" + id}
+	}
+	return c.last[1]
 }

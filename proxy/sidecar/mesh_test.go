@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -133,7 +132,7 @@ func start(t testing.TB, src *identity.Source, change ...func(*sidecar.Config)) 
 	cfg := sidecar.Config{
 		Source: src, Control: n.control, Hop: n.client, Balancer: b, Namespace: "shop",
 		Locality: proxy.Locality{Cluster: "west", Region: "eu", Zone: "a"}, Outbound: out, Inbound: in, Workload: netip.MustParseAddr("127.0.0.1"),
-		Apps: map[uint16]string{}, DrainTimeout: 3 * time.Second, AccessLog: slog.New(slog.NewJSONHandler(n.log, nil)),
+		Apps: map[uint16]string{}, DrainTimeout: 3 * time.Second, AccessLog: n.log,
 	}
 	for _, f := range change {
 		f(&cfg)
@@ -306,6 +305,7 @@ func TestHTTPThroughGateway(t *testing.T) {
 		t.Errorf("header %v", resp.Header)
 	}
 	for n, reporter := range map[*node]string{front: "source", pay: "destination"} {
+		eventually(t, "an access log", func() bool { return n.log.String() != "" }) // lines wait for company
 		if l := n.log.String(); !strings.Contains(l, `"reporter":"`+reporter+`"`) || !strings.Contains(l, `"source":"spiffe://west.test/ns/shop/sa/frontend"`) || !strings.Contains(l, `"traceId"`) {
 			t.Errorf("access log of %s: %s", reporter, l)
 		}

@@ -2,10 +2,52 @@ package sidecar
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 )
+
+// names remembers what names mean: an application writes few of them, often.
+type names struct {
+	known atomic.Pointer[map[writtenName]string]
+	mu    sync.Mutex // held to add
+}
+
+type writtenName struct {
+	name string
+	port uint16
+}
+
+// maxNames bounds what is remembered; a caller's inventions beyond are worked out each time.
+const maxNames = 1024
+
+func (n *names) authorityOf(written, namespace string, defaultPort uint16) (string, error) {
+	k := writtenName{written, defaultPort}
+	known := n.known.Load()
+	if known != nil {
+		if a, ok := (*known)[k]; ok {
+			return a, nil
+		}
+	}
+	a, err := authorityOf(written, namespace, defaultPort)
+	if err != nil {
+		return "", err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	next := map[writtenName]string{}
+	if known = n.known.Load(); known != nil {
+		next = maps.Clone(*known)
+	}
+	if len(next) < maxNames {
+		next[writtenName{strings.Clone(written), defaultPort}] = a
+		n.known.Store(&next)
+	}
+	return a, nil
+}
 
 const (
 	clustersetSuffix = ".svc.clusterset.local"

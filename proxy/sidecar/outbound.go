@@ -3,15 +3,12 @@ package sidecar
 import (
 	"context"
 	"errors"
-	"io"
-	"maps"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptrace"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
@@ -19,6 +16,7 @@ import (
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/balance"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/message"
 	"github.com/hanse-mesh/hanse/proxy/xdsclient"
 )
 
@@ -29,73 +27,77 @@ const (
 	maxMirrors     = 64
 )
 
-// outbound serves the application. fixed is the authority of a local listener, or "" on the explicit proxy.
-func (s *Sidecar) outbound(fixed string) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rec := s.begin(reporterSource, requestProtocol(r))
-		defer s.finish(rec)
-		rec.source = s.ownID()
-		rec.method, rec.path = r.Method, requestPath(r.URL)
-		if r.ProtoMajor == 1 {
-			_ = http.NewResponseController(w).EnableFullDuplex()
-			if r.Method == http.MethodConnect || r.Header.Get("Upgrade") != "" {
-				w.Header().Set("Connection", "close") // unless it is taken over: the Guard reads no more requests of it
-			}
+// outbound serves one exchange of the application. fixed is the authority of a local listener, or "" on the explicit proxy.
+func (s *Sidecar) outbound(st message.ServerStream, fixed string, h2 bool) {
+	r := st.Request()
+	rec := s.begin(reporterSource, requestProtocol(r, h2))
+	defer s.finish(rec)
+	rec.source = s.ownID()
+	rec.method = r.Method
+	rec.path, _, _ = strings.Cut(r.Path, "?")
+	authority, err := fixed, error(nil)
+	if fixed == "" {
+		port := uint16(80)
+		if r.Method == http.MethodConnect {
+			port = 443
 		}
-		authority, err := fixed, error(nil)
-		if fixed == "" {
-			port := uint16(80)
-			if r.Method == http.MethodConnect {
-				port = 443
-			}
-			authority, err = authorityOf(r.Host, s.cfg.Namespace, port)
-		}
-		rec.service = authority
-		if err != nil {
-			s.refuse(w, r, rec, failWith(codeUnknownService, "%v", err))
-			return
-		}
-		table, listener, f := s.resolve(r.Context(), authority)
-		if f != nil {
-			s.refuse(w, r, rec, f)
-			return
-		}
-		switch {
-		case r.Method == http.MethodConnect:
-			s.tunnel(w, r, rec, table, listener)
-		case listener.Protocol == proxy.TCP:
-			s.refuse(w, r, rec, failWith(codeBadRequest, "%s is a TCP service: use CONNECT", authority))
-		default:
-			s.serveHTTP(w, r, rec, table, listener, fixed != "")
-		}
-	})
+		authority, err = s.names.authorityOf(r.Authority, s.cfg.Namespace, port)
+	}
+	rec.service = authority
+	if err != nil {
+		s.refuse(st, rec, failWith(codeUnknownService, "%v", err))
+		return
+	}
+	table, listener, f := s.resolve(authority)
+	if f != nil {
+		s.refuse(st, rec, f)
+		return
+	}
+	switch {
+	case r.Method == http.MethodConnect:
+		s.tunnel(st, rec, table, listener)
+	case listener.Protocol == proxy.TCP:
+		s.refuse(st, rec, failWith(codeBadRequest, "%s is a TCP service: use CONNECT", authority))
+	default:
+		s.serveHTTP(st, rec, table, listener, fixed != "")
+	}
 }
 
-func requestProtocol(r *http.Request) string {
+func requestProtocol(r *message.Request, h2 bool) string {
 	switch {
 	case r.Method == http.MethodConnect:
 		return "tcp"
-	case isGRPC(r.Header):
+	case r.Protocol != "":
+		return "upgrade"
+	case isGRPC(r.Fields):
 		return "grpc"
-	case r.ProtoMajor == 2:
+	case h2:
 		return "http2"
 	}
 	return "http"
 }
 
-func (s *Sidecar) refuse(w http.ResponseWriter, r *http.Request, rec *record, f *failure) {
+func (s *Sidecar) refuse(st message.ServerStream, rec *record, f *failure) {
+	s.refuseWith(st, rec, f, nil)
+}
+
+// refuseWith adds fields to the answer.
+func (s *Sidecar) refuseWith(st message.ServerStream, rec *record, f *failure, extra message.Fields) {
 	rec.fail(f)
-	if isGRPC(r.Header) {
+	if isGRPC(st.Request().Fields) {
 		rec.grpc = strconv.Itoa(int(f.grpc))
 	}
-	f.write(w, r, rec.reporter == reporterDestination)
+	f.write(st, extra, rec.reporter == reporterDestination)
 }
 
 // resolve returns the Listener of an authority and the Table that it is in, asking the control plane where it is not known yet.
-func (s *Sidecar) resolve(ctx context.Context, authority string) (*proxy.Table, *proxy.Listener, *failure) {
-	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
-	defer cancel()
-	listener, err := s.cfg.Control.Resolve(ctx, authority)
+func (s *Sidecar) resolve(authority string) (*proxy.Table, *proxy.Listener, *failure) {
+	listener, err := s.cfg.Control.Resolve(instantly, authority)
+	if errors.Is(err, xdsclient.ErrUnavailable) { // not at hand: it takes a while
+		ctx, cancel := context.WithTimeout(s.coreCtx, resolveTimeout)
+		defer cancel()
+		listener, err = s.cfg.Control.Resolve(ctx, authority)
+	}
 	switch {
 	case errors.Is(err, xdsclient.ErrUnknown):
 		return nil, nil, failWith(codeUnknownService, "no service %s in this clusterset, or none that this workload may see", authority)
@@ -107,43 +109,35 @@ func (s *Sidecar) resolve(ctx context.Context, authority string) (*proxy.Table, 
 	return table, listener, nil
 }
 
-// serveHTTP routes one request.
-func (s *Sidecar) serveHTTP(w http.ResponseWriter, r *http.Request, rec *record, table *proxy.Table, l *proxy.Listener, local bool) {
-	out := &http.Request{Method: r.Method, Header: r.Header.Clone(), Host: r.Host, ContentLength: r.ContentLength, Trailer: maps.Clone(r.Trailer),
-		URL: &url.URL{Scheme: "https", Path: r.URL.Path, RawPath: r.URL.RawPath, Opaque: r.URL.Opaque, RawQuery: r.URL.RawQuery, ForceQuery: r.URL.ForceQuery}}
-	if out.URL.Path == "" && out.URL.Opaque == "" {
-		out.URL.Path = "/"
-	}
-	if local {
-		out.Host = l.Authority // 127.0.0.1:9001 means nothing to anybody else
-	}
-	upgrade := upgradeOf(out.Header)
-	if strings.EqualFold(upgrade, "h2c") {
-		upgrade = "" // RFC 9113 has withdrawn it; the caller goes on with HTTP/1.1
-	}
-	stripHopByHop(out.Header)
-	stripOwn(out.Header)
-	delete(out.Header, "Expect") // answered at this side, when the body is wanted
-	keepUserAgent(out.Header)
-	ctx := s.trace(r.Context(), rec, out.Header, trace.SpanKindClient)
+// instantly has ended: what takes it does not wait.
+var instantly = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
 
-	route := l.Match(&proxy.Request{Method: r.Method, Path: rec.path, RawQuery: r.URL.RawQuery, Header: func(name string) (string, bool) {
-		if name == "host" {
-			return out.Host, true
-		}
-		values := r.Header.Values(name)
-		return strings.Join(values, ", "), len(values) > 0
-	}})
+// serveHTTP routes one request.
+func (s *Sidecar) serveHTTP(st message.ServerStream, rec *record, table *proxy.Table, l *proxy.Listener, local bool) {
+	t := &transfer{s: s, st: st, rec: rec, table: table, out: *st.Request()}
+	out := &t.out
+	out.Scheme = "https"
+	if local {
+		out.Authority = l.Authority // 127.0.0.1:9001 means nothing to anybody else
+	}
+	stripOwn(&out.Fields)
+	s.trace(rec, &out.Fields, trace.SpanKindClient)
+	_, query, _ := strings.Cut(out.Path, "?")
+	route := l.Match(&proxy.Request{Method: out.Method, Path: rec.path, RawQuery: query, Header: t.field})
 	if route == nil {
-		s.refuse(w, r, rec, failWith(codeNoRoute, "no route of %s matches %s %s", l.Authority, r.Method, rec.path))
+		s.refuse(st, rec, failWith(codeNoRoute, "no route of %s matches %s %s", l.Authority, out.Method, rec.path))
 		return
 	}
 	rec.route = route.Name
 	if d := route.Redirect; d != nil {
-		w.Header().Set("Location", d.Location(&route.Match, "http", out.Host, rec.path, r.URL.RawQuery))
-		route.Response.Apply(w.Header())
+		fields := message.Fields{{Name: "location", Value: d.Location(&route.Match, "http", out.Authority, rec.path, query)}}
+		route.Response.Apply(editor{fields: &fields})
 		rec.status = d.Status
-		w.WriteHeader(d.Status)
+		_ = st.Respond(&message.Response{Status: d.Status, Fields: fields}, true)
 		return
 	}
 	backend := route.Pick(rand.Uint64())
@@ -156,77 +150,78 @@ func (s *Sidecar) serveHTTP(w http.ResponseWriter, r *http.Request, rec *record,
 		if status != 0 {
 			f.status = status
 		}
-		s.refuse(w, r, rec, f)
+		s.refuse(st, rec, f)
 		return
 	}
-	route.Request.Apply(hostEditor{out})
-	backend.Request.Apply(hostEditor{out})
+	t.route, t.backend = route, backend
+	edit := editor{&out.Fields, &out.Authority}
+	route.Request.Apply(edit)
+	backend.Request.Apply(edit)
 	rewrite := route.RewriteOf(backend)
 	if rewrite.Host != "" {
-		out.Host = rewrite.Host
+		out.Authority = rewrite.Host
 	}
 	if p := rewrite.Path(&route.Match, rec.path); p != rec.path {
-		if err := setPath(out.URL, p); err != nil {
-			s.refuse(w, r, rec, failWith(codeBadRequest, "%v", err))
-			return
+		if i := strings.IndexByte(out.Path, '?'); i >= 0 {
+			p += out.Path[i:]
 		}
+		out.Path = p
 	}
-	if route.RequestTimeout > 0 && upgrade == "" {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, route.RequestTimeout, errRequestTimeout)
-		defer cancel()
-	}
-	t := &transfer{s: s, w: w, r: r, rec: rec, table: table, route: route, backend: backend, out: out}
-	if upgrade != "" {
-		t.upgrade(ctx, upgrade)
+	out.Fields.Set(headerTarget, backend.Cluster)
+	if out.Protocol != "" {
+		t.upgrade()
 		return
 	}
-	t.body = bodyOf(r)
+	if out.Length != 0 {
+		t.body = newReplay(st)
+	}
 	if route.Mirror != nil {
-		s.mirror(ctx, route.Mirror, out, t.body)
+		s.mirror(route.Mirror, out, t.body)
 	}
-	t.run(ctx)
+	t.run()
 }
-
-// hostEditor lets header edits reach Host, which net/http keeps apart.
-type hostEditor struct{ r *http.Request }
-
-func (e hostEditor) Set(name, value string) {
-	if strings.EqualFold(name, "host") {
-		e.r.Host = value
-		return
-	}
-	e.r.Header.Set(name, value)
-}
-func (e hostEditor) Add(name, value string) { e.r.Header.Add(name, value) }
-func (e hostEditor) Del(name string)        { e.r.Header.Del(name) }
 
 var (
 	errRequestTimeout = errors.New("the route's request timeout")
 	errTryTimeout     = errors.New("the route's timeout for one try")
+	errCallerGone     = errors.New("the caller went away")
 )
 
 // transfer is one request on its way to one of several endpoints.
 type transfer struct {
 	s       *Sidecar
-	w       http.ResponseWriter
-	r       *http.Request // as the application sent it
+	st      message.ServerStream
 	rec     *record
 	table   *proxy.Table
 	route   *proxy.Route
 	backend *proxy.Backend
-	out     *http.Request // as it leaves; never sent itself
-	body    *replay       // nil: none
+	out     message.Request // as it leaves
+	body    *replay         // nil: none
 
-	tried   []string // endpoint IDs
-	retries int      // that may have reached the application
+	tried    [4]string // backs triedIDs
+	triedIDs []string
+	retries  int // that may have reached the application
+
+	mu      sync.Mutex
+	ended   error                // guarded by mu: why the whole request has ended early
+	current message.ClientStream // guarded by mu: what is to be cancelled then
+	expired chan struct{}        // closed with ended; nil where nobody waits
+}
+
+// field is what routes match on.
+func (t *transfer) field(name string) (string, bool) {
+	if name == "host" {
+		return t.out.Authority, true
+	}
+	return t.out.Fields.Joined(name)
 }
 
 // attempt is one try.
 type attempt struct {
 	pick    balance.Pick
-	resp    *http.Response
-	cancel  context.CancelCauseFunc
+	up      message.ClientStream
+	resp    *message.Response
+	body    sending
 	started time.Time
 	result  balance.Result
 	failure *failure // resp is nil then
@@ -236,44 +231,88 @@ type attempt struct {
 	safe     bool // nothing reached the application
 }
 
-func (t *transfer) run(ctx context.Context) {
-	informational, settled := passInformational(t.w)
-	ctx = httptrace.WithClientTrace(ctx, informational)
-	a := t.try(ctx, false, nil)
-	for a.retry && t.wait(ctx, &a) {
+// cancel ends the request early, whatever it is doing.
+func (t *transfer) cancel(why error) {
+	t.mu.Lock()
+	if t.ended == nil {
+		t.ended = why
+		if t.expired != nil {
+			close(t.expired)
+		}
+	}
+	current := t.current
+	t.mu.Unlock()
+	if current != nil {
+		current.Cancel(why)
+	}
+}
+
+// why is the reason of an early end, or nil.
+func (t *transfer) why() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.ended
+}
+
+// watch sets what cancel is to cancel.
+func (t *transfer) watch(up message.ClientStream) {
+	t.mu.Lock()
+	t.current = up
+	ended := t.ended
+	t.mu.Unlock()
+	if ended != nil && up != nil {
+		up.Cancel(ended)
+	}
+}
+
+func (t *transfer) run() {
+	t.st.OnAbort(func(error) { t.cancel(errCallerGone) })
+	if d := t.route.RequestTimeout; d > 0 {
+		timer := time.AfterFunc(d, func() { t.cancel(errRequestTimeout) })
+		defer timer.Stop()
+	}
+	a := t.try(false, nil)
+	for a.retry && t.wait(&a) {
 		a.result.Retried = true
-		next, ok := t.again(ctx, &a)
+		next, ok := t.again(&a)
 		if !ok {
 			break
 		}
 		a = next
 	}
-	settled()
 	t.finish(&a)
 }
 
 // wait is the route's backoff before a try of what may have reached the application. It is false if the time is up, or the body gone.
-func (t *transfer) wait(ctx context.Context, a *attempt) bool {
-	if ctx.Err() != nil || t.body != nil && !t.body.replayable() {
+func (t *transfer) wait(a *attempt) bool {
+	if t.why() != nil || t.body != nil && !t.body.replayable() {
 		return false
 	}
 	if a.safe || t.route.Retry.Backoff <= 0 {
 		return true
 	}
 	// Full jitter, doubling.
-	backoff := rand.N(t.route.Retry.Backoff << min(t.retries, 6))
-	timer := time.NewTimer(backoff)
+	timer := time.NewTimer(rand.N(t.route.Retry.Backoff << min(t.retries, 6)))
 	defer timer.Stop()
+	t.mu.Lock()
+	if t.expired == nil {
+		t.expired = make(chan struct{})
+		if t.ended != nil {
+			close(t.expired)
+		}
+	}
+	expired := t.expired
+	t.mu.Unlock()
 	select {
 	case <-timer.C:
 		return true
-	case <-ctx.Done():
+	case <-expired:
 		return false
 	}
 }
 
 // again makes a further try. It is false if the retry budget or the endpoints are used up: the answer of before stands then.
-func (t *transfer) again(ctx context.Context, before *attempt) (attempt, bool) {
+func (t *transfer) again(before *attempt) (attempt, bool) {
 	if !before.safe {
 		t.retries++
 	}
@@ -282,7 +321,7 @@ func (t *transfer) again(ctx context.Context, before *attempt) (attempt, bool) {
 	died := before.result.Outcome == balance.Dead || before.brokeOff && t.retries == 1
 	// What the last try has shown is told as soon as another endpoint is found, not when that one has answered: others must not
 	// wait for the same dead endpoint meanwhile.
-	a := t.try(ctx, !before.safe && !died, func() { t.end(before) })
+	a := t.try(!before.safe && !died, func() { t.end(before) })
 	if a.failure != nil && a.pick.Endpoint == nil {
 		before.result.Retried = false
 		return a, false
@@ -290,22 +329,22 @@ func (t *transfer) again(ctx context.Context, before *attempt) (attempt, bool) {
 	return a, true
 }
 
-// end gives up an attempt whose answer is not used.
+// end gives up an attempt that is over, or whose answer is not used.
 func (t *transfer) end(a *attempt) {
-	if a.resp != nil {
-		_ = a.resp.Body.Close()
-	}
-	if a.cancel != nil {
-		a.cancel(nil)
+	if a.up != nil {
+		t.watch(nil)
+		a.body.stop(a.up)
+		a.up.Close()
+		a.up = nil
 	}
 	a.pick.Done(a.result)
 }
 
 // try sends the request to one endpoint and waits for the head of the answer. picked, if not nil, is called once there is an endpoint.
-func (t *transfer) try(ctx context.Context, counts bool, picked func()) attempt {
-	info := balance.PickInfo{Exclude: t.tried, Retry: counts}
+func (t *transfer) try(counts bool, picked func()) attempt {
+	info := balance.PickInfo{Exclude: t.triedIDs, Retry: counts}
 	if c := t.table.Clusters[t.backend.Cluster]; c != nil && c.HashHeader != "" {
-		if v := t.out.Header.Get(c.HashHeader); v != "" {
+		if v := t.out.Fields.Value(c.HashHeader); v != "" {
 			info.Hash = balance.Hash(v)
 		}
 	}
@@ -316,46 +355,43 @@ func (t *transfer) try(ctx context.Context, counts bool, picked func()) attempt 
 	if picked != nil {
 		picked()
 	}
-	e := pick.Endpoint
-	t.tried = append(t.tried, e.ID)
+	if t.triedIDs == nil {
+		t.triedIDs = t.tried[:0]
+	}
+	t.triedIDs = append(t.triedIDs, pick.Endpoint.ID)
 	t.rec.tries++
 	a := attempt{pick: pick, started: time.Now()}
-	tryCtx, cancel := context.WithCancelCause(ctx)
-	a.cancel = cancel
+	up, err := t.s.openTo(t.backend.Cluster, pick, &t.out, message.Options{End: t.body == nil, Inform: t.inform})
+	if err != nil {
+		t.classify(&a, err)
+		return a
+	}
+	a.up = up
+	t.watch(up)
 	if t.route.TryTimeout > 0 {
-		timer := time.AfterFunc(t.route.TryTimeout, func() { cancel(errTryTimeout) })
+		timer := time.AfterFunc(t.route.TryTimeout, func() { up.Cancel(errTryTimeout) })
 		defer timer.Stop()
 	}
-	req := t.out.WithContext(tryCtx)
-	req.Header = t.out.Header.Clone()
-	if e.Transport == proxy.TransportHop {
-		req.Header.Set(headerTarget, t.backend.Cluster)
-	}
-	req.URL.Host = t.backend.Cluster
 	if t.body != nil {
-		body, ok := t.body.next()
-		if !ok {
+		ok := false
+		if a.body, ok = t.body.send(up); !ok {
 			a.result.Outcome = balance.Canceled
 			a.failure = failWith(codeLost, "the body cannot be sent again")
 			return a
 		}
-		req.Body = body
-		req.Trailer = maps.Clone(t.out.Trailer)
-		body.ended = func() { // by then the caller's trailers are known
-			for name := range req.Trailer {
-				req.Trailer[name] = t.r.Trailer[name]
-			}
-		}
 	}
-	resp, err := t.s.roundTrip(t.backend.Cluster, pick, req)
+	resp, err := up.Response()
 	if err != nil {
-		t.classify(&a, tryCtx, err)
+		t.classify(&a, err)
 		return a
 	}
 	a.resp = resp
 	t.judge(&a)
 	return a
 }
+
+// inform passes 103 and the like on.
+func (t *transfer) inform(status int, fields message.Fields) { _ = t.st.Inform(status, fields) }
 
 // pick chooses an endpoint.
 func (s *Sidecar) pick(cluster string, info balance.PickInfo) (balance.Pick, *failure) {
@@ -370,25 +406,27 @@ func (s *Sidecar) pick(cluster string, info balance.PickInfo) (balance.Pick, *fa
 	}
 }
 
-func (s *Sidecar) roundTrip(cluster string, pick balance.Pick, req *http.Request) (*http.Response, error) {
+// openTo begins an exchange with the picked endpoint.
+func (s *Sidecar) openTo(cluster string, pick balance.Pick, r *message.Request, o message.Options) (message.ClientStream, error) {
+	c := s.cfg.Control.Table().Clusters[cluster]
 	if pick.Endpoint.Transport == proxy.TransportPlaintext {
-		return s.plaintext.roundTrip(pick.Endpoint, s.cfg.Control.Table().Clusters[cluster], req)
+		return s.plaintext.open(s.coreCtx, pick.Endpoint, c, r, o)
 	}
-	peer, err := s.peer(cluster, pick)
+	if pick.Endpoint.Transport != proxy.TransportHop && len(r.Fields) > 0 { // somebody else's sidecar: our fields mean nothing there
+		out := *r
+		out.Fields = append(message.Fields(nil), r.Fields...)
+		stripOwn(&out.Fields)
+		r = &out
+	}
+	peer, err := peerOf(pick.Endpoint)
 	if err != nil {
 		return nil, err
 	}
-	return s.hop.RoundTrip(peer, req)
-}
-
-// peer is the picked endpoint as the hop dials it.
-func (s *Sidecar) peer(cluster string, pick balance.Pick) (hop.Peer, error) {
-	peer, err := peerOf(pick.Endpoint)
 	peer.Gateway = pick.Gateway
-	if c := s.cfg.Control.Table().Clusters[cluster]; c != nil {
+	if c != nil {
 		peer.ConnectTimeout = c.ConnectTimeout
 	}
-	return peer, err
+	return s.hop.Open(s.coreCtx, peer, r, o)
 }
 
 // peerOf refuses endpoints without mTLS.
@@ -419,25 +457,29 @@ func outcomeOf(err error) balance.Outcome {
 	return balance.Reset
 }
 
-// classify turns a failed round trip into what is answered and whether it is tried again.
-func (t *transfer) classify(a *attempt, tryCtx context.Context, err error) {
-	cause := context.Cause(tryCtx)
+// classify turns a failed try into what is answered and whether it is tried again.
+func (t *transfer) classify(a *attempt, err error) {
+	ended := t.why()
+	var caller *callerError
 	switch {
-	case errors.Is(cause, errTryTimeout):
-		a.result = balance.Result{Outcome: balance.TimedOut, Reason: cause.Error()}
+	case errors.Is(err, errTryTimeout) && ended == nil:
+		a.result = balance.Result{Outcome: balance.TimedOut, Reason: errTryTimeout.Error()}
 		a.failure = failWith(codeTimeout, "%s gave no answer within %s", a.pick.Endpoint.ID, t.route.TryTimeout)
 		a.retry = t.mayRetryLost()
-	case errors.Is(cause, errRequestTimeout):
-		a.result = balance.Result{Outcome: balance.TimedOut, Reason: cause.Error()}
+	case errors.Is(ended, errRequestTimeout):
+		a.result = balance.Result{Outcome: balance.TimedOut, Reason: ended.Error()}
 		a.failure = failWith(codeTimeout, "no answer within %s", t.route.RequestTimeout)
-	case cause != nil:
+	case ended != nil:
 		a.result = balance.Result{Outcome: balance.Canceled}
 		a.failure = failWith(codeCanceled, "the caller went away")
+	case errors.As(err, &caller):
+		a.result = balance.Result{Outcome: balance.Canceled}
+		a.failure = failWith(codeBadRequest, "the request's body: %v", caller)
 	default:
 		a.result = balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}
 		if a.safe = !hop.Sent(err); a.safe {
 			a.failure = failWith(codeUnreachable, "%v", err)
-			a.retry = len(t.tried) < maxConnTries
+			a.retry = len(t.triedIDs) < maxConnTries
 		} else {
 			a.failure = failWith(codeLost, "%v", err)
 			a.retry = t.mayRetryLost()
@@ -447,18 +489,22 @@ func (t *transfer) classify(a *attempt, tryCtx context.Context, err error) {
 
 // judge decides on an answer.
 func (t *transfer) judge(a *attempt) {
-	a.result = balance.Result{Outcome: balance.Responded, Status: a.resp.StatusCode, Latency: time.Since(a.started)}
-	grpc := a.resp.Header.Get("Grpc-Status") // Trailers-Only; with a body the status comes too late to try again
+	a.result = balance.Result{Outcome: balance.Responded, Status: a.resp.Status, Latency: time.Since(a.started)}
+	if a.resp.Status == http.StatusOK && t.rec.protocol != "grpc" {
+		return // no field of ours comes with it
+	}
+	fields := a.resp.Fields
+	grpc := fields.Value("grpc-status") // Trailers-Only; with a body the status comes too late to try again
 	if n, err := strconv.Atoi(grpc); err == nil {
 		a.result.GRPC = n
 	}
-	if a.resp.Header.Get(headerUnprocessed) == "true" {
+	if fields.Value(headerUnprocessed) == "true" {
 		a.safe = true
-		a.result.Outcome, a.result.Reason = balance.Refused, a.resp.Header.Get(headerError)
-		a.retry = len(t.tried) < maxConnTries
+		a.result.Outcome, a.result.Reason = balance.Refused, fields.Value(headerError)
+		a.retry = len(t.triedIDs) < maxConnTries
 		return
 	}
-	if a.resp.Header.Get(headerError) == codeAppFailed { // the far sidecar's word: the application took the request and broke off
+	if fields.Value(headerError) == codeAppFailed { // the far sidecar's word: the application took the request and broke off
 		a.result.Reason, a.brokeOff = "the application broke off", true
 		a.retry = t.mayRetryLost()
 		return
@@ -466,7 +512,7 @@ func (t *transfer) judge(a *attempt) {
 	if t.retries >= t.route.Retry.Attempts {
 		return
 	}
-	a.retry = slices.Contains(t.route.Retry.Codes, a.resp.StatusCode) || grpc != "" && slices.Contains(t.route.Retry.GRPC, a.result.GRPC)
+	a.retry = slices.Contains(t.route.Retry.Codes, a.resp.Status) || grpc != "" && slices.Contains(t.route.Retry.GRPC, a.result.GRPC)
 }
 
 // mayRetryLost says whether a request that may have reached the application is sent again.
@@ -485,29 +531,24 @@ func (t *transfer) mayRetryLost() bool {
 func (t *transfer) finish(a *attempt) {
 	rec := t.rec
 	rec.setEndpoint(a.pick)
-	defer func() {
-		if t.body != nil {
-			rec.in = t.body.finish()
-		}
-	}()
+	defer t.over(a)
 	if a.failure != nil {
-		t.end(a)
-		t.route.Response.Apply(t.w.Header())
-		t.s.refuse(t.w, t.r, rec, a.failure)
+		t.refuse(a.failure)
 		return
 	}
-	defer t.end(a)
 	rec.firstByte = time.Since(rec.start)
-	rec.status = a.resp.StatusCode
-	rec.code = a.resp.Header.Get(headerError)
+	rec.status = a.resp.Status
+	rec.code = a.resp.Fields.Value(headerError)
 	a.pick.Connected()
-	stripHopByHop(a.resp.Header)
-	a.resp.Header.Del(headerUnprocessed)
-	t.backend.Response.Apply(a.resp.Header)
-	t.route.Response.Apply(a.resp.Header)
-	n, err := writeResponse(t.w, a.resp)
-	rec.out = n
-	rec.noteGRPC(a.resp)
+	a.resp.Fields.Del(headerUnprocessed)
+	t.editResponse(&a.resp.Fields)
+	err := t.st.Respond(a.resp, false)
+	if err != nil {
+		err = &callerError{err}
+	} else {
+		rec.out, err = copyBody(t.st, a.up)
+	}
+	rec.noteGRPC(a.resp.Fields, a.up.Trailers())
 	if v, convErr := strconv.Atoi(rec.grpc); convErr == nil {
 		a.result.GRPC = v
 	}
@@ -515,18 +556,41 @@ func (t *transfer) finish(a *attempt) {
 		return
 	}
 	f := failWith(codeCanceled, "the caller went away")
+	var caller *callerError
 	switch {
-	case errors.Is(context.Cause(a.resp.Request.Context()), errRequestTimeout):
+	case errors.Is(t.why(), errRequestTimeout):
 		f = failWith(codeTimeout, "the answer was not over within %s", t.route.RequestTimeout)
 		a.result.Outcome = balance.TimedOut
-	case t.r.Context().Err() == nil:
+	case t.why() == nil && !errors.As(err, &caller):
 		f = failWith(codeLost, "the answer broke off: %v", err)
 		a.result = balance.Result{Outcome: balance.Reset, Reason: err.Error()}
 	default:
 		a.result.Outcome = balance.Canceled
 	}
 	rec.code, rec.detail = f.code, f.detail
-	panic(http.ErrAbortHandler) // the caller must see that the answer is not whole
+	t.st.Abort(err) // the caller must see that the answer is not whole
+}
+
+// refuse answers with a failure of ours.
+func (t *transfer) refuse(f *failure) {
+	var fields message.Fields
+	t.route.Response.Apply(editor{fields: &fields})
+	t.s.refuseWith(t.st, t.rec, f, fields)
+}
+
+func (t *transfer) editResponse(fields *message.Fields) {
+	edit := editor{fields: fields}
+	t.backend.Response.Apply(edit)
+	t.route.Response.Apply(edit)
+}
+
+// over lets go of everything once the caller is answered.
+func (t *transfer) over(a *attempt) {
+	t.st.OnAbort(nil)
+	if t.body != nil {
+		t.rec.in = t.body.finish()
+	}
+	t.end(a)
 }
 
 func (rec *record) setEndpoint(p balance.Pick) {
@@ -536,62 +600,64 @@ func (rec *record) setEndpoint(p balance.Pick) {
 	}
 }
 
-func (rec *record) noteGRPC(resp *http.Response) {
-	if rec.protocol != "grpc" {
-		return
-	}
-	if rec.grpc = resp.Trailer.Get("Grpc-Status"); rec.grpc == "" {
-		rec.grpc = resp.Header.Get("Grpc-Status")
-	}
-	if len(rec.grpc) > 2 {
-		rec.grpc = "invalid" // a peer's invention must not become a label
-	}
-}
-
 // mirror sends a copy of the request, if its body is at hand, and forgets the answer. What the mirror does never shows.
-func (s *Sidecar) mirror(ctx context.Context, to *proxy.Backend, out *http.Request, body *replay) {
-	if body != nil && (out.ContentLength < 0 || out.ContentLength > maxReplay) {
-		return // a stream, or too long to keep
-	}
+func (s *Sidecar) mirror(to *proxy.Backend, out *message.Request, body *replay) {
 	var copied []byte
 	if body != nil {
-		first, _ := body.next()
-		b, err := io.ReadAll(first)
-		if err != nil {
-			return
+		if !body.whole() {
+			return // a stream, or too long to keep
 		}
-		copied = b
+		copied = append(copied, body.buf...)
 	}
 	select {
 	case s.mirrors <- struct{}{}:
 	default:
 		return // a slow mirror must not pile up
 	}
-	req := out.Clone(context.WithoutCancel(ctx))
-	to.Request.Apply(hostEditor{req})
+	req := *out
+	req.Fields = append(message.Fields(nil), out.Fields...)
+	to.Request.Apply(editor{&req.Fields, &req.Authority})
+	req.Fields.Set(headerTarget, to.Cluster)
+	req.Length = int64(len(copied))
 	s.background.Go(func() {
 		defer func() { <-s.mirrors }()
-		ctx, cancel := context.WithTimeout(s.coreCtx, 10*time.Second)
-		defer cancel()
 		pick, f := s.pick(to.Cluster, balance.PickInfo{})
 		if f != nil {
 			return
 		}
-		req = req.WithContext(ctx)
-		req.Header.Set(headerTarget, to.Cluster)
-		req.URL.Host = to.Cluster
-		if len(copied) > 0 {
-			req.Body = io.NopCloser(strings.NewReader(string(copied)))
-			req.ContentLength = int64(len(copied))
-		}
 		started := time.Now()
-		resp, err := s.roundTrip(to.Cluster, pick, req)
+		result := balance.Result{Outcome: balance.Responded}
+		defer func() { pick.Done(result) }()
+		up, err := s.openTo(to.Cluster, pick, &req, message.Options{End: len(copied) == 0})
+		if err == nil {
+			defer up.Close()
+			timer := time.AfterFunc(10*time.Second, func() { up.Cancel(errRequestTimeout) })
+			defer timer.Stop()
+			if len(copied) > 0 {
+				_, _ = up.Write(copied)
+				_ = up.End(nil)
+			}
+			var resp *message.Response
+			if resp, err = up.Response(); err == nil {
+				result.Status, result.Latency = resp.Status, time.Since(started)
+				discard(up)
+			}
+		}
 		if err != nil {
-			pick.Done(balance.Result{Outcome: outcomeOf(err), Reason: err.Error()})
+			result = balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}
+		}
+	})
+}
+
+// discard reads what comes, up to a bound.
+func discard(up message.ClientStream) {
+	buf := pooledBuffers.Get().(*[32 << 10]byte)
+	defer pooledBuffers.Put(buf)
+	for n := 0; n < 1<<20; {
+		m, err := up.Read(buf[:])
+		if err != nil {
 			return
 		}
-		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20))
-		_ = resp.Body.Close()
-		pick.Done(balance.Result{Outcome: balance.Responded, Status: resp.StatusCode, Latency: time.Since(started)})
-	})
+		n += m
+	}
 }

@@ -3,36 +3,38 @@ package sidecar
 import (
 	"context"
 	"errors"
-	"io"
-	"net"
-	"net/http"
-	"net/http/httptrace"
-	"net/url"
-	"strconv"
-	"sync/atomic"
+	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
 // plaintext calls endpoints without identity. There are none unless a service of the own cluster permits them
 // (annotation hanse.mesh/plaintext); whatever a Table says, no byte leaves the cluster this way.
 type plaintext struct {
-	cluster    string
-	dialer     net.Dialer
-	http1, h2c *http.Transport
+	cluster        string
+	connectTimeout time.Duration
+
+	mu   sync.Mutex
+	apps map[netip.AddrPort]*app // guarded by mu
 }
 
+// maxPlaintext bounds the addresses whose connections are kept.
+const maxPlaintext = 256
+
 func newPlaintext(cluster string, connectTimeout time.Duration) *plaintext {
-	p := &plaintext{cluster: cluster, dialer: net.Dialer{Timeout: connectTimeout}}
-	p.http1, p.h2c = newTransports(p.dialer.DialContext)
-	return p
+	return &plaintext{cluster: cluster, connectTimeout: connectTimeout, apps: map[netip.AddrPort]*app{}}
 }
 
 func (p *plaintext) close() {
-	p.http1.CloseIdleConnections()
-	p.h2c.CloseIdleConnections()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, a := range p.apps {
+		a.close()
+	}
 }
 
 func (p *plaintext) permitted(e *proxy.Endpoint) error {
@@ -42,82 +44,81 @@ func (p *plaintext) permitted(e *proxy.Endpoint) error {
 	return nil
 }
 
-func (p *plaintext) roundTrip(e *proxy.Endpoint, c *proxy.Cluster, req *http.Request) (*http.Response, error) {
+func (p *plaintext) app(address netip.AddrPort) *app {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a := p.apps[address]
+	if a == nil {
+		if len(p.apps) >= maxPlaintext {
+			for k, old := range p.apps { // any
+				old.http1.CloseIdle()
+				delete(p.apps, k)
+				break
+			}
+		}
+		a = newApp(address.String(), p.connectTimeout)
+		p.apps[address] = a
+	}
+	return a
+}
+
+// open begins an exchange, or connects for raw bytes where r is a CONNECT.
+func (p *plaintext) open(ctx context.Context, e *proxy.Endpoint, c *proxy.Cluster, r *message.Request, o message.Options) (message.ClientStream, error) {
 	if err := p.permitted(e); err != nil {
 		return nil, err
 	}
-	transport := p.http1
-	if c != nil && (c.Protocol == proxy.HTTP2 || c.Protocol == proxy.GRPC) || isGRPC(req.Header) {
-		transport = p.h2c
+	a := p.app(e.Address)
+	if r.Method == "CONNECT" {
+		conn, err := a.dial(ctx)
+		if err != nil {
+			return nil, &hop.Error{Address: e.Address, Stage: hop.StageConnect, Err: err}
+		}
+		return &connStream{connEnd: connEnd{conn}}, nil
 	}
-	u := *req.URL
-	u.Scheme, u.Host = "http", e.Address.String()
-	req.URL = &u
-	stripOwn(req.Header)
-	req.Header.Del(headerClientCert) // nobody vouches for it
-	var sent atomic.Bool
-	trace := &httptrace.ClientTrace{WroteHeaders: func() { sent.Store(true) }}
-	resp, err := transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(req.Context(), trace)))
+	out := *r
+	out.Scheme, out.Fields = "http", append(message.Fields(nil), r.Fields...)
+	stripOwn(&out.Fields)
+	out.Fields.Del(headerClientCert) // nobody vouches for it
+	h2 := r.Protocol == "" && (c != nil && (c.Protocol == proxy.HTTP2 || c.Protocol == proxy.GRPC) || isGRPC(r.Fields))
+	s, err := a.open(ctx, &out, o, h2)
 	if err != nil {
-		return nil, &hop.Error{Address: e.Address, Stage: stageOf(sent.Load()), Sent: sent.Load(), Err: err}
+		return nil, plainError(e.Address, err)
 	}
-	stripOwn(resp.Header)
-	return resp, nil
+	return &plainStream{s, e.Address}, nil
 }
 
-func stageOf(sent bool) hop.Stage {
-	if sent {
-		return hop.StageStream
-	}
-	return hop.StageConnect
+// plainStream names the address in its errors, as the hop does.
+type plainStream struct {
+	message.ClientStream
+	address netip.AddrPort
 }
 
-// open connects for raw bytes, or asks for the upgrade that header describes.
-func (p *plaintext) open(ctx context.Context, e *proxy.Endpoint, header http.Header) (*opened, error) {
-	if err := p.permitted(e); err != nil {
-		return nil, err
-	}
-	conn, err := p.dialer.DialContext(ctx, "tcp", e.Address.String())
+func (s *plainStream) Response() (*message.Response, error) {
+	r, err := s.ClientStream.Response()
 	if err != nil {
-		return nil, &hop.Error{Address: e.Address, Stage: hop.StageConnect, Err: err}
+		return nil, plainError(s.address, err)
 	}
-	protocol := header.Get(headerUpgrade)
-	if protocol == "" {
-		return &opened{&appConn{Conn: conn, r: conn}, nil}, nil
-	}
-	u, err := url.ParseRequestURI(header.Get(headerPath))
-	if err != nil {
-		_ = conn.Close()
-		return nil, &hop.Error{Address: e.Address, Stage: hop.StageConnect, Err: err}
-	}
-	out := &http.Request{Method: http.MethodGet, URL: u, Host: header.Get(headerHost), Header: header.Clone()}
-	stripOwn(out.Header)
-	out.Header.Del(headerClientCert)
-	out.Header.Set("Connection", "Upgrade")
-	out.Header.Set("Upgrade", protocol)
-	resp, rest, err := askUpgrade(ctx, conn, out)
-	if err != nil {
-		_ = conn.Close()
-		return nil, &hop.Error{Address: e.Address, Stage: hop.StageStream, Sent: true, Err: err}
-	}
-	answered := upgradeAnswer(resp)
-	var r io.Reader = resp.Body
-	if resp.StatusCode == http.StatusSwitchingProtocols {
-		r = rest
-	}
-	return &opened{&appConn{Conn: conn, r: r}, answered}, nil
+	stripOwn(&r.Fields)
+	return r, nil
 }
 
-// upgradeAnswer is an application's answer to an upgrade as it travels between sidecars.
-func upgradeAnswer(resp *http.Response) http.Header {
-	h := resp.Header.Clone()
-	protocol := h.Get("Upgrade")
-	stripHopByHop(h)
-	stripOwn(h)
-	delete(h, "Content-Length") // of the answer, not of the stream
-	h.Set(headerStatus, strconv.Itoa(resp.StatusCode))
-	if protocol != "" {
-		h.Set(headerUpgrade, protocol)
+func plainError(address netip.AddrPort, err error) error {
+	stage := hop.StageConnect
+	if message.Sent(err) {
+		stage = hop.StageStream
 	}
-	return h
+	return &hop.Error{Address: address, Stage: stage, Sent: message.Sent(err), Err: err}
 }
+
+// connStream is a connection as the exchange that a CONNECT would have given.
+type connStream struct{ connEnd }
+
+// Response implements message.ClientStream, as do the others.
+func (s *connStream) Response() (*message.Response, error) {
+	return &message.Response{Status: 200, Length: message.Unknown}, nil
+}
+func (s *connStream) End(message.Fields) error { return s.CloseWrite() }
+func (s *connStream) Ready() bool              { return false }
+func (s *connStream) Trailers() message.Fields { return nil }
+func (s *connStream) Cancel(error)             { s.Break() }
+func (s *connStream) Close()                   { s.Break() }

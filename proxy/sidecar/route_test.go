@@ -2,6 +2,7 @@ package sidecar_test
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -19,6 +20,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/message"
 	"github.com/hanse-mesh/hanse/proxy/proxytest"
 	"github.com/hanse-mesh/hanse/proxy/sidecar"
 )
@@ -297,14 +299,14 @@ func TestForeignPeer(t *testing.T) {
 	for _, host := range []string{authority, "127.0.0.1:8080", "payments.shop.svc.clusterset.local"} {
 		req, _ := http.NewRequestWithContext(t.Context(), "GET", "https://"+host+"/", nil)
 		req.Header.Set("X-Forwarded-Client-Cert", "URI=spiffe://evil")
-		resp, err := c.RoundTrip(hop.Peer{Address: e.Address, SPIFFEID: e.SPIFFEID}, req)
+		resp, err := roundTrip(c, hop.Peer{Address: e.Address, SPIFFEID: e.SPIFFEID}, req)
 		if got := text(t, resp, err); got != "URI=spiffe://west.test/ns/shop/sa/frontend true" || resp.Header.Get("Hanse-Unprocessed") != "" {
 			t.Errorf("%s: %s %q", host, resp.Status, got)
 		}
 	}
 	for host, want := range map[string]int{"127.0.0.1:22": 421, "10.0.0.1:8080": 421, "payments.shop.svc.clusterset.local:22": 421} {
 		req, _ := http.NewRequestWithContext(t.Context(), "GET", "https://"+host+"/", nil)
-		resp, err := c.RoundTrip(hop.Peer{Address: e.Address, SPIFFEID: e.SPIFFEID}, req)
+		resp, err := roundTrip(c, hop.Peer{Address: e.Address, SPIFFEID: e.SPIFFEID}, req)
 		if _ = text(t, resp, err); resp.StatusCode != want {
 			t.Errorf("%s: %s", host, resp.Status)
 		}
@@ -383,4 +385,10 @@ func TestPlaintext(t *testing.T) {
 	if _, b, err := c.Read(t.Context()); err != nil || string(b) != "/ws" {
 		t.Errorf("%q, %v", b, err)
 	}
+}
+
+func roundTrip(c *hop.Client, peer hop.Peer, req *http.Request) (*http.Response, error) {
+	return proxytest.RoundTrip(func(ctx context.Context, r *message.Request, o message.Options) (message.ClientStream, error) {
+		return c.Open(ctx, peer, r, o)
+	}, req)
 }

@@ -2,12 +2,10 @@ package sidecar
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -22,7 +20,6 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/balance"
 	"github.com/hanse-mesh/hanse/proxy/fault"
 	"github.com/hanse-mesh/hanse/proxy/hop"
-	"github.com/hanse-mesh/hanse/proxy/http1"
 )
 
 // Control is what a sidecar needs of the control plane's client.
@@ -59,7 +56,7 @@ type Config struct {
 	DrainTimeout   time.Duration // after ctx ended; default 30 s
 
 	Log       *slog.Logger
-	AccessLog *slog.Logger // nil: none
+	AccessLog io.Writer // one JSON object a line; nil: none
 	Metrics   prometheus.Registerer
 	Tracer    trace.Tracer // nil: traceparent is kept or created, no spans
 }
@@ -74,7 +71,11 @@ type LocalListener struct {
 type Sidecar struct {
 	cfg       Config
 	log       *slog.Logger
-	metrics   metrics
+	accessLog *accessLog // nil: none
+	metrics   *metrics
+	names     names
+	certs     certs
+	workload  string // Config.Workload
 	hop       *hop.Client
 	balancer  *balance.Balancer
 	faults    *fault.Injector
@@ -90,10 +91,8 @@ type Sidecar struct {
 	background sync.WaitGroup
 
 	applyMu sync.Mutex
-	applied uint64 // guarded by applyMu: version of the Table that balancer and faults obey
+	applied atomic.Uint64 // changed under applyMu: version of the Table that balancer and faults obey
 
-	trackMu sync.Mutex
-	tracked map[io.Closer]struct{} // guarded by trackMu: what an http.Server no longer knows; nil at the end
 }
 
 // New builds a Sidecar; it fails on names and addresses that cannot be used.
@@ -110,8 +109,9 @@ func New(cfg Config) (*Sidecar, error) {
 	}
 	s := &Sidecar{
 		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Metrics), hop: cfg.Hop, balancer: cfg.Balancer, apps: map[uint16]*app{},
-		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), tracked: map[io.Closer]struct{}{},
+		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), workload: cfg.Workload.String(),
 	}
+	s.accessLog = newAccessLog(cfg.AccessLog, s.metrics.dropped.Inc)
 	s.plaintext = newPlaintext(cfg.Locality.Cluster, cfg.ConnectTimeout)
 	for port, address := range cfg.Apps {
 		s.apps[port] = newApp(address, cfg.ConnectTimeout)
@@ -125,7 +125,8 @@ func New(cfg Config) (*Sidecar, error) {
 	}
 	if cfg.Inbound != nil {
 		s.server = hop.NewServer(hop.ServerConfig{
-			Source: cfg.Source, Handler: http.HandlerFunc(s.inbound), Admit: s.admit, Wrap: s.faults.Wrap,
+			Source: cfg.Source, Handle: s.inbound, Admit: s.admit, Wrap: s.faults.Wrap,
+			OnReject:     func(reason string) { s.metrics.rejects.WithLabelValues("peer", reason).Inc() },
 			DrainTimeout: cfg.DrainTimeout, Log: cfg.Log, Metrics: cfg.Metrics,
 		})
 	}
@@ -167,12 +168,11 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		out.run(stopServing, func() error { return s.serveApp(outCtx, s.cfg.Outbound, "") })
 	}
 	for i, l := range s.cfg.Local {
-		out.run(stopServing, func() error { return s.serveLocal(outCtx, l.Listener, s.locals[i]) })
+		out.run(stopServing, func() error { return s.serveApp(outCtx, l.Listener, s.locals[i]) })
 	}
 	<-serveCtx.Done()
 	result := in.wait(nil)
 	stopOut()
-	s.drainTracked()
 	result = out.wait(result)
 	s.background.Wait()
 	stopCore()
@@ -180,6 +180,9 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	s.plaintext.close()
 	for _, a := range s.apps {
 		a.close()
+	}
+	if s.accessLog != nil {
+		s.accessLog.flush()
 	}
 	return result.ErrorOrNil()
 }
@@ -234,14 +237,17 @@ func (s *Sidecar) ownID() string {
 
 // apply makes balancer and faults obey a Table, unless they obey a newer one.
 func (s *Sidecar) apply(t *proxy.Table) {
-	s.applyMu.Lock()
-	defer s.applyMu.Unlock()
-	if t.Version <= s.applied {
+	if t.Version <= s.applied.Load() {
 		return
 	}
-	s.applied = t.Version
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	if t.Version <= s.applied.Load() {
+		return
+	}
 	s.balancer.Update(t)
 	s.faults.Set(s.whole(t.Faults))
+	s.applied.Store(t.Version) // last: who sees it finds the rest in force
 }
 
 func (s *Sidecar) watchTables(ctx context.Context) error {
@@ -271,159 +277,4 @@ func (s *Sidecar) watchFaults(ctx context.Context) error {
 			return nil
 		}
 	}
-}
-
-// serveApp serves HTTP/1.1 and HTTP/2 with prior knowledge until ctx ends, then waits for open requests.
-func (s *Sidecar) serveApp(ctx context.Context, ln net.Listener, fixed string) error {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{
-		Handler:           s.outbound(fixed),
-		Protocols:         protocols,
-		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: 1000},
-		MaxHeaderBytes:    64 << 10,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       5 * time.Minute,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(strict{ln}) }()
-	select {
-	case err := <-ended:
-		return fmt.Errorf("serve applications on %s: %w", ln.Addr(), err)
-	case <-ctx.Done():
-	}
-	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.DrainTimeout)
-	defer cancel()
-	if err := server.Shutdown(drain); err != nil {
-		_ = server.Close()
-	}
-	<-ended
-	return nil
-}
-
-// strict hands out guarded connections.
-type strict struct{ net.Listener }
-
-// Accept implements net.Listener.
-func (l strict) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return http1.Guard(c), nil
-}
-
-// serveLocal serves one service on a listener: TCP as it is, the rest as HTTP.
-func (s *Sidecar) serveLocal(ctx context.Context, ln net.Listener, authority string) error {
-	accepted := &handedOver{conns: make(chan net.Conn), addr: ln.Addr(), done: make(chan struct{})}
-	httpDone := make(chan error, 1)
-	go func() { httpDone <- s.serveApp(ctx, accepted, authority) }()
-	stop := context.AfterFunc(ctx, func() { _ = ln.Close() })
-	defer stop()
-	var conns sync.WaitGroup
-	var result error
-	for {
-		conn, err := ln.Accept()
-		if err != nil {
-			if ctx.Err() == nil {
-				if !errors.Is(err, net.ErrClosed) {
-					s.log.Warn("accept", "listener", ln.Addr(), "error", err)
-					time.Sleep(50 * time.Millisecond)
-					continue
-				}
-				result = fmt.Errorf("serve %s on %s: %w", authority, ln.Addr(), err)
-			}
-			break
-		}
-		conns.Go(func() {
-			table, listener, f := s.resolve(ctx, authority)
-			if f == nil && listener.Protocol == proxy.TCP {
-				defer conn.Close()
-				s.tcp(s.coreCtx, conn, table, listener)
-				return
-			}
-			accepted.hand(conn) // also where there is no such service: HTTP can say so
-		})
-	}
-	_ = accepted.Close()
-	if err := <-httpDone; result == nil && ctx.Err() == nil {
-		result = err
-	}
-	conns.Wait() // Run closes what goes on for too long
-	return result
-}
-
-// handedOver is a listener of connections that somebody else accepted.
-type handedOver struct {
-	conns chan net.Conn
-	addr  net.Addr
-	once  sync.Once
-	done  chan struct{}
-}
-
-func (h *handedOver) hand(c net.Conn) {
-	select {
-	case h.conns <- c:
-	case <-h.done:
-		_ = c.Close()
-	}
-}
-
-// Accept implements net.Listener.
-func (h *handedOver) Accept() (net.Conn, error) {
-	select {
-	case c := <-h.conns:
-		return c, nil
-	case <-h.done:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (h *handedOver) Close() error {
-	h.once.Do(func() { close(h.done) })
-	return nil
-}
-
-// Addr implements net.Listener.
-func (h *handedOver) Addr() net.Addr { return h.addr }
-
-// track remembers a connection that shutdown must close and await; call the result when it is over.
-func (s *Sidecar) track(c io.Closer) (untrack func()) {
-	s.trackMu.Lock()
-	defer s.trackMu.Unlock()
-	if s.tracked == nil { // too late
-		_ = c.Close()
-		return func() {}
-	}
-	s.tracked[c] = struct{}{}
-	s.background.Add(1)
-	return func() {
-		s.trackMu.Lock()
-		defer s.trackMu.Unlock()
-		delete(s.tracked, c)
-		s.background.Done()
-	}
-}
-
-// drainTracked waits until nothing is tracked, up to DrainTimeout, then closes what is left and all that comes.
-func (s *Sidecar) drainTracked() {
-	look := time.NewTicker(20 * time.Millisecond)
-	defer look.Stop()
-	for deadline := time.Now().Add(s.cfg.DrainTimeout); time.Now().Before(deadline); <-look.C {
-		s.trackMu.Lock()
-		open := len(s.tracked)
-		s.trackMu.Unlock()
-		if open == 0 {
-			break
-		}
-	}
-	s.trackMu.Lock()
-	defer s.trackMu.Unlock()
-	for c := range s.tracked {
-		_ = c.Close()
-	}
-	s.tracked = nil
 }

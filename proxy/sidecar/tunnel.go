@@ -1,87 +1,88 @@
 package sidecar
 
 import (
-	"bytes"
-	"cmp"
-	"context"
-	"errors"
-	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/balance"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
-// opened is the way to an endpoint, and what its sidecar answered.
+// openTimeout bounds how long somebody may take to answer a CONNECT or an upgrade.
+const openTimeout = 15 * time.Second
+
+// opened is a tunnel to one endpoint, and how it was answered.
 type opened struct {
-	halfCloser
-	header http.Header
+	up   message.ClientStream
+	resp *message.Response
+	pick balance.Pick
 }
 
-// open opens a CONNECT stream to one endpoint of a cluster, trying others while nothing reached an application.
-// The caller ends the pick.
-func (s *Sidecar) open(ctx context.Context, rec *record, cluster string, header http.Header) (*opened, balance.Pick, *failure) {
+// open opens a tunnel, a CONNECT or an upgrade, to one endpoint of a cluster, trying others while nothing reached an application.
+// The caller closes it and ends the pick.
+func (s *Sidecar) open(rec *record, cluster string, r *message.Request, abort func(func(error))) (*opened, *failure) {
+	t := &transfer{s: s, rec: rec}
+	abort(func(error) { t.cancel(errCallerGone) })
+	defer abort(nil)
+	timer := time.AfterFunc(openTimeout, func() { t.cancel(errRequestTimeout) })
+	defer timer.Stop()
 	var tried []string
 	for {
 		pick, f := s.pick(cluster, balance.PickInfo{Exclude: tried})
 		if f != nil {
-			return nil, pick, f
+			return nil, f
 		}
 		rec.setEndpoint(pick)
 		rec.tries++
 		tried = append(tried, pick.Endpoint.ID)
-		way, err := s.openOne(ctx, cluster, pick, header)
+		up, err := s.openTo(cluster, pick, r, message.Options{})
+		var resp *message.Response
 		if err == nil {
-			pick.Connected()
-			return way, pick, nil
+			t.watch(up)
+			resp, err = up.Response()
 		}
-		var refused *hop.StatusError
-		result, again := balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}, !hop.Sent(err)
-		f = failWith(codeUnreachable, "%v", err)
-		switch {
-		case errors.As(err, &refused):
-			_ = refused.Body.Close()
-			result = balance.Result{Outcome: balance.Responded, Status: refused.Status}
-			f = failWith(codeUnreachable, "%s answered %d", pick.Endpoint.ID, refused.Status)
-			if code := refused.Header.Get(headerError); code != "" {
+		if err == nil && (resp.Status/100 == 2 || resp.Status == http.StatusSwitchingProtocols || r.Protocol != "" && resp.Fields.Value(headerError) == "") {
+			t.watch(nil)
+			pick.Connected()
+			return &opened{up, resp, pick}, nil
+		}
+		result, again := balance.Result{}, false
+		switch ended := t.why(); {
+		case ended == errCallerGone:
+			result.Outcome = balance.Canceled
+			f = failWith(codeCanceled, "the caller went away")
+		case ended != nil:
+			result = balance.Result{Outcome: balance.TimedOut, Reason: ended.Error()}
+			f = failWith(codeTimeout, "no answer within %s", openTimeout)
+		case err != nil:
+			result, again = balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}, !hop.Sent(err)
+			f = failWith(codeUnreachable, "%v", err)
+		default:
+			result = balance.Result{Outcome: balance.Responded, Status: resp.Status}
+			f = failWith(codeUnreachable, "%s answered %d", pick.Endpoint.ID, resp.Status)
+			if code := resp.Fields.Value(headerError); code != "" {
 				f = failWith(code, "said by the sidecar of %s", pick.Endpoint.ID)
 			}
-			if again = refused.Header.Get(headerUnprocessed) == "true"; again {
+			if again = resp.Fields.Value(headerUnprocessed) == "true"; again {
 				result = balance.Result{Outcome: balance.Refused, Reason: f.code}
 			}
-		case ctx.Err() != nil:
-			result, again = balance.Result{Outcome: balance.Canceled}, false
-			f = failWith(codeCanceled, "the caller went away")
+		}
+		if up != nil {
+			t.watch(nil)
+			up.Close()
 		}
 		again = again && len(tried) < maxConnTries
 		result.Retried = again
 		pick.Done(result)
 		if !again {
-			return nil, pick, f
+			return nil, f
 		}
 	}
-}
-
-func (s *Sidecar) openOne(ctx context.Context, cluster string, pick balance.Pick, header http.Header) (*opened, error) {
-	if pick.Endpoint.Transport == proxy.TransportPlaintext {
-		return s.plaintext.open(ctx, pick.Endpoint, header)
-	}
-	peer, err := s.peer(cluster, pick)
-	if err != nil {
-		return nil, err
-	}
-	stream, err := s.hop.Open(ctx, peer, cluster, header)
-	if err != nil {
-		return nil, err
-	}
-	return &opened{stream, stream.Header}, nil
 }
 
 // tcpCluster returns the xDS cluster of a tunnel: by weight for TCP services; for others the tunnel carries raw bytes to the
@@ -104,144 +105,78 @@ func tcpCluster(table *proxy.Table, l *proxy.Listener) string {
 	return ""
 }
 
+// connect opens a tunnel of raw bytes.
+func (s *Sidecar) connect(rec *record, cluster string, abort func(func(error))) (*opened, *failure) {
+	return s.open(rec, cluster, &message.Request{Method: http.MethodConnect, Authority: cluster, Length: message.Unknown}, abort)
+}
+
 // tunnel answers the application's CONNECT.
-func (s *Sidecar) tunnel(w http.ResponseWriter, r *http.Request, rec *record, table *proxy.Table, l *proxy.Listener) {
-	ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
-	defer cancel()
-	stream, pick, f := s.open(ctx, rec, tcpCluster(table, l), nil)
+func (s *Sidecar) tunnel(st message.ServerStream, rec *record, table *proxy.Table, l *proxy.Listener) {
+	way, f := s.connect(rec, tcpCluster(table, l), st.OnAbort)
 	if f != nil {
-		s.refuse(w, r, rec, f)
+		s.refuse(st, rec, f)
 		return
 	}
-	defer stream.Close()
+	defer way.up.Close()
 	rec.status, rec.firstByte = http.StatusOK, time.Since(rec.start)
-	defer pick.Done(balance.Result{Outcome: balance.Responded, Status: http.StatusOK, Latency: rec.firstByte})
-	var app halfCloser
-	if r.ProtoMajor == 2 {
-		local, err := hop.Accept(w, r, nil)
-		if err != nil {
-			return
-		}
-		app = local
-	} else {
-		conn, err := hijack(w, "HTTP/1.1 200 Connection established\r\n\r\n")
-		if err != nil {
-			return
-		}
-		app = conn
+	defer way.pick.Done(balance.Result{Outcome: balance.Responded, Status: http.StatusOK, Latency: rec.firstByte})
+	if st.Respond(&message.Response{Status: http.StatusOK, Length: message.Unknown}, false) != nil || st.Flush() != nil {
+		return
 	}
-	defer app.Close()
-	defer s.track(app)()
-	rec.in, rec.out = relay(app, stream, s.cfg.IdleTimeout)
+	rec.in, rec.out = relay(serverEnd{st}, clientEnd{way.up}, s.cfg.IdleTimeout)
 }
 
 // tcp serves one connection of a local listener.
-func (s *Sidecar) tcp(ctx context.Context, conn net.Conn, table *proxy.Table, l *proxy.Listener) {
+func (s *Sidecar) tcp(conn net.Conn, table *proxy.Table, l *proxy.Listener) {
 	rec := s.begin(reporterSource, "tcp")
 	defer s.finish(rec)
 	rec.source, rec.service = s.ownID(), l.Authority
-	openCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	stream, pick, f := s.open(openCtx, rec, tcpCluster(table, l), nil)
-	cancel()
+	way, f := s.connect(rec, tcpCluster(table, l), func(func(error)) {})
 	if f != nil {
 		rec.fail(f)
 		return
 	}
-	defer stream.Close()
+	defer way.up.Close()
 	rec.status, rec.firstByte = http.StatusOK, time.Since(rec.start)
-	defer pick.Done(balance.Result{Outcome: balance.Responded, Status: http.StatusOK, Latency: rec.firstByte})
-	app := &appConn{Conn: conn, r: conn}
-	defer s.track(app)()
-	rec.in, rec.out = relay(app, stream, s.cfg.IdleTimeout)
+	defer way.pick.Done(balance.Result{Outcome: balance.Responded, Status: http.StatusOK, Latency: rec.firstByte})
+	rec.in, rec.out = relay(connEnd{conn}, clientEnd{way.up}, s.cfg.IdleTimeout)
 }
 
-// appConn is a connection whose first bytes may have been read already.
-type appConn struct {
-	net.Conn
-	r io.Reader
-}
-
-func (c *appConn) Read(p []byte) (int, error) { return c.r.Read(p) }
-
-func (c *appConn) CloseWrite() error {
-	if w, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return w.CloseWrite()
-	}
-	return errors.ErrUnsupported
-}
-
-// hijack takes the connection over and writes head as the answer.
-func hijack(w http.ResponseWriter, head string) (*appConn, error) {
-	conn, rw, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		return nil, fmt.Errorf("take over the connection: %w", err)
-	}
-	_ = conn.SetDeadline(time.Time{})
-	if _, err := io.WriteString(conn, head); err != nil {
-		_ = conn.Close()
-		return nil, err
-	}
-	var r io.Reader = conn
-	if n := rw.Reader.Buffered(); n > 0 {
-		early, _ := rw.Reader.Peek(n)
-		r = io.MultiReader(bytes.NewReader(bytes.Clone(early)), conn)
-	}
-	return &appConn{Conn: conn, r: r}, nil
-}
-
-// upgrade carries WebSocket and other upgraded connections as a CONNECT stream; docs/adr says why and how.
-func (t *transfer) upgrade(ctx context.Context, protocol string) {
-	s, rec := t.s, t.rec
-	rec.protocol = "upgrade"
-	if t.r.ProtoMajor != 1 || t.r.Method != http.MethodGet || t.r.ContentLength != 0 {
-		s.refuse(t.w, t.r, rec, failWith(codeBadRequest, "only a GET over HTTP/1.1 without body can be upgraded"))
-		return
-	}
-	h := t.out.Header.Clone()
-	h.Set(headerUpgrade, protocol)
-	h.Set(headerPath, t.out.URL.RequestURI())
-	h.Set(headerHost, t.out.Host)
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
-	defer cancel()
-	stream, pick, f := s.open(ctx, rec, t.backend.Cluster, h)
+// upgrade carries WebSocket and other upgraded connections as an extended CONNECT (RFC 8441). An application that answers with success
+// but does not switch cannot be told by that: its sidecar says 101, and the true status in hanse-status; docs/adr.
+func (t *transfer) upgrade() {
+	s, rec, st := t.s, t.rec, t.st
+	way, f := s.open(rec, t.backend.Cluster, &t.out, st.OnAbort)
 	if f != nil {
-		t.route.Response.Apply(t.w.Header())
-		s.refuse(t.w, t.r, rec, f)
+		t.refuse(f)
 		return
 	}
-	defer stream.Close()
-	status, err := strconv.Atoi(stream.header.Get(headerStatus))
-	if err != nil || status < 100 || status > 599 {
-		pick.Done(balance.Result{Outcome: balance.Reset, Reason: "no hanse-status"})
-		s.refuse(t.w, t.r, rec, failWith(codeLost, "the peer does not know upgrades"))
+	defer way.up.Close()
+	resp := way.resp
+	if v, ok := resp.Fields.Get(headerStatus); ok && resp.Status == http.StatusSwitchingProtocols {
+		status, err := strconv.Atoi(v)
+		if err != nil || status < 200 || status > 599 {
+			way.pick.Done(balance.Result{Outcome: balance.Reset, Reason: "bad hanse-status"})
+			t.refuse(failWith(codeLost, "the peer's answer to the upgrade makes no sense"))
+			return
+		}
+		resp.Status, resp.Length = status, message.Unknown
+	}
+	rec.status, rec.firstByte = resp.Status, time.Since(rec.start)
+	result := balance.Result{Outcome: balance.Responded, Status: resp.Status, Latency: rec.firstByte}
+	defer func() { way.pick.Done(result) }()
+	stripOwn(&resp.Fields)
+	t.editResponse(&resp.Fields)
+	if st.Respond(resp, false) != nil {
 		return
 	}
-	rec.status, rec.firstByte = status, time.Since(rec.start)
-	defer pick.Done(balance.Result{Outcome: balance.Responded, Status: status, Latency: rec.firstByte})
-	header := stream.header.Clone()
-	answered := header.Get(headerUpgrade)
-	stripHopByHop(header)
-	stripOwn(header)
-	t.backend.Response.Apply(header)
-	t.route.Response.Apply(header)
-	if status != http.StatusSwitchingProtocols {
-		resp := &http.Response{StatusCode: status, Header: header, Body: stream, ContentLength: -1}
-		if rec.out, err = writeResponse(t.w, resp); err != nil {
-			panic(http.ErrAbortHandler)
+	if resp.Status != http.StatusSwitchingProtocols {
+		var err error
+		if rec.out, err = copyBody(st, way.up); err != nil {
+			st.Abort(err)
 		}
 		return
 	}
-	header.Set("Connection", "Upgrade")
-	header.Set("Upgrade", cmp.Or(answered, protocol))
-	var head strings.Builder
-	head.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
-	_ = header.Write(&head) // replaces CR and LF in values
-	head.WriteString("\r\n")
-	app, err := hijack(t.w, head.String())
-	if err != nil {
-		return
-	}
-	defer app.Close()
-	defer s.track(app)()
-	rec.in, rec.out = relay(app, stream, s.cfg.IdleTimeout)
+	_ = st.Flush()
+	rec.in, rec.out = relay(serverEnd{st}, clientEnd{way.up}, s.cfg.IdleTimeout)
 }

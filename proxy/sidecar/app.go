@@ -1,0 +1,145 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hanse-mesh/hanse/proxy/http1"
+	"github.com/hanse-mesh/hanse/proxy/http2"
+	"github.com/hanse-mesh/hanse/proxy/message"
+)
+
+// app is an application behind one address, in the clear.
+type app struct {
+	network, address string
+	connectTimeout   time.Duration
+	http1            *http1.Client
+	h2c              h2cPool
+}
+
+func newApp(address string, connectTimeout time.Duration) *app {
+	a := &app{network: "tcp", address: address, connectTimeout: connectTimeout}
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		a.network, a.address = "unix", path
+	}
+	a.http1 = http1.NewClient(http1.ClientConfig{Dial: a.dial, ConnectTimeout: connectTimeout})
+	a.h2c.dial = a.dial
+	return a
+}
+
+func (a *app) dial(ctx context.Context) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.connectTimeout)
+	defer cancel()
+	return (&net.Dialer{}).DialContext(ctx, a.network, a.address)
+}
+
+// open begins an exchange; h2 says in which protocol.
+func (a *app) open(ctx context.Context, r *message.Request, o message.Options, h2 bool) (message.ClientStream, error) {
+	if h2 {
+		return a.h2c.open(ctx, r, o)
+	}
+	return a.http1.Open(ctx, r, o)
+}
+
+func (a *app) close() {
+	a.http1.Close()
+	a.h2c.close()
+}
+
+// h2cPool keeps HTTP/2 connections to one address.
+type h2cPool struct {
+	dial func(ctx context.Context) (net.Conn, error)
+
+	mu      sync.Mutex
+	conns   []*http2.ClientConn // guarded by mu
+	dialing chan struct{}       // guarded by mu; closed when the dial under way has ended
+	err     error               // guarded by mu: of the last dial
+	closed  bool                // guarded by mu
+}
+
+const (
+	h2cConns   = 16
+	h2cStreams = 100 // of a connection before another is opened
+)
+
+// open uses the connection with the fewest streams.
+func (p *h2cPool) open(ctx context.Context, r *message.Request, o message.Options) (message.ClientStream, error) {
+	for {
+		p.mu.Lock()
+		var best *http2.ClientConn
+		least, usable := 0, p.conns[:0]
+		for _, c := range p.conns {
+			if !c.Usable() {
+				continue
+			}
+			usable = append(usable, c)
+			if open, limit := c.Streams(); open < limit && (best == nil || open < least) {
+				best, least = c, open
+			}
+		}
+		clear(p.conns[len(usable):])
+		p.conns = usable
+		wait := p.dialing
+		if best == nil || least >= h2cStreams && len(p.conns) < h2cConns && wait == nil {
+			if wait == nil {
+				if p.closed || len(p.conns) >= h2cConns {
+					p.mu.Unlock()
+					return nil, &message.Error{Err: errors.New("the application takes no more streams")}
+				}
+				wait = make(chan struct{})
+				p.dialing = wait
+				go p.add(wait)
+			}
+		}
+		p.mu.Unlock()
+		if best != nil {
+			s, err := best.Open(r, o)
+			if err == nil || errors.Is(err, message.ErrUnsupported) {
+				return s, err
+			}
+			continue
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return nil, &message.Error{Err: context.Cause(ctx)}
+		}
+		p.mu.Lock()
+		err := p.err
+		p.mu.Unlock()
+		if err != nil {
+			return nil, &message.Error{Err: err}
+		}
+	}
+}
+
+// add dials for all who wait.
+func (p *h2cPool) add(done chan struct{}) {
+	nc, err := p.dial(context.Background())
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer close(done)
+	p.dialing, p.err = nil, err
+	switch {
+	case err != nil:
+	case p.closed:
+		_ = nc.Close()
+		p.err = http2.ErrClosed
+	default:
+		p.conns = append(p.conns, http2.NewClientConn(nc, http2.Config{MaxHeadBytes: 256 << 10}))
+	}
+}
+
+func (p *h2cPool) close() {
+	p.mu.Lock()
+	conns := p.conns
+	p.conns, p.closed = nil, true
+	p.mu.Unlock()
+	for _, c := range conns {
+		c.Close(nil)
+	}
+}

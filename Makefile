@@ -43,6 +43,10 @@ bin/tools/staticcheck-$(STATICCHECK_VERSION):
 	GOBIN=$(CURDIR)/bin/tools $(GO) install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION)
 	@mv bin/tools/staticcheck $@
 
+.PHONY: h2spec
+h2spec: ## The HTTP/2 conformance suite h2spec, strict, against both sides of a sidecar
+	cd test/h2spec && $(GO) vet . && $(GO) test -count=1 .
+
 .PHONY: soak
 soak: build ## The long runs: full-length timers with real processes (about an hour); the log is kept in bin/soak.log
 	HANSE_SOAK=1 $(GO) test -count=1 -timeout 3h -v ./test/... ./federation/peering 2>&1 | tee bin/soak.log

@@ -10,7 +10,7 @@ import (
 
 // Reject is why bytes are not acceptable, and what a server answers to them.
 type Reject struct {
-	Status int
+	Status int    // 0: nothing, the connection ends
 	Reason string // a constant, for a counter's label
 }
 
@@ -255,6 +255,9 @@ func parseRequest(b []byte, r *message.Request, h *head, maxFields int) *Reject 
 		if len(version) == 8 && strings.HasPrefix(version, "HTTP/") && version[5] >= '0' && version[5] <= '9' && version[6] == '.' && version[7] >= '0' && version[7] <= '9' {
 			return &Reject{505, "version"}
 		}
+		if !knownMethod(method) {
+			return notHTTP
+		}
 		return bad("request_line")
 	}
 	for i := range len(target) {
@@ -346,6 +349,17 @@ func (h *head) target(r *message.Request, target string) *Reject {
 		}
 	}
 	return nil
+}
+
+// notHTTP refuses what is another protocol: an answer in HTTP would make no sense to it, so that there is none.
+var notHTTP = &Reject{0, "not_http"}
+
+func knownMethod(m string) bool {
+	switch m {
+	case "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH":
+		return true
+	}
+	return false
 }
 
 func cutLast(s string, sep byte) (before, after string, ok bool) {

@@ -173,6 +173,8 @@ func early(b []byte) *Reject {
 		switch {
 		case c == ' ' && i > 0:
 			return nil
+		case c == '\r' && i > 0, c < ' ' && c != '\r' && c != '\n' && c != '\t' || c >= 0x7f:
+			return notHTTP
 		case !tokenBytes[c]:
 			return bad("request_line")
 		}
@@ -204,6 +206,9 @@ func (c *ServerConn) Close() { _ = c.nc.Close() }
 // refuse answers bytes that are no request, and ends the connection.
 func (c *ServerConn) refuse(r *Reject) error {
 	c.cfg.OnReject(r.Reason)
+	if r.Status == 0 {
+		return r
+	}
 	text := fmt.Sprintf("%s: %s\n", strings.ToLower(http.StatusText(r.Status)), strings.ReplaceAll(r.Reason, "_", " "))
 	c.mu.Lock()
 	c.add(fmt.Sprintf("HTTP/1.1 %d %s\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s", r.Status, http.StatusText(r.Status), len(text), text))

@@ -180,8 +180,9 @@ func TestMalformedRequests(t *testing.T) {
 		{"GET / HTTP/1.1\r\n" + host + strings.Repeat("X: a\r\n", 300) + "\r\n", 431, "too_many_fields"},
 		{"GET /" + long + " HTTP/1.1\r\n" + host + "\r\n", 414, "request_line_too_long"},
 		{"GET /" + long[:20_000] + " HTTP/1.1\r\n" + host + "\r\n", 414, "request_line_too_long"},
-		{"\x16\x03\x01\x02\x00\x01\x00", 400, "request_line"},
-		{"SSH-2.0-OpenSSH\r\n", 0, ""},
+		{"\x16\x03\x01\x02\x00\x01\x00", 0, "not_http"},
+		{"INVALID CONNECTION PREFACE\r\n\r\n", 0, "not_http"},
+		{"SSH-2.0-OpenSSH\r\n", 0, "not_http"},
 	} {
 		name := c.sent[:min(len(c.sent), 80)]
 		t.Run(c.reason+"/"+name, func(t *testing.T) {
@@ -189,8 +190,8 @@ func TestMalformedRequests(t *testing.T) {
 			addr := listen(t, &ServerConfig{OnReject: func(r string) { reason.Store(&r) }}, facts)
 			got := converse(t, addr, c.sent)
 			if c.status == 0 {
-				if strings.HasPrefix(got, "HTTP/1.1 2") {
-					t.Errorf("accepted: %q", got)
+				if r := reason.Load(); got != "" || r == nil || *r != c.reason {
+					t.Errorf("answered %q, reason %v", got, r)
 				}
 				return
 			}

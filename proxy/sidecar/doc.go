@@ -1,9 +1,10 @@
 // Package sidecar stands beside one workload: what the application calls goes out through it, and what calls the application comes
 // in through it.
 //
-//	app ─► outbound (explicit proxy, local listeners) ─► Table: route ─► balance ─► hop ═══► [gateway] ═══► peer
-//	peer ═══► hop ─► inbound: target, access ─► app
+//	app ─► http1, http2 ─► outbound (explicit proxy, local listeners) ─► Table: route ─► balance ─► hop ═══► [gateway] ═══► peer
+//	peer ═══► hop ─► inbound: target, access ─► http1, http2 ─► app
 //
+// Both ways are written against the exchanges of package message, so that any protocol meets any other.
 // A request keeps the Table that it began with; a new Table touches no open stream. Nothing is forwarded as raw bytes past a parsed
 // head, except where the caller asked for a tunnel.
 // A try that reached no application is repeated on another endpoint; one that may have reached it only if the method is idempotent
@@ -14,8 +15,7 @@
 // Header fields of our own, between sidecars unless said otherwise:
 //
 //	hanse-target       service:port that the request is for
-//	hanse-upgrade      on CONNECT: the protocol of an upgraded connection, with hanse-path and hanse-host; docs/adr
-//	hanse-status       the application's status to an upgrade
+//	hanse-status       the application's status, where it answered an upgrade with success and did not switch; docs/adr
 //	hanse-unprocessed  "true": nothing reached the application, trying elsewhere is safe
 //	hanse-error        to callers: the code of a failure that a proxy answers with
 //	hanse-peer-address to the application, if configured: where the hop connection came from

@@ -82,7 +82,7 @@ func (c *Client) get(ctx context.Context, fresh bool) (*clientConn, error) {
 		return nil, err
 	}
 	cc := &clientConn{}
-	cc.nc, cc.writeTimeout = nc, c.cfg.WriteTimeout
+	cc.nc, cc.writeTimeout, cc.pooled = nc, c.cfg.WriteTimeout, true
 	return cc, nil
 }
 
@@ -91,6 +91,7 @@ const trusted = 5 * time.Millisecond
 
 func (c *Client) put(cc *clientConn) {
 	cc.idleAt, cc.used = time.Now(), true
+	cc.rest()
 	c.mu.Lock()
 	if c.closed || len(c.idle) >= c.cfg.MaxIdle {
 		c.mu.Unlock()

@@ -18,6 +18,7 @@ type wire struct {
 	// of the reader
 	buf          []byte // buf[r:w] is unread
 	r, w         int
+	pooled       bool // buf is one of responses, unless it is longer
 	readDeadline time.Time
 
 	mu            sync.Mutex // of the writer
@@ -27,7 +28,12 @@ type wire struct {
 	failed        error // guarded by mu: of a write
 }
 
+// responses are read with longer buffers than requests, since nobody holds one while a connection is idle.
+var responses = sync.Pool{New: func() any { return new([responseBuffer]byte) }}
+
 const (
+	responseBuffer = 16 << 10
+
 	firstBuffer = 4 << 10
 	flushAt     = 16 << 10
 )
@@ -38,12 +44,16 @@ var outs = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 func (w *wire) fill(limit int) error {
 	if w.r == w.w {
 		w.r, w.w = 0, 0
-		if cap(w.buf) > firstBuffer {
+		if len(w.buf) > responseBuffer || !w.pooled && len(w.buf) > firstBuffer {
 			w.buf = nil // it was for one long head
 		}
 	}
 	if w.buf == nil {
-		w.buf = make([]byte, firstBuffer)
+		if w.pooled {
+			w.buf = responses.Get().(*[responseBuffer]byte)[:]
+		} else {
+			w.buf = make([]byte, firstBuffer)
+		}
 	}
 	if w.w == len(w.buf) {
 		if w.r > 0 {
@@ -67,6 +77,14 @@ func (w *wire) fill(limit int) error {
 		err = io.ErrNoProgress
 	}
 	return err
+}
+
+// rest gives the buffer back while nothing is to be read, if it is a pooled one.
+func (w *wire) rest() {
+	if w.pooled && len(w.buf) == responseBuffer && w.r == w.w {
+		responses.Put((*[responseBuffer]byte)(w.buf))
+		w.buf, w.r, w.w = nil, 0, 0
+	}
 }
 
 var errTooLong = errors.New("http1: too long")

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"net"
 	"runtime"
@@ -45,6 +46,8 @@ type conn struct {
 	flushing  bool      // guarded by mu: somebody writes, or is about to
 	enc       *hpack.Encoder
 	encoded   blockWriter // guarded by mu, as is enc
+	seed      maphash.Seed
+	sent      map[string]uint64 // guarded by mu: hashes of the values that were sent last, by name
 	streams   map[uint32]*stream
 	nextID    uint32 // client: of the next stream
 	lastID    uint32 // server: the highest that the peer has opened
@@ -99,6 +102,7 @@ func (c *conn) init(nc net.Conn, cfg Config, client bool) {
 	c.room.L = &c.mu
 	c.streams = map[uint32]*stream{}
 	c.enc = hpack.NewEncoder(&c.encoded)
+	c.seed, c.sent = maphash.MakeSeed(), map[string]uint64{}
 	c.fr = xhttp2.NewFramer(io.Discard, bufio.NewReaderSize(nc, 8<<10))
 	c.fr.SetReuseFrames()
 	c.fr.SetMaxReadFrameSize(maxFrame)

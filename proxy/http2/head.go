@@ -1,6 +1,7 @@
 package http2
 
 import (
+	"hash/maphash"
 	"strconv"
 	"strings"
 
@@ -258,15 +259,24 @@ func (c *conn) malformed(id uint32) error {
 	return nil
 }
 
-// put encodes one field. It needs mu. What changes with each message, or must not be guessed by size, stays out of the dynamic table.
+// put encodes one field. It needs mu. A value goes into the dynamic table when it is sent a second time in a row: what changes with each
+// message would only push out what does not.
 func (c *conn) put(name, value string) {
-	once := false
+	once := true
 	switch name {
-	case "traceparent", "content-length", "date", "authorization", "set-cookie", "cookie", "x-request-id", "etag", "last-modified", "hanse-path", "sec-websocket-key", "sec-websocket-accept":
-		once = true
+	case "authorization", "set-cookie", "cookie", "traceparent", "content-length", "date": // secrets must not be guessed by size (RFC 7541 §7.1)
+	default:
+		sum := maphash.String(c.seed, value)
+		last, known := c.sent[name]
+		if once = !known || last != sum; once && (known || len(c.sent) < maxSent) {
+			c.sent[name] = sum
+		}
 	}
 	_ = c.enc.WriteField(hpack.HeaderField{Name: name, Value: value, Sensitive: once}) // into memory
 }
+
+// maxSent bounds the names whose last value is remembered.
+const maxSent = 128
 
 func (c *conn) putFields(fields message.Fields) {
 	for i := range fields {

@@ -65,6 +65,8 @@ type ServerConn struct {
 	idle     bool // between two requests, with nothing of the next
 	shutdown bool
 	current  *serverStream
+	timer    *time.Timer // calls watch; nil: was never needed
+	armed    bool        // timer runs. It is left to itself between exchanges: it fires ten times a second at most
 }
 
 // NewServerConn takes nc over. handle is called on the goroutine of Serve.
@@ -79,6 +81,7 @@ const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 // Serve answers until the connection has ended, and closes it. It is nil where either side ended it in order.
 func (c *ServerConn) Serve() error {
 	defer c.nc.Close()
+	defer c.stopTimer()
 	for first := true; ; first = false {
 		n, err := c.readHead(first)
 		switch {
@@ -200,6 +203,14 @@ func (c *ServerConn) Shutdown() {
 	}
 }
 
+func (c *ServerConn) stopTimer() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+}
+
 // Close ends the connection at once.
 func (c *ServerConn) Close() { _ = c.nc.Close() }
 
@@ -274,7 +285,7 @@ type serverStream struct {
 	calling    bool
 	readClosed bool
 	watching   chan struct{} // closed when the background read has ended; nil: there is none
-	timer      *time.Timer
+	since      time.Time     // of the first OnAbort
 	cond       sync.Cond
 	over       bool // the handler has returned
 }
@@ -436,8 +447,9 @@ func (s *serverStream) OnAbort(f func(err error)) {
 	if err == nil {
 		s.onAbort = f
 	}
-	if f != nil && err == nil && s.timer == nil && s.in.over() {
-		s.timer = time.AfterFunc(watchAfter, s.watch)
+	if f != nil && err == nil && s.since.IsZero() && s.in.over() {
+		s.since = time.Now()
+		c.arm(watchAfter)
 	}
 	c.mu.Unlock()
 	if err != nil && f != nil {
@@ -445,11 +457,30 @@ func (s *serverStream) OnAbort(f func(err error)) {
 	}
 }
 
-// watch reads ahead while the handler works, to see the caller go. What comes is kept for the next request.
-func (s *serverStream) watch() {
-	c := s.c
+// arm lets watch be called. It needs mu.
+func (c *ServerConn) arm(after time.Duration) {
+	switch {
+	case c.armed:
+		return
+	case c.timer == nil:
+		c.timer = time.AfterFunc(after, c.watch)
+	default:
+		c.timer.Reset(after)
+	}
+	c.armed = true
+}
+
+// watch reads ahead while a handler works, to see the caller go. What comes is kept for the next request.
+func (c *ServerConn) watch() {
 	c.mu.Lock()
-	if s.over || s.err != nil || s.onAbort == nil || s.watching != nil || s.tunnel || c.w > c.r {
+	c.armed = false
+	s := c.current
+	if s == nil || s.over || s.err != nil || s.onAbort == nil || s.since.IsZero() || s.watching != nil || s.tunnel || c.w > c.r {
+		c.mu.Unlock()
+		return
+	}
+	if left := watchAfter - time.Since(s.since); left > 0 { // armed for an exchange before
+		c.arm(left)
 		c.mu.Unlock()
 		return
 	}
@@ -472,9 +503,6 @@ func (s *serverStream) watch() {
 func (s *serverStream) stopWatch() {
 	c := s.c
 	c.mu.Lock()
-	if s.timer != nil {
-		s.timer.Stop()
-	}
 	done := s.watching
 	c.mu.Unlock()
 	if done == nil {
@@ -712,10 +740,9 @@ const maxDrain = 64 << 10
 
 // finish ends what the handler has left open, and reports whether another request may follow.
 func (s *serverStream) finish() bool {
-	s.stopWatch()
 	c := s.c
 	c.mu.Lock()
-	s.over = true
+	s.over = true // from here on nobody begins to read ahead
 	s.onAbort = nil
 	for s.calling {
 		s.cond.Wait()
@@ -724,6 +751,7 @@ func (s *serverStream) finish() bool {
 	again := whole && !s.closing && !c.shutdown
 	awaited := s.continues
 	c.mu.Unlock()
+	s.stopWatch()
 	if !whole {
 		return false
 	}

@@ -241,7 +241,7 @@ func (c *conn) write(rounds int) {
 			_ = c.nc.SetWriteDeadline(c.deadline)
 		}
 		_, err := c.nc.Write(b)
-		if cap(b) <= 64<<10 {
+		if cap(b) <= 2*pendingLimit {
 			buffers.Put(&b)
 		}
 		c.mu.Lock()

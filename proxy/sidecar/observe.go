@@ -131,11 +131,16 @@ func (m *metrics) of(k seriesKey) *series {
 // begin starts a record.
 func (s *Sidecar) begin(reporter, protocol string) *record {
 	s.metrics.active[reporter].Inc()
-	return &record{start: time.Now(), reporter: reporter, protocol: protocol}
+	rec := records.Get().(*record)
+	*rec = record{start: time.Now(), reporter: reporter, protocol: protocol}
+	return rec
 }
 
-// finish counts, logs and ends the span.
+var records = sync.Pool{New: func() any { return new(record) }}
+
+// finish counts, logs and ends the span. Nobody may use the record afterwards.
 func (s *Sidecar) finish(rec *record) {
+	defer records.Put(rec)
 	s.metrics.active[rec.reporter].Dec()
 	service := rec.service
 	if rec.code == codeUnknownService || rec.code == codeNoConfig {

@@ -61,6 +61,10 @@ fuzz: ## Each fuzz target for 30 s
 bench-federation: ## Sync, flap and latency figures of the federation layer
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./federation/...
 
+.PHONY: bench-proxy
+bench-proxy: build ## CPU per request and latency of two sidecars, beside nginx and HAProxy where they are installed (4 minutes)
+	$(GO) run ./test/bench
+
 .PHONY: bench
 bench: ## All micro benchmarks
 	$(GO) test -run '^$$' -bench . ./discovery/... ./identity/... ./proxy/...

@@ -501,20 +501,6 @@ func (c *Client) Ping(ctx context.Context, peer Peer) error {
 	return nil
 }
 
-// Warm opens a connection to peer in the background if there is none.
-func (c *Client) Warm(peer Peer) {
-	svid, err := c.cfg.Source.GetX509SVID()
-	if err != nil {
-		return
-	}
-	key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, gateway: peer.Gateway, sni: peer.SNI}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if p := c.pool(key); p != nil && len(p.all()) == 0 && p.dialing == nil {
-		c.startDial(key, p, &peer)
-	}
-}
-
 // busyConn is how many streams a connection has before another is opened beside it, and how many one bulk stream counts for.
 const busyConn = 24
 

@@ -7,11 +7,13 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -154,10 +156,50 @@ func run(ctx context.Context, names []string, loads []load, rounds int, length t
 				of(rs, func(r result) float64 { return r.P99.Seconds() * 1000 }), ratio)
 		}
 	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	fmt.Println()
+	fmt.Fprintln(w, "MEMORY OF BOTH PROXIES\tRESIDENT\tPER IDLE CONNECTION OF AN APPLICATION")
 	for _, p := range products {
-		fmt.Fprintf(w, "resident memory\t%s\t%d MiB for both\n", p.name, resident(p.pids)>>20)
+		before := resident(p.pids)
+		per, err := idle(p, idleConns)
+		if err != nil {
+			return fmt.Errorf("%s, %d idle connections: %w", p.name, idleConns, err)
+		}
+		fmt.Fprintf(w, "%s\t%d MiB\t%.1f KiB\n", p.name, before>>20, float64(per)/1024)
 	}
 	return w.Flush()
+}
+
+// idleConns is how many connections idle holds. One request was made on each, one after the other.
+const idleConns = 1000
+
+// idle returns how much memory of the proxies a connection without requests costs.
+func idle(p *product, n int) (int64, error) {
+	var conns []net.Conn
+	defer func() {
+		for _, c := range conns {
+			_ = c.Close()
+		}
+	}()
+	before := resident(p.pids)
+	for range n {
+		c, err := net.Dial("tcp", p.entry)
+		if err != nil {
+			return 0, err
+		}
+		conns = append(conns, c)
+		_ = c.SetDeadline(time.Now().Add(time.Minute))
+		if _, err := fmt.Fprintf(c, "GET /100 HTTP/1.1\r\nHost: %s\r\nX-Id: 1\r\n\r\n", p.host); err != nil {
+			return 0, err
+		}
+		if err := check(bufio.NewReader(c), "1", 100); err != nil {
+			return 0, err
+		}
+	}
+	time.Sleep(time.Second)
+	return max(0, resident(p.pids)-before) / int64(n), nil
 }
 
 func of(rs []result, f func(result) float64) float64 {

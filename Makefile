@@ -47,6 +47,15 @@ bin/tools/staticcheck-$(STATICCHECK_VERSION):
 h2spec: ## The HTTP/2 conformance suite h2spec, strict, against both sides of a sidecar
 	cd test/h2spec && $(GO) vet . && $(GO) test -count=1 .
 
+.PHONY: test-spire
+test-spire: build bin/tools/spire-server ## Unmodified spire-agent and spire-server CLI v1.13.3 against hansed
+	cd test/spire && $(GO) vet . && $(GO) test -count=1 -timeout 10m .
+
+bin/tools/spire-server: test/spire/go.mod
+	@mkdir -p bin/tools
+	cd test/spire && CGO_ENABLED=1 nice -n 10 $(GO) build -trimpath -ldflags='-s -w' -o ../../bin/tools/ github.com/spiffe/spire/cmd/spire-agent github.com/spiffe/spire/cmd/spire-server
+	@touch $@
+
 .PHONY: soak
 soak: build ## The long runs: full-length timers with real processes (about an hour); the log is kept in bin/soak.log
 	HANSE_SOAK=1 $(GO) test -count=1 -timeout 3h -v ./test/... ./federation/peering 2>&1 | tee bin/soak.log

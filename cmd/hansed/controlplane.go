@@ -58,7 +58,7 @@ type controlPlane struct {
 }
 
 // build opens the stores and joins the parts. Nothing runs yet; the caller closes p.stores.
-func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, reg prometheus.Registerer) (_ *controlPlane, err error) {
+func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar, reg prometheus.Registerer) (_ *controlPlane, err error) {
 	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
 	if err != nil {
 		return nil, err
@@ -99,7 +99,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, r
 	}
 	p.tokens = attest.New(td, recordsOf(p.stores.own, "identity/tokens/"), time.Now)
 	p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, "identity/records/"),
-		Refresh: p.puller.Refresh, Log: log.With("part", "spire-api"), Registerer: reg})
+		Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
 	if err != nil {
 		return nil, err
 	}

@@ -94,7 +94,7 @@ func run(ctx context.Context, cfg *Config) error {
 	defer stop()
 
 	reg := daemon.NewRegistry()
-	p, err := build(ctx, cfg, daemon.Version, log, reg)
+	p, err := build(ctx, cfg, daemon.Version, log, level, reg)
 	if err != nil {
 		return err
 	}

@@ -11,14 +11,20 @@ import (
 )
 
 // Prepare makes the next root and puts it into the bundle. A root that is prepared already is kept, unless it expired.
-func (a *Authority) Prepare() error {
+func (a *Authority) Prepare() error { return a.prepare(false) }
+
+func (a *Authority) prepare(held bool) error {
 	now := a.cfg.Now()
 	next, err := newRoot(a.cfg, now)
 	if err != nil {
 		return fmt.Errorf("prepare root of %s: %w", a.cfg.TrustDomain, err)
 	}
+	next.held = held
 	if r := a.state.Load().with(prepared); r != nil && now.Before(r.cert.NotAfter) {
-		return nil
+		if !held || r.held {
+			return nil
+		}
+		return a.editRoot("", prepared, false, func(r *root) { r.held = true })
 	}
 	err = a.change(func(n *state) bool {
 		n.roots = slices.DeleteFunc(n.roots, func(r *root) bool { return r.phase == prepared })
@@ -45,7 +51,7 @@ func (a *Authority) Activate() error {
 			case active:
 				c.phase = old
 			case prepared:
-				c.phase, signs = active, &c
+				c.phase, c.held, signs = active, false, &c
 				c.signedUntil = a.cfg.Now().Add(2 * a.cfg.X509Life)
 				if c.signedUntil.After(c.cert.NotAfter) {
 					c.signedUntil = c.cert.NotAfter
@@ -134,7 +140,7 @@ func (a *Authority) activateWhenKnown(now time.Time, sequence uint64, act, next 
 	var missing []string
 	if a.cfg.Acked != nil {
 		ok, m := a.cfg.Acked(sequence)
-		if ok {
+		if ok && (!next.held || act == nil) {
 			return a.Activate()
 		}
 		missing = m

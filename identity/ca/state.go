@@ -42,6 +42,8 @@ type root struct {
 	jwtKey      *ecdsa.PrivateKey
 	kid         string
 	signedUntil time.Time // nothing that it signed ends later
+	held        bool      // prepared by a person, who activates it too
+	tainted     bool      // old, and agents are to renew what it signed
 }
 
 // LogValue hides the keys.
@@ -171,6 +173,8 @@ type fileRoot struct {
 	Phase       phase     `json:"phase"`
 	Created     time.Time `json:"created"`
 	SignedUntil time.Time `json:"signed_until"`
+	Held        bool      `json:"held,omitempty"`
+	Tainted     bool      `json:"tainted,omitempty"`
 	Certificate []byte    `json:"certificate"` // DER
 	Key         []byte    `json:"key"`         // PKCS#8
 	JWTKey      []byte    `json:"jwt_key"`     // PKCS#8
@@ -189,7 +193,7 @@ func store(path string, td spiffeid.TrustDomain, s *state) error {
 		if err != nil {
 			return fmt.Errorf("encode JWT key: %w", err)
 		}
-		f.Roots = append(f.Roots, fileRoot{Phase: r.phase, Created: r.created, SignedUntil: r.signedUntil,
+		f.Roots = append(f.Roots, fileRoot{Phase: r.phase, Created: r.created, SignedUntil: r.signedUntil, Held: r.held, Tainted: r.tainted,
 			Certificate: r.cert.Raw, Key: key, JWTKey: jwtKey})
 	}
 	data, err := json.MarshalIndent(f, "", "  ")
@@ -245,7 +249,7 @@ func (s *state) decode(data []byte, td spiffeid.TrustDomain) error {
 }
 
 func (f fileRoot) decode(td spiffeid.TrustDomain) (*root, error) {
-	r := &root{phase: f.Phase, created: f.Created, signedUntil: f.SignedUntil}
+	r := &root{phase: f.Phase, created: f.Created, signedUntil: f.SignedUntil, held: f.Held, tainted: f.Tainted}
 	switch r.phase {
 	case prepared, active, old:
 	default:

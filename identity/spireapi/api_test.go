@@ -135,6 +135,7 @@ type client struct {
 	entryv1.EntryClient
 	bundlev1.BundleClient
 	trustdomainv1.TrustDomainClient
+	conn *grpc.ClientConn
 	svid *x509svid.SVID
 }
 
@@ -144,7 +145,7 @@ func newClient(t *testing.T, lis *bufconn.Listener, creds credentials.TransportC
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
 	check(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
-	return &client{AgentClient: agentv1.NewAgentClient(conn), SVIDClient: svidv1.NewSVIDClient(conn), EntryClient: entryv1.NewEntryClient(conn),
+	return &client{conn: conn, AgentClient: agentv1.NewAgentClient(conn), SVIDClient: svidv1.NewSVIDClient(conn), EntryClient: entryv1.NewEntryClient(conn),
 		BundleClient: bundlev1.NewBundleClient(conn), TrustDomainClient: trustdomainv1.NewTrustDomainClient(conn)}
 }
 

@@ -2,6 +2,8 @@ package spireapi
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"slices"
 
@@ -274,6 +276,9 @@ func (s *service) bundleProto(b *spiffebundle.Bundle, m *types.BundleMask) (*typ
 	if err != nil {
 		return nil, s.internal("encode bundle", err)
 	}
+	if b.TrustDomain() == s.td {
+		s.markTainted(p)
+	}
 	if m == nil {
 		return p, nil
 	}
@@ -295,5 +300,26 @@ func maskBundle(from *types.Bundle, m *types.BundleMask, to *types.Bundle) {
 	}
 	if m.SequenceNumber {
 		to.SequenceNumber = from.SequenceNumber
+	}
+}
+
+// markTainted tells agents which authorities of the own bundle to leave.
+func (s *service) markTainted(p *types.Bundle) {
+	tainted := map[string]bool{}
+	for _, r := range s.cfg.Authority.Roots() {
+		if r.Tainted {
+			tainted[r.KeyID], tainted[r.JWTKeyID] = true, true
+		}
+	}
+	if len(tainted) == 0 {
+		return
+	}
+	for _, c := range p.X509Authorities {
+		if cert, err := x509.ParseCertificate(c.Asn1); err == nil {
+			c.Tainted = tainted[hex.EncodeToString(cert.SubjectKeyId)]
+		}
+	}
+	for _, k := range p.JwtAuthorities {
+		k.Tainted = tainted[k.KeyId]
 	}
 }

@@ -18,13 +18,17 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	debugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/debug/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
+	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
@@ -55,6 +59,9 @@ type Config struct {
 	AgentLife        time.Duration
 	AttestsPerSecond float64 // per source address, default 20
 	AttestBurst      int     // default 100
+
+	// Level is what the Logger service changes. Without it that service is not served.
+	Level *slog.LevelVar
 
 	Now        func() time.Time
 	Log        *slog.Logger
@@ -195,6 +202,16 @@ func (s *Server) register(r grpc.ServiceRegistrar, local bool) {
 	entryv1.RegisterEntryServer(r, &entryService{service: svc})
 	bundlev1.RegisterBundleServer(r, &bundleService{service: svc})
 	trustdomainv1.RegisterTrustDomainServer(r, &trustDomainService{service: svc})
+	localauthorityv1.RegisterLocalAuthorityServer(r, &localAuthorityService{service: svc})
+	if !local {
+		return
+	}
+	// These are the local socket's alone, as with a stock server.
+	healthv1.RegisterHealthServer(r, &healthService{service: svc})
+	debugv1.RegisterDebugServer(r, &debugService{service: svc})
+	if s.cfg.Level != nil {
+		loggerv1.RegisterLoggerServer(r, &loggerService{service: svc, launched: s.cfg.Level.Level()})
+	}
 }
 
 // TLSConfig presents spiffe://<td>/spire/server, which stock agents insist on, and asks for a certificate. One that is
@@ -263,7 +280,7 @@ func (s *service) noteLoaded(ctx context.Context, td spiffeid.TrustDomain, seque
 	}
 }
 
-// service is what the five services share.
+// service is what the services share.
 type service struct {
 	*Server
 	local bool // every caller is an administrator

@@ -3,7 +3,6 @@ package objects
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -124,5 +123,5 @@ func sameExport(a, b *discovery.Export) bool {
 	if a == nil || b == nil {
 		return a == b
 	}
-	return a.Created.Equal(b.Created) && slices.Equal(a.Audience, b.Audience) && maps.Equal(a.Labels, b.Labels) && maps.Equal(a.Annotations, b.Annotations)
+	return a.Created.Equal(b.Created) && slices.Equal(a.Audience, b.Audience)
 }

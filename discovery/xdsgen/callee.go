@@ -18,6 +18,7 @@ type callee struct {
 	local     bool // …svc.cluster.local: this cluster's own endpoints only
 	ports     []discovery.Port
 	affinity  string
+	headless  bool
 	policy    *discovery.TrafficPolicy // never nil; the zero policy is the default
 	parts     []part
 }
@@ -28,8 +29,9 @@ type part struct {
 	cluster   string
 	region    string
 	gateways  []netip.AddrPort
-	portName  string
-	noPort    bool // this cluster's service lacks the port
+	ports     []discovery.Port
+	portName  string // of the port that is called
+	noPort    bool   // this cluster's service lacks the port
 	endpoints []*discovery.Endpoint
 	plaintext bool // endpoints without identity may be used
 }
@@ -57,20 +59,13 @@ func (v *View) lookup(authority string) (*callee, error) {
 	if c.policy == nil {
 		c.policy = &discovery.TrafficPolicy{}
 	}
-	own, imp := v.Set.Local.Services[n], v.Set.Imports[n]
-	switch {
-	case local && own == nil:
-		return nil, fmt.Errorf("cluster %s has no service %s", v.Set.Local.Self.Cluster, n)
-	case local, imp == nil && own != nil: // a service that nobody exports is callable within its cluster by both names
-		c.ports, c.affinity = own.Ports, own.Affinity
-		c.parts = []part{v.ownPart(own, number)}
-	case imp == nil:
-		return nil, fmt.Errorf("no cluster exports a service %s, and cluster %s has none", n, v.Set.Local.Self.Cluster)
-	default:
-		c.ports, c.affinity = imp.Ports, imp.Affinity
-		for i := range imp.From {
-			c.parts = append(c.parts, v.importedPart(&imp.From[i], own, number))
-		}
+	var err error
+	if c.ports, c.parts, c.headless, err = v.find(n, local); err != nil {
+		return nil, err
+	}
+	c.affinity = v.affinity(n, local)
+	for i := range c.parts {
+		c.parts[i].setPort(number)
 	}
 	p := portNumber(c.ports, number)
 	if p == nil {
@@ -80,6 +75,31 @@ func (v *View) lookup(authority string) (*callee, error) {
 	return c, nil
 }
 
+// find returns the ports of a service, and the clusters' parts of it. The error says why there is nothing to call.
+func (v *View) find(n discovery.Name, local bool) (ports []discovery.Port, parts []part, headless bool, err error) {
+	own, imp := v.Set.Local.Services[n], v.Set.Imports[n]
+	switch {
+	case local && own == nil:
+		return nil, nil, false, fmt.Errorf("cluster %s has no service %s", v.Set.Local.Self.Cluster, n)
+	case local, imp == nil && own != nil: // a service that nobody exports is callable within its cluster by both names
+		return own.Ports, []part{v.ownPart(own)}, own.Headless, nil
+	case imp == nil:
+		return nil, nil, false, fmt.Errorf("no cluster exports a service %s, and cluster %s has none", n, v.Set.Local.Self.Cluster)
+	}
+	for i := range imp.From {
+		parts = append(parts, v.importedPart(&imp.From[i], own))
+	}
+	return imp.Ports, parts, imp.Headless, nil
+}
+
+// affinity is the session affinity of a service that there is.
+func (v *View) affinity(n discovery.Name, local bool) string {
+	if imp := v.Set.Imports[n]; imp != nil && !local {
+		return imp.Affinity
+	}
+	return v.Set.Local.Services[n].Affinity
+}
+
 // canonical reports whether a name has the one form of a resource name, whether or not there is such a service.
 func canonical(authority string) bool {
 	n, number, local, ok := discovery.ParseAuthority(authority)
@@ -87,10 +107,7 @@ func canonical(authority string) bool {
 }
 
 func authorityOf(n discovery.Name, port uint16, local bool) string {
-	if local {
-		return n.Name + "." + n.Namespace + "." + discovery.ClusterDomain + ":" + strconv.Itoa(int(port))
-	}
-	return n.Authority(port)
+	return hostOf(n, local) + ":" + strconv.Itoa(int(port))
 }
 
 func portNumber(ports []discovery.Port, number uint16) *discovery.Port {
@@ -101,30 +118,27 @@ func portNumber(ports []discovery.Port, number uint16) *discovery.Port {
 	return &ports[i]
 }
 
-func (v *View) ownPart(s *discovery.Service, number uint16) part {
+func (v *View) ownPart(s *discovery.Service) part {
 	self := &v.Set.Local.Self
-	p := part{cluster: self.Cluster, region: self.Region, gateways: self.Gateways, endpoints: s.Endpoints,
+	return part{cluster: self.Cluster, region: self.Region, gateways: self.Gateways, ports: s.Ports, endpoints: s.Endpoints,
 		plaintext: s.Annotations[PlaintextAnnotation] == "true"}
-	p.setPort(s.Ports, number)
-	return p
 }
 
-func (v *View) importedPart(from *discovery.ImportedFrom, own *discovery.Service, number uint16) part {
+func (v *View) importedPart(from *discovery.ImportedFrom, own *discovery.Service) part {
 	if from.Member == v.Set.Local.Self.Cluster && own != nil {
-		return v.ownPart(own, number) // the Snapshot is at least as new as the merge
+		return v.ownPart(own) // the Snapshot is at least as new as the merge
 	}
-	p := part{cluster: from.Member, endpoints: from.Endpoints, member: v.Set.Members[from.Member]}
+	p := part{cluster: from.Member, ports: from.Ports, endpoints: from.Endpoints, member: v.Set.Members[from.Member]}
 	if p.member != nil {
 		p.region, p.gateways = p.member.Region, p.member.Gateways
 	} else if from.Member != v.Set.Local.Self.Cluster {
 		p.member = &discovery.Member{Name: from.Member}
 	}
-	p.setPort(from.Ports, number)
 	return p
 }
 
-func (p *part) setPort(ports []discovery.Port, number uint16) {
-	if port := portNumber(ports, number); port != nil {
+func (p *part) setPort(number uint16) {
+	if port := portNumber(p.ports, number); port != nil {
 		p.portName = port.Name
 	} else {
 		p.noPort = true

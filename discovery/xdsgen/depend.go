@@ -37,11 +37,13 @@ func (v *View) Dependencies(viewer *Viewer, listener string) []string {
 }
 
 // Subject says what part of a View a resource is made from, so that Changes tell whether it may differ. For an inbound
-// listener that is the address, otherwise the service; both are zero for names that no View has.
+// listener, or what is at an address, that is the address, otherwise the service; both are zero for names that no View has.
 func Subject(name string) (service discovery.Name, host netip.Addr) {
-	if ip, ok := strings.CutPrefix(name, InboundPrefix); ok {
-		host, _ = netip.ParseAddr(ip)
-		return service, host
+	for _, prefix := range [...]string{InboundPrefix, AddressPrefix} {
+		if ip, ok := strings.CutPrefix(name, prefix); ok {
+			host, _ = netip.ParseAddr(ip)
+			return service, host
+		}
 	}
 	if at, ok := strings.CutPrefix(name, GRPCServerPrefix); ok {
 		ap, _ := netip.ParseAddrPort(at)

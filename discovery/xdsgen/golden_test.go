@@ -181,7 +181,7 @@ func answer(t *testing.T, v *View, viewers map[string]*Viewer, queries string) [
 }
 
 func typeURL(short string) string {
-	for _, u := range []string{ListenerType, RouteType, ClusterType, EndpointType} {
+	for _, u := range []string{ListenerType, RouteType, ClusterType, EndpointType, ServiceType} {
 		if strings.HasSuffix(u, "."+short) {
 			return u
 		}

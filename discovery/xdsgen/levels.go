@@ -127,7 +127,7 @@ func (v *View) levels(viewer *Viewer, c *callee) *Levels {
 	slices.SortFunc(ranks, func(a, b rank) int {
 		return cmp.Or(cmpBool(a.demoted, b.demoted), cmp.Compare(a.order, b.order))
 	})
-	cut := viewer.Kind == Sidecar && !hashes(c)
+	cut := viewer.Kind == Sidecar && !hashes(c) && !c.headless // whose endpoints are called one by one
 	for _, k := range ranks {
 		l := Level{Name: k.name, Endpoints: byRank[k], Total: len(byRank[k])}
 		if k.demoted {

@@ -23,6 +23,7 @@ const (
 	RouteType    = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 	ClusterType  = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 	EndpointType = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+	ServiceType  = "type.googleapis.com/hanse.xds.v1.Service"
 	TrustType    = "type.googleapis.com/hanse.xds.v1.Trust"
 	FaultsType   = "type.googleapis.com/hanse.xds.v1.Faults"
 )
@@ -30,6 +31,7 @@ const (
 // Names that are not authorities.
 const (
 	InboundPrefix    = "hanse/inbound/"                              // + workload IP
+	AddressPrefix    = "hanse/address/"                              // + an IP that is called
 	GRPCServerPrefix = "grpc/server?xds.resource.listening_address=" // + ip:port
 	InvalidCluster   = "hanse.invalid"                               // where the share of an invalid backendRef goes
 	metadataKey      = "hanse.mesh"                                  // in typed_filter_metadata
@@ -78,6 +80,8 @@ func (viewer *Viewer) Class(typeURL, name string) string {
 		return string(viewer.Kind) + sep + viewer.Cluster + sep + viewer.Region + sep + viewer.Zone + sep + viewer.Network
 	case typeURL == ListenerType && (strings.HasPrefix(name, InboundPrefix) || strings.HasPrefix(name, GRPCServerPrefix)):
 		return string(viewer.Kind) + sep + viewer.SPIFFEID
+	case typeURL == ServiceType:
+		return string(viewer.Kind) + sep + viewer.Network
 	case typeURL == ListenerType, typeURL == RouteType:
 		return string(viewer.Kind) + sep + viewer.Namespace
 	}
@@ -87,6 +91,12 @@ func (viewer *Viewer) Class(typeURL, name string) string {
 func (v *View) message(viewer *Viewer, typeURL, name string) (m proto.Message, personal bool, err error) {
 	if viewer.Kind == Gateway {
 		return nil, false, nil // a gateway's table is GatewayResources
+	}
+	if typeURL == ServiceType {
+		if s := v.service(viewer, name); s != nil {
+			m = s
+		}
+		return m, false, nil
 	}
 	if typeURL == ListenerType {
 		if ip, ok := strings.CutPrefix(name, InboundPrefix); ok {

@@ -43,10 +43,10 @@ type View struct {
 
 	routes  map[discovery.Name][]*discovery.Route // by parent
 	parents map[discovery.Name][]discovery.Name   // parents of the routes that name this service as a backend
-	hosts   hosts                                 // own services by address
+	hosts   hosts                                 // own services by address of an endpoint or their own
 }
 
-// hosts lists, sorted, the own services with an endpoint at an address. It is split, so that the next View copies little of it.
+// hosts lists, sorted, the own services with an endpoint at an address, or with that ClusterIP. It is split, so that the next View copies little of it.
 type hosts [512]map[netip.Addr][]discovery.Name
 
 func shard(a netip.Addr) int {
@@ -68,7 +68,7 @@ type Changes struct {
 	All      bool                        // members, trust or this cluster itself
 	Access   bool                        // access policies
 	Services map[discovery.Name]struct{} // whose ports, endpoints, routes or policy changed, or whose routes lead to such
-	Hosts    map[netip.Addr]struct{}     // whose own endpoints changed
+	Hosts    map[netip.Addr]struct{}     // whose own endpoints, or the service with that ClusterIP, changed
 }
 
 // Next returns the View of set, and how it differs from v. Services, imports and callers are taken as
@@ -84,7 +84,8 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 	mark := func(n discovery.Name) { ch.Services[n] = struct{}{} }
 	var moved []discovery.Name // own services whose endpoints may have changed
 	diff(old.Local.Services, set.Local.Services, func(n discovery.Name) { mark(n); moved = append(moved, n) })
-	diff(old.Imports, set.Imports, mark)
+	imports := make(map[discovery.Name]struct{})
+	diff(old.Imports, set.Imports, func(n discovery.Name) { mark(n); imports[n] = struct{}{} })
 	diff(old.Local.TrafficPolicy, set.Local.TrafficPolicy, func(n discovery.Name) {
 		if !same(old.Local.TrafficPolicy[n], set.Local.TrafficPolicy[n]) {
 			mark(n)
@@ -113,6 +114,7 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 		}
 	}
 	next.indexHosts(old.Local.Services, moved, ch.Hosts)
+	next.clusterIPs(imports, ch.Hosts)
 	return next, ch
 }
 
@@ -238,7 +240,10 @@ func addresses(s *discovery.Service) map[netip.Addr]struct{} {
 	if s == nil {
 		return nil
 	}
-	out := make(map[netip.Addr]struct{}, len(s.Endpoints))
+	out := make(map[netip.Addr]struct{}, len(s.Endpoints)+len(s.ClusterIPs))
+	for _, a := range s.ClusterIPs {
+		out[a] = struct{}{}
+	}
 	for _, e := range s.Endpoints {
 		out[e.Address] = struct{}{}
 	}

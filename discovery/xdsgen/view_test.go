@@ -66,7 +66,11 @@ func (w *world) step() *discovery.Clusterset {
 			delete(local.Services, n)
 			break
 		}
-		s := &discovery.Service{Name: n, Ports: worldPort, Endpoints: w.endpoints("west")}
+		s := &discovery.Service{Name: n, Ports: worldPort, Endpoints: w.endpoints("west"), Headless: w.IntN(3) == 0}
+		if !s.Headless {
+			s.ClusterIPs = []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(2 + w.IntN(3))})}
+			s.Annotations = map[string]string{ClustersetAnnotation: pick(w, "true", "")}
+		}
 		if w.IntN(2) == 0 {
 			s.Export = &discovery.Export{}
 		}
@@ -76,7 +80,7 @@ func (w *world) step() *discovery.Clusterset {
 			delete(next.Imports, n)
 			break
 		}
-		i := &discovery.Import{Name: n, Ports: worldPort, From: []discovery.ImportedFrom{{Member: "east", Ports: worldPort, Endpoints: w.endpoints("east")}}}
+		i := &discovery.Import{Name: n, Ports: worldPort, Headless: w.IntN(3) == 0, From: []discovery.ImportedFrom{{Member: "east", Ports: worldPort, Endpoints: w.endpoints("east")}}}
 		if s := local.Services[n]; s != nil && s.Export != nil {
 			i.From = append(i.From, discovery.ImportedFrom{Member: "west", Ports: worldPort, Endpoints: s.Endpoints})
 		}
@@ -132,9 +136,13 @@ func TestChangesMissNothing(t *testing.T) {
 		for _, u := range []string{ListenerType, ClusterType, EndpointType} {
 			queries = append(queries, query{u, n.Authority(80)}, query{u, authorityOf(n, 80, true)})
 		}
+		queries = append(queries, query{ServiceType, n.Host()}, query{ServiceType, hostOf(n, true)})
 	}
 	for i := range 3 {
 		queries = append(queries, query{ListenerType, fmt.Sprintf("%s10.0.0.%d", InboundPrefix, i)}, query{ListenerType, fmt.Sprintf("%s10.0.0.%d:8000", GRPCServerPrefix, i)})
+	}
+	for i := range 6 {
+		queries = append(queries, query{ServiceType, fmt.Sprintf("%s10.0.0.%d", AddressPrefix, i)})
 	}
 	queries = append(queries, query{ListenerType, GRPCServerPrefix + "[::]:8001"})
 	version := func(v *View, viewer *Viewer, q query) string {

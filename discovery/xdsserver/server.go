@@ -28,7 +28,7 @@ import (
 
 // Bounds and intervals.
 const (
-	maxNames      = 3*4096 + 64 // of all types, on one stream: 4,096 authorities need a Listener, a Cluster and endpoints each
+	maxNames      = 4*4096 + 64 // of all types, on one stream: 4,096 authorities need a Listener, a Cluster and endpoints each, and as many hosts a Service
 	maxTypes      = 16          // on one stream
 	maxMessage    = 4 << 20     // bytes received
 	maxResponse   = 256 << 10   // bytes of resources in one delta response, unless one is larger

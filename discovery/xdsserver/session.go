@@ -19,7 +19,7 @@ import (
 
 // sendOrder is make before break: what is referred to comes before what refers to it.
 var sendOrder = [...]string{
-	xdsgen.ClusterType, xdsgen.EndpointType, xdsgen.ListenerType, xdsgen.RouteType, xdsgen.TrustType, xdsgen.FaultsType,
+	xdsgen.ClusterType, xdsgen.EndpointType, xdsgen.ListenerType, xdsgen.RouteType, xdsgen.ServiceType, xdsgen.TrustType, xdsgen.FaultsType,
 }
 
 func known(typeURL string) bool { return slices.Contains(sendOrder[:], typeURL) }

@@ -11,7 +11,6 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/http1"
 	"github.com/hanse-mesh/hanse/proxy/http2"
 	"github.com/hanse-mesh/hanse/proxy/message"
-	"github.com/hanse-mesh/hanse/proxy/sock"
 )
 
 // app is an application behind one address, in the clear.
@@ -35,11 +34,7 @@ func newApp(address string, connectTimeout time.Duration) *app {
 func (a *app) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.connectTimeout)
 	defer cancel()
-	nc, err := (&net.Dialer{}).DialContext(ctx, a.network, a.address)
-	if err != nil {
-		return nil, err
-	}
-	return sock.Wrap(nc), nil
+	return (&net.Dialer{}).DialContext(ctx, a.network, a.address)
 }
 
 // open begins an exchange; h2 says in which protocol.

@@ -12,7 +12,6 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/http1"
 	"github.com/hanse-mesh/hanse/proxy/http2"
 	"github.com/hanse-mesh/hanse/proxy/message"
-	"github.com/hanse-mesh/hanse/proxy/sock"
 )
 
 // maxAppConns bounds the connections of the application to one listener.
@@ -147,7 +146,6 @@ func (s *Sidecar) serveApp(ctx context.Context, ln net.Listener, fixed string) e
 			}
 			continue
 		}
-		nc = sock.Wrap(nc)
 		all.running.Go(func() {
 			if fixed != "" && s.serveTCP(&all, nc, fixed) {
 				return

@@ -26,7 +26,7 @@ import (
 	"github.com/hanse-mesh/hanse/proxy"
 )
 
-// Errors of Resolve.
+// Errors of Resolve, Service and ServiceAt.
 var (
 	ErrUnknown     = errors.New("the control plane knows no such service port")
 	ErrTooMany     = errors.New("too many different names are in use")
@@ -102,7 +102,7 @@ type Client struct {
 
 	mu     sync.Mutex
 	wanted map[string]struct{} // guarded by mu; not yet seen by Run
-	count  int                 // guarded by mu; names in use, with wanted
+	count  [2]int              // guarded by mu; names in use, with wanted: authorities, and what Service asked for
 
 	reporting atomic.Int64 // interval that drills ask for, in ns; 0: none
 }
@@ -217,34 +217,77 @@ func (c *Client) Status() *Status { return c.status.Load() }
 // until the Listener and all that it leads to are known, or ctx ends (ErrUnavailable). ErrUnknown is remembered for 5 s. The
 // common path takes no lock. A gateway resolves nothing.
 func (c *Client) Resolve(ctx context.Context, authority string) (*proxy.Listener, error) {
-	if authority == "" || len(authority) > maxName || strings.HasPrefix(authority, "hanse/") || authority == "*" {
+	if isHost(authority) || len(authority) > maxName || strings.HasPrefix(authority, "hanse/") {
 		return nil, fmt.Errorf("resolve %q: %w", shorten(authority), ErrUnknown)
 	}
+	return lookup(ctx, c, authority, func(t *proxy.Table) *proxy.Listener { return t.Listeners[authority] })
+}
+
+// Service returns what a host name of the mesh stands for, "payments.shop.svc.clusterset.local", as Resolve does a Listener.
+func (c *Client) Service(ctx context.Context, host string) (*proxy.Service, error) {
+	if host == "" || host == "*" || !isHost(host) || len(host) > maxName || strings.HasPrefix(host, "hanse/") {
+		return nil, fmt.Errorf("look up %q: %w", shorten(host), ErrUnknown)
+	}
+	return c.service(ctx, host)
+}
+
+// ServiceAt returns the service of this cluster that has an address as a ClusterIP, or whose endpoint has it; or proxy.ErrUnknown.
+// It implements proxy.Addresses.
+func (c *Client) ServiceAt(ctx context.Context, address netip.Addr) (*proxy.Service, error) {
+	s, err := c.service(ctx, addressPrefix+address.Unmap().WithZone("").String())
+	if errors.Is(err, ErrUnknown) {
+		return nil, proxy.ErrUnknown
+	}
+	return s, err
+}
+
+// service does not wait for a control plane that is gone: an application asks about much that is none of the mesh's.
+func (c *Client) service(ctx context.Context, name string) (*proxy.Service, error) {
+	if st := c.Status(); !st.Connected && (st.Kept || !st.Received.IsZero()) {
+		ctx = instantly
+	}
+	return lookup(ctx, c, name, func(t *proxy.Table) *proxy.Service { return t.Services[name] })
+}
+
+// instantly has ended: what takes it does not wait.
+var instantly = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
+
+// isHost reports whether a name is a Service's; an authority has a port.
+func isHost(name string) bool {
+	return strings.HasPrefix(name, addressPrefix) || !strings.Contains(name, ":")
+}
+
+// lookup finds a name in the Table, and asks the control plane for it where this proxy does not follow it yet.
+func lookup[T any](ctx context.Context, c *Client, name string, find func(*proxy.Table) *T) (*T, error) {
 	for {
 		v := c.view.Load()
 		now := c.now()
-		if used := v.used[authority]; used != nil {
+		if used := v.used[name]; used != nil {
 			if at := now.UnixNano(); at-used.Load() > int64(time.Second) { // else leave the cache line alone
 				used.Store(at)
 			}
-			if l := v.table.Listeners[authority]; l != nil {
+			if l := find(v.table); l != nil {
 				return l, nil
 			}
-			if err := v.failed[authority]; err != nil {
-				return nil, fmt.Errorf("resolve %s: %w", authority, err)
+			if err := v.failed[name]; err != nil {
+				return nil, fmt.Errorf("resolve %s: %w", name, err)
 			}
 		} else {
-			if at, ok := v.table.Unknown[authority]; ok && now.Sub(at) < unknownFor {
-				return nil, fmt.Errorf("resolve %s: %w", authority, ErrUnknown)
+			if at, ok := v.table.Unknown[name]; ok && now.Sub(at) < unknownFor {
+				return nil, fmt.Errorf("resolve %s: %w", name, ErrUnknown)
 			}
-			if err := c.want(authority); err != nil {
-				return nil, fmt.Errorf("resolve %s: %w", authority, err)
+			if err := c.want(name); err != nil {
+				return nil, fmt.Errorf("resolve %s: %w", name, err)
 			}
 		}
 		select {
 		case <-v.changed:
 		case <-ctx.Done():
-			err := fmt.Errorf("resolve %s: %w: %w", authority, ErrUnavailable, ctx.Err())
+			err := fmt.Errorf("resolve %s: %w: %w", name, ErrUnavailable, ctx.Err())
 			if last := c.Status().LastError; last != "" {
 				err = fmt.Errorf("%w (last: %s)", err, last)
 			}
@@ -263,11 +306,15 @@ func (c *Client) want(authority string) error {
 	if _, ok := c.wanted[authority]; ok {
 		return nil
 	}
-	if c.count >= maxNames {
+	count := &c.count[0]
+	if isHost(authority) {
+		count = &c.count[1]
+	}
+	if *count >= maxNames {
 		return ErrTooMany
 	}
 	c.wanted[authority] = struct{}{}
-	c.count++
+	*count++
 	select {
 	case c.wake <- struct{}{}:
 	default:
@@ -385,7 +432,11 @@ func (r *run) takeWanted() {
 		if _, ok := r.store.unknown[n]; ok && r.now().Sub(r.store.unknown[n]) < unknownFor {
 			continue // answered while this was on its way
 		}
-		r.store.want(n)
+		if isHost(n) {
+			r.store.wantHost(n)
+		} else {
+			r.store.want(n)
+		}
 	}
 }
 
@@ -396,6 +447,7 @@ func (r *run) sweep() {
 	for n, used := range r.view.Load().used {
 		if now.Sub(time.Unix(0, used.Load())) > r.idle {
 			r.store.forget(n)
+			r.store.forgetHost(n)
 		}
 	}
 }
@@ -409,21 +461,36 @@ func (r *run) publish() {
 	v := &view{table: cmp.Or(table, old.table), used: old.used, failed: map[string]error{}, changed: make(chan struct{})}
 	renamed := r.store.renamed
 	if r.store.renamed = false; renamed {
-		v.used = make(map[string]*atomic.Int64, len(r.store.names))
-		for n := range r.store.names {
+		v.used = make(map[string]*atomic.Int64, len(r.store.names)+len(r.store.hosts))
+		use := func(n string) {
 			if v.used[n] = old.used[n]; v.used[n] == nil {
 				v.used[n] = &atomic.Int64{}
 				v.used[n].Store(now.UnixNano())
 			}
 		}
+		for n := range r.store.names {
+			use(n)
+		}
+		for n := range r.store.hosts {
+			use(n)
+		}
 	}
-	for n := range r.store.kinds[listeners].rejected {
-		if err := r.store.failure(n); err != nil {
-			v.failed[n] = err
+	for _, k := range []*kind{r.store.kinds[listeners], r.store.kinds[services]} {
+		for n := range k.rejected {
+			if err := r.store.failure(n); err != nil {
+				v.failed[n] = err
+			}
 		}
 	}
 	r.mu.Lock()
-	r.count = len(r.store.names) + len(r.wanted)
+	r.count = [2]int{len(r.store.names), len(r.store.hosts)}
+	for n := range r.wanted {
+		if isHost(n) {
+			r.count[1]++
+		} else {
+			r.count[0]++
+		}
+	}
 	r.mu.Unlock()
 	if table != nil {
 		r.reporting.Store(int64(reportInterval(table.Faults, now)))

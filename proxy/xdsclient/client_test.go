@@ -431,7 +431,7 @@ func TestStateThatCannotBeKept(t *testing.T) {
 			t.Errorf("told %d times:\n%s", n, log.String())
 		}
 		kept, err := load(dir, c.owner)
-		if err != nil || len(kept) != 3 {
+		if err != nil || len(kept) != 4 {
 			t.Errorf("kept %d types, %v", len(kept), err)
 		}
 	})
@@ -536,7 +536,7 @@ func TestTooManyNames(t *testing.T) {
 		c, _ := start(t, cp)
 		synctest.Wait()
 		for i := range maxNames {
-			if err := c.want(fmt.Sprint("n", i)); err != nil {
+			if err := c.want(fmt.Sprintf("n%d:80", i)); err != nil {
 				t.Fatalf("name %d: %v", i, err)
 			}
 		}

@@ -36,6 +36,7 @@ const (
 	listenerType = "type.googleapis.com/envoy.config.listener.v3.Listener"
 	clusterType  = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 	endpointType = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+	serviceType  = "type.googleapis.com/hanse.xds.v1.Service"
 	trustType    = "type.googleapis.com/hanse.xds.v1.Trust"
 	faultsType   = "type.googleapis.com/hanse.xds.v1.Faults"
 )
@@ -43,6 +44,7 @@ const (
 // Names with a meaning.
 const (
 	inboundPrefix  = "hanse/inbound/" // + workload IP
+	addressPrefix  = "hanse/address/" // + IP that is called
 	invalidCluster = "hanse.invalid"  // where an invalid backend's share goes: status 500
 	trustName      = "trust"
 	faultsName     = "faults"
@@ -67,6 +69,7 @@ const (
 	maxPatterns  = 256  // of one rule
 	maxFaults    = 64
 	maxDomains   = 4096
+	maxHosts     = 4096 // endpoints of a headless service
 )
 
 // outbound is a decoded outbound Listener and the xDS clusters that it leads to.
@@ -82,7 +85,7 @@ type assignment struct {
 }
 
 // decode makes what the Table holds out of a resource: *outbound, *proxy.Inbound, *proxy.Cluster (without levels), *assignment,
-// []proxy.Target, map[string]uint64 or []proxy.Fault. Errors name the field.
+// []proxy.Target, *proxy.Service, map[string]uint64 or []proxy.Fault. Errors name the field.
 func decode(typeURL, name string, a *anypb.Any, gateway bool) (any, error) {
 	switch {
 	case a == nil:
@@ -109,6 +112,8 @@ func decode(typeURL, name string, a *anypb.Any, gateway bool) (any, error) {
 			}
 			return decodeAssignment(m)
 		})
+	case serviceType:
+		return as(a, decodeService)
 	case trustType:
 		return as(a, decodeTrust)
 	case faultsType:
@@ -1015,6 +1020,54 @@ func decodeRule(m *xdspb.AccessRule) (out proxy.AccessRule, err error) {
 		}
 	}
 	return proxy.AccessRule{Policy: shorten(m.Policy), From: m.From, Foreign: m.Foreign, Methods: m.Methods, Paths: m.Paths}, nil
+}
+
+func decodeService(m *xdspb.Service) (any, error) {
+	if m.Host == "" || len(m.Host) > maxName || len(m.Endpoint) > maxName {
+		return nil, fmt.Errorf("host: %q is empty or too long, or endpoint is", shorten(m.Host))
+	}
+	if err := errors.Join(bounded("ports", len(m.Ports), maxPorts), bounded("endpoints", len(m.Endpoints), maxHosts)); err != nil {
+		return nil, err
+	}
+	s := &proxy.Service{Host: m.Host, Headless: m.Headless, Endpoint: m.Endpoint}
+	for i, p := range m.Ports {
+		switch {
+		case p.Port == 0 || p.Port > math.MaxUint16:
+			return nil, fmt.Errorf("ports[%d].port: %d is no port", i, p.Port)
+		case p.Target > math.MaxUint16:
+			return nil, fmt.Errorf("ports[%d].target: %d is no port", i, p.Target)
+		case len(p.Name) > maxName:
+			return nil, fmt.Errorf("ports[%d].name: %q is too long", i, shorten(p.Name))
+		}
+		protocol := proxy.Protocol(p.Protocol)
+		switch protocol {
+		case proxy.HTTP, proxy.HTTP2, proxy.GRPC, proxy.TCP:
+		default:
+			return nil, fmt.Errorf("ports[%d].protocol: %q is not known", i, shorten(p.Protocol))
+		}
+		s.Ports = append(s.Ports, proxy.ServicePort{Number: uint16(p.Port), Name: p.Name, Protocol: protocol, Target: uint16(p.Target)})
+	}
+	for i, e := range m.Endpoints {
+		out := proxy.ServiceEndpoint{ID: e.Id, Hostname: e.Hostname, Cluster: e.Cluster, Flat: e.Flat, Targets: map[string]uint16{}}
+		var err error
+		if out.Address, err = netip.ParseAddr(e.Address); err != nil {
+			return nil, fmt.Errorf("endpoints[%d].address: %q is no IP address", i, shorten(e.Address))
+		}
+		if e.Id == "" || max(len(e.Id), len(e.Hostname), len(e.Cluster)) > maxName {
+			return nil, fmt.Errorf("endpoints[%d]: id is empty, or id, hostname or cluster is too long", i)
+		}
+		if err := bounded(fmt.Sprintf("endpoints[%d].targets", i), len(e.Targets), maxPorts); err != nil {
+			return nil, err
+		}
+		for name, target := range e.Targets {
+			if target == 0 || target > math.MaxUint16 {
+				return nil, fmt.Errorf("endpoints[%d].targets[%s]: %d is no port", i, shorten(name), target)
+			}
+			out.Targets[name] = uint16(target)
+		}
+		s.Endpoints = append(s.Endpoints, out)
+	}
+	return s, nil
 }
 
 func decodeTrust(m *xdspb.Trust) (any, error) {

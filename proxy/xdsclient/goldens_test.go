@@ -16,6 +16,8 @@ import (
 	"github.com/rogpeppe/go-internal/txtar"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/hanse-mesh/hanse/discovery/xdspb"
 )
 
 // golden is a resource that xdsgen makes for a sidecar or gateway.
@@ -68,6 +70,8 @@ func goldens(t testing.TB) (out []golden) {
 				g.typeURL, g.m = clusterType, &clusterv3.Cluster{}
 			case "ClusterLoadAssignment":
 				g.typeURL, g.m = endpointType, &endpointv3.ClusterLoadAssignment{}
+			case "Service":
+				g.typeURL, g.m = serviceType, &xdspb.Service{}
 			default:
 				continue
 			}

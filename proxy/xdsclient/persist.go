@@ -140,6 +140,9 @@ func (s *store) restore(kept []*discoveryv3.DeltaDiscoveryResponse, now time.Tim
 			if k.url == listenerType && !slices.Contains(s.inbound, res.Name) && !s.gateway && len(s.names) < maxNames {
 				s.want(res.Name)
 			}
+			if k.url == serviceType && !s.gateway && len(s.hosts) < maxNames {
+				s.wantHost(res.Name)
+			}
 		}
 		s.subscribe()
 		for _, res := range r.Resources {

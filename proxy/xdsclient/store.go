@@ -21,17 +21,19 @@ import (
 type store struct {
 	gateway bool
 	inbound []string // names of inbound Listeners, in order
-	kinds   [5]*kind // in the order in which they are asked for
+	kinds   [6]*kind // in the order in which they are asked for
 	byURL   map[string]*kind
 
-	names   map[string]*name // by authority
-	renamed bool             // names has gained or lost some since the last look
-	pending map[string]*name // those whose newest Listener waits for what it leads to
+	names   map[string]*name    // by authority
+	hosts   map[string]struct{} // Service resources that were asked for
+	renamed bool                // names or hosts have gained or lost some since the last look
+	pending map[string]*name    // those whose newest Listener waits for what it leads to
 	unknown map[string]time.Time
 	trusted map[string]uint64 // loaded
 
 	table    *proxy.Table
 	touched  map[string]struct{} // authorities whose subscriptions must be worked out again
+	moved    map[string]struct{} // hosts that were asked for, or given up
 	leads    map[string][]string // xDS clusters that each authority needs
 	refs     map[string]int      // how many authorities need an xDS cluster
 	clusters map[string]*merged
@@ -80,21 +82,22 @@ const (
 	listeners = iota
 	clusters
 	endpoints
+	services
 	trust
 	faults
 )
 
 func newStore(gateway bool, inbound []string) *store {
 	s := &store{
-		gateway: gateway, inbound: inbound, byURL: map[string]*kind{}, names: map[string]*name{}, pending: map[string]*name{},
+		gateway: gateway, inbound: inbound, byURL: map[string]*kind{}, names: map[string]*name{}, hosts: map[string]struct{}{}, pending: map[string]*name{},
 		unknown: map[string]time.Time{}, clusters: map[string]*merged{}, saved: true,
-		touched: map[string]struct{}{}, leads: map[string][]string{}, refs: map[string]int{},
+		touched: map[string]struct{}{}, moved: map[string]struct{}{}, leads: map[string][]string{}, refs: map[string]int{},
 		table: &proxy.Table{
 			Listeners: map[string]*proxy.Listener{}, Unknown: map[string]time.Time{}, Clusters: map[string]*proxy.Cluster{},
-			SNI: map[string][]proxy.Target{}, Trust: map[string]uint64{},
+			Services: map[string]*proxy.Service{}, SNI: map[string][]proxy.Target{}, Trust: map[string]uint64{},
 		},
 	}
-	for i, url := range []string{listenerType, clusterType, endpointType, trustType, faultsType} {
+	for i, url := range []string{listenerType, clusterType, endpointType, serviceType, trustType, faultsType} {
 		s.kinds[i] = &kind{
 			url: url, wanted: map[string]struct{}{}, held: map[string]*resource{}, absent: map[string]struct{}{},
 			rejected: map[string]*rejection{}, changed: map[string]struct{}{},
@@ -124,6 +127,28 @@ func (s *store) want(authority string) {
 	s.touched[authority] = struct{}{}
 }
 
+// wantHost asks for a Service.
+func (s *store) wantHost(host string) {
+	if _, ok := s.hosts[host]; ok {
+		return
+	}
+	delete(s.unknown, host)
+	s.hosts[host] = struct{}{}
+	s.renamed = true
+	s.moved[host] = struct{}{}
+}
+
+// forgetHost gives a Service up.
+func (s *store) forgetHost(host string) {
+	if _, ok := s.hosts[host]; !ok {
+		return
+	}
+	delete(s.hosts, host)
+	s.renamed = true
+	s.moved[host] = struct{}{}
+	s.saved = false
+}
+
 // forget gives an authority up.
 func (s *store) forget(authority string) {
 	if s.names[authority] == nil {
@@ -139,8 +164,9 @@ func (s *store) forget(authority string) {
 
 // subscribe makes the wanted names follow from the touched authorities, and returns what is to be sent.
 func (s *store) subscribe() []*discoveryv3.DeltaDiscoveryRequest {
+	out := s.subscribeHosts()
 	if len(s.touched) == 0 {
-		return nil
+		return out
 	}
 	ls, moved := map[string]bool{}, map[string]bool{} // those to look at, and whether they are wanted
 	for authority := range s.touched {
@@ -166,13 +192,27 @@ func (s *store) subscribe() []*discoveryv3.DeltaDiscoveryRequest {
 			delete(s.refs, c)
 		}
 	}
-	var out []*discoveryv3.DeltaDiscoveryRequest
 	for i, wanted := range []map[string]bool{ls, moved, moved} {
 		if r := s.kinds[i].follow(wanted); r != nil {
 			out = append(out, r)
 		}
 	}
 	return out
+}
+
+func (s *store) subscribeHosts() []*discoveryv3.DeltaDiscoveryRequest {
+	if len(s.moved) == 0 {
+		return nil
+	}
+	wanted := make(map[string]bool, len(s.moved))
+	for h := range s.moved {
+		_, wanted[h] = s.hosts[h]
+	}
+	clear(s.moved)
+	if r := s.kinds[services].follow(wanted); r != nil {
+		return []*discoveryv3.DeltaDiscoveryRequest{r}
+	}
+	return nil
 }
 
 // leads are the xDS clusters that a name needs.
@@ -226,7 +266,7 @@ func (s *store) connect() []*discoveryv3.DeltaDiscoveryRequest {
 	s.subscribe() // the requests below say it all
 	var out []*discoveryv3.DeltaDiscoveryRequest
 	for i, k := range s.kinds {
-		if s.gateway && (i == listeners || i == clusters) || len(k.wanted) == 0 {
+		if s.gateway && (i == listeners || i == clusters || i == services) || len(k.wanted) == 0 {
 			continue
 		}
 		r := &discoveryv3.DeltaDiscoveryRequest{
@@ -339,6 +379,10 @@ func (s *store) remove(k *kind, n string, now time.Time) {
 		s.unknown[n] = now
 		s.forget(n)
 	}
+	if _, ok := s.hosts[n]; ok && k.url == serviceType {
+		s.unknown[n] = now
+		s.forgetHost(n)
+	}
 }
 
 // answered reports whether the server has said what an xDS cluster is, or that there is none.
@@ -397,6 +441,16 @@ func (s *store) next(now time.Time) (*proxy.Table, []*discoveryv3.DeltaDiscovery
 		}
 	} else if len(s.kinds[clusters].changed)+len(s.kinds[endpoints].changed) > 0 {
 		s.placeClusters(&t)
+	}
+	if k := s.kinds[services]; len(k.changed) > 0 {
+		t.Services = maps.Clone(t.Services)
+		for n := range k.changed {
+			if r := k.held[n]; r != nil {
+				t.Services[n] = r.value.(*proxy.Service)
+			} else {
+				delete(t.Services, n)
+			}
+		}
 	}
 	if len(s.kinds[faults].changed) > 0 {
 		t.Faults = nil
@@ -509,6 +563,11 @@ func (s *store) sequences() map[string]uint64 {
 
 // failure says why an authority cannot be used though it exists: a NACK without a last good one.
 func (s *store) failure(authority string) error {
+	if _, ok := s.hosts[authority]; ok && s.kinds[services].held[authority] == nil {
+		if r := s.kinds[services].rejected[authority]; r != nil {
+			return fmt.Errorf("the Service %q was rejected: %w", authority, r.err)
+		}
+	}
 	n := s.names[authority]
 	if n == nil || n.current != nil {
 		return nil

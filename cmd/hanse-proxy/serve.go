@@ -66,7 +66,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 		DeadAfter: cfg.Timers.DeadAfter.Duration, IdleClose: cfg.Timers.IdleClose.Duration, Log: log, Metrics: reg,
 	})
 	p.hop = client
-	health := sidecar.NewHealth(client)
+	health := sidecar.NewHealth(client, nil)
 	p.balancer = balance.New(balance.Config{Log: log, Registerer: reg, Probe: health.Probe, SuspectGateway: health.Suspect})
 	xdsConfig := xdsclient.Config{
 		Addrs: cfg.ControlPlane.XDS, Source: p.source, ServerID: identity.ControlPlaneID(td),

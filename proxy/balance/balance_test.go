@@ -1,6 +1,7 @@
 package balance
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -287,6 +288,27 @@ func TestExcludeGoesElsewhere(t *testing.T) {
 			t.Errorf("%q: order %v: the lower level must come last", policy, tried)
 		}
 		mustPick(t, b, PickInfo{Exclude: tried, Hash: Hash("k")}) // nothing else is left
+	}
+}
+
+// TestOnlyOne: who asks for one endpoint gets that one, in whatever level and state, and no other.
+func TestOnlyOne(t *testing.T) {
+	b, _ := newTest(t, Config{})
+	b.Update(table(clusterOf(endpoints("a", "a1", "a2"), endpoints("b", "b1"))))
+	failUntilOut(t, b, Result{Outcome: Dead}, "a2")
+	for _, id := range []string{"a1", "a2", "b1"} {
+		for range 10 {
+			p := mustPick(t, b, PickInfo{Only: id})
+			if p.Endpoint.ID != id {
+				t.Errorf("only %s: %s", id, p.Endpoint.ID)
+			}
+			p.Done(Result{Status: 200})
+		}
+	}
+	for _, info := range []PickInfo{{Only: "nobody"}, {Only: "a1", Exclude: []string{"a1"}}} {
+		if p, err := b.Pick(service, info); !errors.Is(err, ErrNoEndpoints) {
+			t.Errorf("%+v: %+v, %v", info, p, err)
+		}
 	}
 }
 

@@ -26,6 +26,7 @@ var (
 type PickInfo struct {
 	Hash    uint64   // ring_hash: Hash of the header's value; 0 is none
 	Exclude []string // endpoint IDs already tried; used again only where nothing else is left
+	Only    string   // the ID of the one endpoint that will do, healthy or not, unless it is excluded; empty: any
 	Retry   bool     // this try counts against the retry budget: set it where the one before may have reached the application
 }
 
@@ -126,8 +127,11 @@ func (b *Balancer) Pick(name string, info PickInfo) (Pick, error) {
 			return Pick{}, ErrRetryBudget
 		}
 	}
-	chosen, through := s.trial(b, now, info.Exclude)
-	if chosen == nil {
+	var chosen *candidate
+	var through *gateway
+	if info.Only != "" {
+		chosen = s.only(&info)
+	} else if chosen, through = s.trial(b, now, info.Exclude); chosen == nil {
 		chosen = s.choose(c, b.rand(), b.rand(), &info)
 	}
 	if chosen == nil {
@@ -147,6 +151,21 @@ func (b *Balancer) Pick(name string, info PickInfo) (Pick, error) {
 		p.g, p.Gateway = through, through.addr
 	}
 	return p, nil
+}
+
+// only finds the one endpoint that is asked for.
+func (s *state) only(info *PickInfo) *candidate {
+	if slices.Contains(info.Exclude, info.Only) {
+		return nil
+	}
+	for i := range s.levels {
+		for j := range s.levels[i].all {
+			if m := &s.levels[i].all[j]; m.endpoint.ID == info.Only {
+				return m
+			}
+		}
+	}
+	return nil
 }
 
 // choose draws a level, a locality and an endpoint. Where all of that level were tried before, the other levels follow in

@@ -52,6 +52,7 @@ const (
 	codeAppFailed      = "app_failed"
 	codeDraining       = "draining"
 	codeFault          = "fault"
+	codePlaintext      = "plaintext_refused"
 	codeCanceled       = "canceled" // of the access log: the caller went away
 )
 
@@ -71,7 +72,7 @@ func failWith(code, format string, args ...any) *failure {
 		f.status, f.grpc = http.StatusBadGateway, codes.Unavailable
 	case codeTimeout:
 		f.status, f.grpc = http.StatusGatewayTimeout, codes.DeadlineExceeded
-	case codeDenied:
+	case codeDenied, codePlaintext:
 		f.status, f.grpc = http.StatusForbidden, codes.PermissionDenied
 	case codeWrongTarget:
 		f.status, f.grpc, f.unprocessed = http.StatusMisdirectedRequest, codes.Unavailable, true

@@ -6,7 +6,6 @@ import (
 	"net"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/hanse-mesh/hanse/proxy/http1"
 	"github.com/hanse-mesh/hanse/proxy/http2"
@@ -16,25 +15,23 @@ import (
 // app is an application behind one address, in the clear.
 type app struct {
 	network, address string
-	connectTimeout   time.Duration
+	dialer           net.Dialer
 	http1            *http1.Client
 	h2c              h2cPool
 }
 
-func newApp(address string, connectTimeout time.Duration) *app {
-	a := &app{network: "tcp", address: address, connectTimeout: connectTimeout}
+func (s *Sidecar) newApp(address string) *app {
+	a := &app{network: "tcp", address: address, dialer: s.dialer}
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
 		a.network, a.address = "unix", path
 	}
-	a.http1 = http1.NewClient(http1.ClientConfig{Dial: a.dial, ConnectTimeout: connectTimeout})
+	a.http1 = http1.NewClient(http1.ClientConfig{Dial: a.dial, ConnectTimeout: a.dialer.Timeout})
 	a.h2c.dial = a.dial
 	return a
 }
 
 func (a *app) dial(ctx context.Context) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.connectTimeout)
-	defer cancel()
-	return (&net.Dialer{}).DialContext(ctx, a.network, a.address)
+	return a.dialer.DialContext(ctx, a.network, a.address)
 }
 
 // open begins an exchange; h2 says in which protocol.

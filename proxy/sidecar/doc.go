@@ -2,6 +2,7 @@
 // in through it.
 //
 //	app ─► http1, http2 ─► outbound (explicit proxy, local listeners) ─► Table: route ─► balance ─► hop ═══► [gateway] ═══► peer
+//	app ─► captured: by address ─► the same, or as it is to what is none of the mesh's
 //	peer ═══► hop ─► inbound: target, access ─► http1, http2 ─► app
 //
 // Both ways are written against the exchanges of package message, so that any protocol meets any other.
@@ -9,6 +10,8 @@
 // head, except where the caller asked for a tunnel.
 // A try that reached no application is repeated on another endpoint; one that may have reached it only if the method is idempotent
 // (RFC 9110 §9.2.2) or the route says so, within the retry budget, and if its body is still at hand (64 KiB).
+// A captured connection belongs to the service at the address that it was made to. Callers without mutual TLS are refused, unless permitted
+// or exempt by configuration; each is counted and named.
 // Inbound refuses what no AccessPolicy or default allows, and ports that are not declared. Whoever calls is named to the application
 // in x-forwarded-client-cert, which no caller can set.
 //

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hanse-mesh/hanse/proxy"
@@ -17,12 +18,13 @@ import (
 // Health checks for a Balancer what it cannot see itself: Probe and Suspect are made for balance.Config.
 type Health struct {
 	client   *hop.Client
+	dialer   net.Dialer
 	suspects chan netip.AddrPort
 }
 
-// NewHealth builds a Health over the hop.
-func NewHealth(client *hop.Client) *Health {
-	return &Health{client: client, suspects: make(chan netip.AddrPort, 64)}
+// NewHealth builds a Health over the hop. socket is as Config.Socket.
+func NewHealth(client *hop.Client, socket func(network, address string, c syscall.RawConn) error) *Health {
+	return &Health{client: client, dialer: net.Dialer{Timeout: time.Second, Control: socket}, suspects: make(chan netip.AddrPort, 64)}
 }
 
 // Probe connects to an endpoint and waits for a PING's answer. An unreachable gateway is balance.ErrGateway.
@@ -62,8 +64,7 @@ func (h *Health) Run(ctx context.Context, b *balance.Balancer) error {
 			}
 			under[g] = true
 			checks.Go(func() {
-				d := net.Dialer{Timeout: time.Second}
-				conn, err := d.DialContext(ctx, "tcp", g.String())
+				conn, err := h.dialer.DialContext(ctx, "tcp", g.String())
 				if err == nil {
 					_ = conn.Close()
 				}

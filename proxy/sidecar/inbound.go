@@ -205,7 +205,11 @@ func (s *Sidecar) inboundHTTP(st message.ServerStream, rec *record, to *app, cal
 	out := *st.Request()
 	out.Scheme = "http"
 	stripOwn(&out.Fields)
-	out.Fields.Set(headerClientCert, s.certs.of(rec.source))
+	if rec.source != "" {
+		out.Fields.Set(headerClientCert, s.certs.of(rec.source))
+	} else {
+		out.Fields.Del(headerClientCert) // nobody vouches for a caller in plaintext
+	}
 	if s.cfg.ReportPeerAddress {
 		out.Fields.Set(headerPeerAddress, caller.Address.String())
 	}
@@ -267,7 +271,7 @@ func (s *Sidecar) upgraded(st message.ServerStream, rec *record, up message.Clie
 			rec.in, rec.out = relay(serverEnd{st}, clientEnd{up}, s.cfg.IdleTimeout)
 		}
 		return true
-	case resp.Status/100 != 2:
+	case resp.Status/100 != 2 || rec.source == "": // or the caller is no sidecar
 		return false
 	}
 	// Success without switching: on the hop a 2xx would say that it has.

@@ -96,14 +96,14 @@ func (c *appConn) Shutdown() {
 
 func (c *appConn) Close() { _ = c.nc.Close() }
 
-// serveConn serves one connection of the application until it ends.
-func (s *Sidecar) serveConn(all *conns, nc net.Conn, fixed string) {
+// serveConn serves one connection of an application until it ends. from is who is counted where it is malformed.
+func (s *Sidecar) serveConn(all *conns, nc net.Conn, from string, handle func(st message.ServerStream, h2 bool)) {
 	c := &appConn{nc: nc}
-	reject := func(reason string) { s.metrics.rejects.WithLabelValues("app", reason).Inc() }
+	reject := func(reason string) { s.metrics.rejects.WithLabelValues(from, reason).Inc() }
 	c.h1 = http1.NewServerConn(nc, &http1.ServerConfig{
 		HeadTimeout: 10 * time.Second, OnReject: reject, Log: s.log,
 		HTTP2: func(nc net.Conn) {
-			h2 := http2.NewServerConn(nc, http2.Config{IdleTimeout: 5 * time.Minute, OnReject: reject, Log: s.log}, func(st message.ServerStream) { s.outbound(st, fixed, true) })
+			h2 := http2.NewServerConn(nc, http2.Config{IdleTimeout: 5 * time.Minute, OnReject: reject, Log: s.log}, func(st message.ServerStream) { handle(st, true) })
 			c.mu.Lock()
 			c.h2 = h2
 			last := c.last
@@ -113,7 +113,7 @@ func (s *Sidecar) serveConn(all *conns, nc net.Conn, fixed string) {
 			}
 			_ = h2.Serve()
 		},
-	}, func(st message.ServerStream) { s.outbound(st, fixed, false) })
+	}, func(st message.ServerStream) { handle(st, false) })
 	if !all.add(c) {
 		_ = nc.Close()
 		return
@@ -125,6 +125,17 @@ func (s *Sidecar) serveConn(all *conns, nc net.Conn, fixed string) {
 // serveApp serves a listener of the application until ctx ends, then waits for open requests. fixed is the one service that it leads to,
 // which may be a TCP service, or "".
 func (s *Sidecar) serveApp(ctx context.Context, ln net.Listener, fixed string) error {
+	return s.accept(ctx, ln, func(all *conns, nc net.Conn) {
+		if fixed != "" && s.serveTCP(all, nc, fixed) {
+			return
+		}
+		// Also where there is no such service: HTTP can say so.
+		s.serveConn(all, nc, "app", func(st message.ServerStream, h2 bool) { s.outbound(st, fixed, h2) })
+	})
+}
+
+// accept serves a listener until ctx ends, then waits for what is open.
+func (s *Sidecar) accept(ctx context.Context, ln net.Listener, serve func(*conns, net.Conn)) error {
 	stop := context.AfterFunc(ctx, func() { _ = ln.Close() })
 	defer stop()
 	var all conns
@@ -146,12 +157,7 @@ func (s *Sidecar) serveApp(ctx context.Context, ln net.Listener, fixed string) e
 			}
 			continue
 		}
-		all.running.Go(func() {
-			if fixed != "" && s.serveTCP(&all, nc, fixed) {
-				return
-			}
-			s.serveConn(&all, nc, fixed) // also where there is no such service: HTTP can say so
-		})
+		all.running.Go(func() { serve(&all, nc) })
 	}
 	all.drain(s.cfg.DrainTimeout)
 	return result
@@ -167,7 +173,7 @@ func (s *Sidecar) serveTCP(all *conns, nc net.Conn, authority string) bool {
 	c := tcpConn{nc}
 	if all.add(c) {
 		defer all.remove(c)
-		s.tcp(nc, table, listener)
+		s.tcp(nc, table, listener, "")
 	}
 	return true
 }

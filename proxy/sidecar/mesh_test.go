@@ -126,7 +126,7 @@ func start(t testing.TB, src *identity.Source, change ...func(*sidecar.Config)) 
 	t.Helper()
 	n := &node{t: t, control: newControl(), src: src, log: &lines{}}
 	n.client = hop.NewClient(hop.ClientConfig{Source: src, ConnectTimeout: 5 * time.Second, PingAfter: 500 * time.Millisecond, DeadAfter: 2 * time.Second})
-	health := sidecar.NewHealth(n.client)
+	health := sidecar.NewHealth(n.client, nil)
 	b := balance.New(balance.Config{Ramp: -1, Probe: health.Probe, SuspectGateway: health.Suspect})
 	out, in := listen(t), listen(t)
 	cfg := sidecar.Config{

@@ -33,6 +33,8 @@ type record struct {
 	path      string
 	dest      string // SPIFFE ID
 	endpoint  string
+	only      string // the endpoint that the caller's address means, if just one
+	peer      string // the address of a caller without identity
 	cluster   string
 	region    string
 	zone      string
@@ -94,7 +96,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		audit: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_access_audit_total", Help: "Requests that a policy in audit mode would have decided otherwise."}, []string{"policy", "would"}),
 		rejects: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "hanse_malformed_total", Help: "Requests and connections refused because they break HTTP, by who sent them (app, peer) and reason."}, []string{"from", "reason"}),
+			Name: "hanse_malformed_total", Help: "Requests and connections refused because they break HTTP, by who sent them (app, peer, plaintext, captured) and reason."}, []string{"from", "reason"}),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "hanse_access_log_dropped_total", Help: "Lines, or batches of them, of the access log that could not be written."}),
 	}

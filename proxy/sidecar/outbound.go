@@ -342,7 +342,7 @@ func (t *transfer) end(a *attempt) {
 
 // try sends the request to one endpoint and waits for the head of the answer. picked, if not nil, is called once there is an endpoint.
 func (t *transfer) try(counts bool, picked func()) attempt {
-	info := balance.PickInfo{Exclude: t.triedIDs, Retry: counts}
+	info := balance.PickInfo{Exclude: t.triedIDs, Only: t.rec.only, Retry: counts}
 	if c := t.table.Clusters[t.backend.Cluster]; c != nil && c.HashHeader != "" {
 		if v := t.out.Fields.Value(c.HashHeader); v != "" {
 			info.Hash = balance.Hash(v)

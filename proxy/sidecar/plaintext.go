@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"sync"
-	"time"
 
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/hop"
@@ -15,8 +14,8 @@ import (
 // plaintext calls endpoints without identity. There are none unless a service of the own cluster permits them
 // (annotation hanse.mesh/plaintext); whatever a Table says, no byte leaves the cluster this way.
 type plaintext struct {
-	cluster        string
-	connectTimeout time.Duration
+	cluster string
+	newApp  func(address string) *app
 
 	mu   sync.Mutex
 	apps map[netip.AddrPort]*app // guarded by mu
@@ -25,8 +24,8 @@ type plaintext struct {
 // maxPlaintext bounds the addresses whose connections are kept.
 const maxPlaintext = 256
 
-func newPlaintext(cluster string, connectTimeout time.Duration) *plaintext {
-	return &plaintext{cluster: cluster, connectTimeout: connectTimeout, apps: map[netip.AddrPort]*app{}}
+func newPlaintext(cluster string, newApp func(address string) *app) *plaintext {
+	return &plaintext{cluster: cluster, newApp: newApp, apps: map[netip.AddrPort]*app{}}
 }
 
 func (p *plaintext) close() {
@@ -56,7 +55,7 @@ func (p *plaintext) app(address netip.AddrPort) *app {
 				break
 			}
 		}
-		a = newApp(address.String(), p.connectTimeout)
+		a = p.newApp(address.String())
 		p.apps[address] = a
 	}
 	return a

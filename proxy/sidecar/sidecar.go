@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-multierror"
@@ -51,6 +52,9 @@ type Config struct {
 	GatewaysOnly      []netip.Addr      // not empty: hop connections from elsewhere are refused
 	ReportPeerAddress bool              // tell the application where the hop connection came from
 
+	Capture Capture
+	Socket  func(network, address string, c syscall.RawConn) error // a net.Dialer's Control, so that our own connections are not captured; nil: none
+
 	ConnectTimeout time.Duration // to the application; default 1 s
 	IdleTimeout    time.Duration // of TCP and upgraded connections without a byte either way; default 1 h
 	DrainTimeout   time.Duration // after ctx ended; default 30 s
@@ -83,6 +87,8 @@ type Sidecar struct {
 	apps      map[uint16]*app
 	plaintext *plaintext
 	locals    []string // authorities of cfg.Local
+	captured  *captured
+	dialer    net.Dialer // with ConnectTimeout and Socket
 
 	draining atomic.Bool
 	mirrors  chan struct{} // a slot each
@@ -112,9 +118,11 @@ func New(cfg Config) (*Sidecar, error) {
 		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), workload: cfg.Workload.String(),
 	}
 	s.accessLog = newAccessLog(cfg.AccessLog, s.metrics.dropped.Inc)
-	s.plaintext = newPlaintext(cfg.Locality.Cluster, cfg.ConnectTimeout)
+	s.dialer = net.Dialer{Timeout: cfg.ConnectTimeout, Control: cfg.Socket}
+	s.captured = newCaptured(cfg.Capture, cfg.Metrics)
+	s.plaintext = newPlaintext(cfg.Locality.Cluster, s.newApp)
 	for port, address := range cfg.Apps {
-		s.apps[port] = newApp(address, cfg.ConnectTimeout)
+		s.apps[port] = s.newApp(address)
 	}
 	for _, l := range cfg.Local {
 		authority, err := authorityOf(l.Authority, cfg.Namespace, 80)
@@ -161,6 +169,9 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	if s.server != nil {
 		in.run(stopServing, func() error { return s.server.Serve(serveCtx, s.cfg.Inbound) })
 	}
+	for _, ln := range s.captured.Inbound {
+		in.run(stopServing, func() error { return s.accept(serveCtx, ln, s.serveInboundCaptured) })
+	}
 	outCtx, stopOut := context.WithCancel(s.coreCtx)
 	defer stopOut()
 	var out group
@@ -169,6 +180,9 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	}
 	for i, l := range s.cfg.Local {
 		out.run(stopServing, func() error { return s.serveApp(outCtx, l.Listener, s.locals[i]) })
+	}
+	for _, ln := range s.captured.Outbound {
+		out.run(stopServing, func() error { return s.accept(outCtx, ln, s.serveCaptured) })
 	}
 	<-serveCtx.Done()
 	result := in.wait(nil)
@@ -223,6 +237,9 @@ func (s *Sidecar) closeListeners() {
 	}
 	for _, l := range s.cfg.Local {
 		_ = l.Listener.Close()
+	}
+	for _, ln := range append(s.captured.Outbound, s.captured.Inbound...) {
+		_ = ln.Close()
 	}
 }
 

@@ -33,7 +33,7 @@ func (s *Sidecar) open(rec *record, cluster string, r *message.Request, abort fu
 	defer timer.Stop()
 	var tried []string
 	for {
-		pick, f := s.pick(cluster, balance.PickInfo{Exclude: tried})
+		pick, f := s.pick(cluster, balance.PickInfo{Exclude: tried, Only: rec.only})
 		if f != nil {
 			return nil, f
 		}
@@ -126,14 +126,21 @@ func (s *Sidecar) tunnel(st message.ServerStream, rec *record, table *proxy.Tabl
 	rec.in, rec.out = relay(serverEnd{st}, clientEnd{way.up}, s.cfg.IdleTimeout)
 }
 
-// tcp serves one connection of a local listener.
-func (s *Sidecar) tcp(conn net.Conn, table *proxy.Table, l *proxy.Listener) {
+// tcp serves one connection of a local listener, or a captured one. only, if not empty, is the one endpoint that is meant.
+func (s *Sidecar) tcp(conn net.Conn, table *proxy.Table, l *proxy.Listener, only string) {
 	rec := s.begin(reporterSource, "tcp")
 	defer s.finish(rec)
-	rec.source, rec.service = s.ownID(), l.Authority
-	way, f := s.connect(rec, tcpCluster(table, l), func(func(error)) {})
+	rec.source, rec.service, rec.only = s.ownID(), l.Authority, only
+	cluster := ""
+	if only != "" && table.Clusters[l.Authority] != nil {
+		cluster = l.Authority
+	} else {
+		cluster = tcpCluster(table, l)
+	}
+	way, f := s.connect(rec, cluster, func(func(error)) {})
 	if f != nil {
 		rec.fail(f)
+		reset(conn)
 		return
 	}
 	defer way.up.Close()

@@ -134,8 +134,12 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 	if err != nil {
 		return admin.Status{}, err
 	}
-	out := admin.Status{Cluster: p.cfg.Cluster, TrustDomain: p.cfg.TrustDomain, Version: p.version, Clusters: p.clusters(s), Proxies: len(p.xds.Proxies()), Services: len(services)}
+	out := admin.Status{Cluster: p.cfg.Cluster, TrustDomain: p.cfg.TrustDomain, Version: p.version, Clusters: p.clusters(s), Proxies: len(p.xds.Proxies()), Services: len(services),
+		Replicas: p.replicas.rows(p.now())}
 	check := func(c admin.Check) { out.Checks = append(out.Checks, c) }
+	if !p.replicas.alone() {
+		check(p.replicas.check(p.now()))
+	}
 
 	if svid, err := p.source.GetX509SVID(); err != nil || !svid.Certificates[0].NotAfter.After(p.now()) {
 		check(admin.Check{Name: "own SVID", Detail: "expired or missing", Remedy: "look at hansed's log: its authority cannot sign"})

@@ -4,11 +4,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -17,20 +14,21 @@ import (
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/discovery/file"
 	"github.com/hanse-mesh/hanse/discovery/objects"
-	"github.com/hanse-mesh/hanse/identity/atomicfile"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 )
 
 // catalog holds this cluster's configuration: the objects of the watched directory, and over them those that were applied.
 // It builds the local Snapshot.
 type catalog struct {
-	self      discovery.Self
-	store     records      // applied objects, by "Kind/namespace/name"
-	files     *file.Source // nil without a directory
-	stateFile string
-	log       *slog.Logger
-	onBuild   func(*discovery.Snapshot) // called by Run after each Build, in order
+	self    discovery.Self
+	store   records      // applied objects, by "Kind/namespace/name"
+	files   *file.Source // nil without a directory
+	memory  memory
+	log     *slog.Logger
+	onBuild func(*discovery.Snapshot) // called by Run after each Build, in order
 
 	wake chan struct{}
+	sync chan chan struct{} // closed by Run after a Build
 
 	applying sync.Mutex // one Apply or Delete at a time
 
@@ -40,9 +38,9 @@ type catalog struct {
 	faults  []*objects.Fault // guarded by mu; of the last Build and of the files
 }
 
-func newCatalog(self discovery.Self, store records, files *file.Source, stateFile string, log *slog.Logger, onBuild func(*discovery.Snapshot)) *catalog {
-	return &catalog{self: self, store: store, files: files, stateFile: stateFile, log: log, onBuild: onBuild,
-		wake: make(chan struct{}, 1), applied: objects.NewSet()}
+func newCatalog(self discovery.Self, store records, files *file.Source, memory memory, log *slog.Logger, onBuild func(*discovery.Snapshot)) *catalog {
+	return &catalog{self: self, store: store, files: files, memory: memory, log: log, onBuild: onBuild,
+		wake: make(chan struct{}, 1), sync: make(chan chan struct{}), applied: objects.NewSet()}
 }
 
 // Run reads what was applied, then rebuilds the Snapshot whenever a source changes.
@@ -50,7 +48,7 @@ func (c *catalog) Run(ctx context.Context) error {
 	if err := c.load(ctx); err != nil {
 		return err
 	}
-	state, err := c.readState()
+	state, err := c.memory.load(ctx)
 	if err != nil {
 		return err
 	}
@@ -58,28 +56,74 @@ func (c *catalog) Run(ctx context.Context) error {
 	if c.files != nil {
 		updated = c.files.Updated()
 	}
-	saved := state.Revision()
+	var built chan struct{}
 	for {
 		if c.files == nil || c.files.Complete() {
 			var snap *discovery.Snapshot
-			snap, state = c.build(state)
-			// IDs and export times are on disk before anybody hears of them: a restart must not change them.
-			if r := state.Revision(); r != saved {
-				if err := c.writeState(state); err != nil {
-					c.log.Error("endpoint IDs were not stored; after a restart they will be new", "file", c.stateFile, "err", err)
-				} else {
-					saved = r
-				}
+			snap, state = c.build(c.memory.refresh(state))
+			// IDs and export times are stored before anybody hears of them: a restart must not change them.
+			if err := c.memory.save(ctx, state); err != nil && ctx.Err() == nil {
+				c.log.Error("endpoint IDs and export times were not stored; after a restart they may be new", "err", err)
 			}
 			c.onBuild(snap)
+		}
+		if built != nil {
+			close(built)
+			built = nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-updated:
 		case <-c.wake:
+		case built = <-c.sync:
 		}
 	}
+}
+
+// follow takes in what other replicas apply, until ctx ends.
+func (c *catalog) follow(ctx context.Context) error {
+	for ctx.Err() == nil {
+		err := c.store.kv.Watch(ctx, "", func([]etcd.KeyValue, int64) error {
+			c.applying.Lock()
+			defer c.applying.Unlock()
+			if err := c.load(ctx); err != nil { // again, for an Apply here may have been faster
+				return err
+			}
+			c.kick()
+			return nil
+		})
+		if ctx.Err() == nil {
+			c.log.Warn("applied objects are read again", "err", err)
+			pause(ctx, time.Second)
+		}
+	}
+	return nil
+}
+
+// catchUp returns when the Snapshot is built from everything that was applied before.
+func (c *catalog) catchUp(ctx context.Context) error {
+	c.applying.Lock()
+	err := c.load(ctx)
+	c.applying.Unlock()
+	if err == nil {
+		err = c.memory.reload(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	built := make(chan struct{})
+	select {
+	case c.sync <- built:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-built:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return nil
 }
 
 func (c *catalog) load(ctx context.Context) error {
@@ -101,29 +145,6 @@ func (c *catalog) load(ctx context.Context) error {
 	return nil
 }
 
-func (c *catalog) readState() (*objects.State, error) {
-	state := &objects.State{}
-	b, err := os.ReadFile(c.stateFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return state, nil
-	}
-	if err == nil {
-		err = json.Unmarshal(b, state)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read endpoint IDs from %s: %w (restore the file, or remove it to give all endpoints new IDs)", c.stateFile, err)
-	}
-	return state, nil
-}
-
-func (c *catalog) writeState(state *objects.State) error {
-	b, err := json.Marshal(state)
-	if err != nil {
-		return err
-	}
-	return atomicfile.Write(c.stateFile, b)
-}
-
 func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.State) {
 	c.mu.Lock()
 	applied := c.applied
@@ -134,7 +155,7 @@ func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.Sta
 		files, faults = c.files.Set(), c.files.Faults()
 	}
 	set, doubled := objects.Layer(applied, files)
-	snap, next, built := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), Complete: true})
+	snap, next, built := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), NewID: c.memory.newID(), Complete: true})
 	faults = append(append(slices.Clone(faults), doubled...), built...)
 	c.mu.Lock()
 	before := c.faults
@@ -356,6 +377,10 @@ func (c *catalog) replace(next *objects.Set) {
 	c.mu.Lock()
 	c.applied = next
 	c.mu.Unlock()
+	c.kick()
+}
+
+func (c *catalog) kick() {
 	select {
 	case c.wake <- struct{}{}:
 	default:

@@ -45,7 +45,7 @@ func start(t *testing.T, store etcd.Store, dir, stateFile string) (*catalog, fun
 		files = file.New(file.Config{Dir: dir, Log: log, Debounce: time.Millisecond})
 	}
 	snaps := make(chan *discovery.Snapshot, 100)
-	c := newCatalog(discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west"}, recordsOf(store, "config/"), files, stateFile, log,
+	c := newCatalog(discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west"}, recordsOf(store, "config/"), files, &fileMemory{path: stateFile}, log,
 		func(s *discovery.Snapshot) { snaps <- s })
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

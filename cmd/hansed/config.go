@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -27,6 +28,7 @@ type Config struct {
 	Network     string            `json:"network"`  // endpoints of other networks are reached through gateways; default: the cluster's name
 	Gateways    []string          `json:"gateways"` // ip:port of this cluster's gateways, as other clusters dial them
 	Labels      map[string]string `json:"labels"`   // of this member, for audiences
+	Replica     string            `json:"replica"`  // name of this hansed among those of the cluster (with etcd.endpoints); default: the host's name
 
 	DataDir   string `json:"dataDir"`   // etcd, keys, bundles; 0700
 	ConfigDir string `json:"configDir"` // directory of Kubernetes YAML that is watched; optional
@@ -85,6 +87,7 @@ type Timers struct {
 	Recover     Duration `json:"recover"`     // answers until it is fresh again; 10s
 	Probe       Duration `json:"probe"`       // between probes; 5s
 	ExportDelay Duration `json:"exportDelay"` // debounce of exports; 100ms
+	Leader      Duration `json:"leader"`      // after which a leader that has died is followed; whole seconds, 5s
 }
 
 // Duration reads "90s" from YAML.
@@ -152,6 +155,10 @@ func (c *Config) fill() {
 	def(&c.Timers.Recover, 10*time.Second)
 	def(&c.Timers.Probe, 5*time.Second)
 	def(&c.Timers.ExportDelay, 100*time.Millisecond)
+	def(&c.Timers.Leader, 5*time.Second)
+	if c.Replica == "" {
+		c.Replica, _ = os.Hostname() // Validate complains of none
+	}
 	c.Etcd.QuotaBytes = cmp.Or(c.Etcd.QuotaBytes, 2<<30)
 	if len(c.Federation.Advertise) == 0 {
 		if h, _, err := net.SplitHostPort(c.Federation.Listen); err == nil {
@@ -161,6 +168,9 @@ func (c *Config) fill() {
 		}
 	}
 }
+
+// replicaName is one segment of keys in etcd, and a host's name.
+var replicaName = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9._]{0,251}[A-Za-z0-9])?$`)
 
 var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
@@ -210,6 +220,21 @@ func (c *Config) Validate() error {
 	}
 	if c.Identity.X509Life.Duration < time.Second || c.Identity.JWTLife.Duration < time.Second {
 		bad("identity", "lives under 1s")
+	}
+	for i, e := range c.Etcd.Endpoints {
+		u, err := url.Parse(e)
+		if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+			bad(fmt.Sprintf("etcd.endpoints[%d]", i), "%q is not the address of an etcd, such as https://10.0.0.7:2379", e)
+		}
+	}
+	if len(c.Etcd.Endpoints) > 0 && !replicaName.MatchString(c.Replica) {
+		bad("replica", "%q is not a name of letters, digits, - . and _, at most 253: give this hansed one that no other of the cluster has", c.Replica)
+	}
+	if c.Etcd.Prefix != "" {
+		bad("etcd.prefix", "%q: other clusters read exports at their fixed keys; give each cluster an etcd of its own and remove the prefix", c.Etcd.Prefix)
+	}
+	if l := c.Timers.Leader.Duration; l < time.Second || l%time.Second != 0 {
+		bad("timers.leader", "%s: want whole seconds, at least 1s", l)
 	}
 	if (c.Etcd.CertFile == "") != (c.Etcd.KeyFile == "") {
 		bad("etcd", "certFile and keyFile go together")

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -38,6 +39,8 @@ type controlPlane struct {
 	now     func() time.Time
 
 	stores    *stores
+	replicas  *replicas
+	shared    *sharedMemory // nil where this hansed is alone
 	board     *switchboard
 	authority *ca.Authority
 	bundles   *bundle.Store
@@ -77,6 +80,16 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		}
 	}()
 
+	id, err := replicaID(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	if p.replicas, err = newReplicas(cfg, p.stores, id, version, log.With("part", "replicas"), reg); err != nil {
+		return nil, err
+	}
+	p.replicas.ready = func(ctx context.Context) error { return p.catalog.catchUp(ctx) }
+	leader := leaderStore{p.stores.own, p.replicas}
+
 	// Identity.
 	p.authority, err = ca.Open(ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: td, RootLife: cfg.Identity.RootLife.Duration,
 		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: log.With("part", "ca"), Registerer: reg})
@@ -112,7 +125,12 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if cfg.ConfigDir != "" {
 		p.files = file.New(file.Config{Dir: cfg.ConfigDir, Log: log.With("part", "files"), Registerer: reg})
 	}
-	p.catalog = newCatalog(self, recordsOf(p.stores.own, "config/"), p.files, filepath.Join(cfg.DataDir, "endpoint-ids.json"), log.With("part", "catalog"),
+	var remember memory = &fileMemory{path: filepath.Join(cfg.DataDir, "endpoint-ids.json")}
+	if !p.replicas.alone() {
+		p.shared = &sharedMemory{store: p.stores.own, write: leader, leads: p.replicas.leads, wake: func() { p.catalog.kick() }, log: log.With("part", "catalog")}
+		remember = p.shared
+	}
+	p.catalog = newCatalog(self, recordsOf(leader, "config/"), p.files, remember, log.With("part", "catalog"),
 		func(s *discovery.Snapshot) {
 			p.reconcileTrust(s)
 			p.mesh.SetLocal(s)
@@ -128,7 +146,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if err != nil {
 		return nil, err
 	}
-	p.drills = drill.New(drill.Config{Self: cfg.Cluster, Store: drillRecords{recordsOf(p.stores.own, "drills/")}, ControlPlane: p.board, View: p.mesh.Clusterset,
+	p.drills = drill.New(drill.Config{Self: cfg.Cluster, Store: drillRecords{recordsOf(leader, "drills/")}, ControlPlane: p.board, View: p.mesh.Clusterset,
 		ReportEvery: p.xds.SetReportInterval, FaultsChanged: p.xds.FaultsChanged, Now: time.Now, Log: log.With("part", "drill")})
 	p.xds.SetFaults(func(v xdsgen.Viewer) *xdspb.Faults {
 		ips := make([]string, len(v.WorkloadIPs))
@@ -162,7 +180,13 @@ func (p *controlPlane) Run(ctx context.Context) error {
 	if p.files != nil {
 		run("files", p.files.Run)
 	}
+	run("replicas", p.replicas.Run)
 	run("catalog", p.catalog.Run)
+	if p.shared != nil {
+		run("applied objects", p.catalog.follow)
+		run("export times", p.shared.follow)
+		run("addresses", p.publishAddresses)
+	}
 	run("federation", p.mesh.Run)
 	run("views", p.publishViews)
 	run("xDS", p.xds.Run)
@@ -183,6 +207,28 @@ func (p *controlPlane) publishOwnBundle(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+		}
+	}
+}
+
+// publishAddresses tells the mesh where the replicas' federation listeners are. One that goes away stays in the list: it may come back, and
+// a peer that finds nobody there tries the next.
+func (p *controlPlane) publishAddresses(ctx context.Context) error {
+	known := map[string][]string{}
+	for {
+		for _, x := range *p.replicas.seen.Load() {
+			known[x.ID] = x.Addresses
+		}
+		all := slices.Clone(p.cfg.Federation.Advertise)
+		for _, as := range known {
+			all = append(all, as...)
+		}
+		slices.Sort(all)
+		p.mesh.SetAddresses(slices.Compact(all))
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-p.replicas.wake:
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,12 +45,13 @@ func command() *cobra.Command {
 	var path string
 	var check bool
 	var endpoints []string
+	var replica string
 	cmd := &cobra.Command{
 		Use:   "hansed --config FILE",
 		Short: "Control plane of one cluster of a Hanse mesh",
 		Example: `  hansed --config /etc/hanse/hansed.yaml
   hansed --config /etc/hanse/hansed.yaml --check      # is the file good? changes nothing
-  hansed --config /etc/hanse/hansed.yaml --etcd-endpoints https://10.0.0.7:2379`,
+  hansed --config /etc/hanse/hansed.yaml --etcd-endpoints https://10.0.0.7:2379 --replica west-2`,
 		Version:       daemon.Version,
 		Args:          cobra.NoArgs,
 		SilenceErrors: true, SilenceUsage: true,
@@ -61,8 +63,14 @@ func command() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if len(endpoints) > 0 {
-				cfg.Etcd.Endpoints = endpoints
+			if len(endpoints) > 0 || replica != "" {
+				if len(endpoints) > 0 {
+					cfg.Etcd.Endpoints = endpoints
+				}
+				cfg.Replica = cmp.Or(replica, cfg.Replica)
+				if err := cfg.Validate(); err != nil {
+					return err
+				}
 			}
 			if check {
 				fmt.Fprintf(cmd.OutOrStdout(), "%s is good: cluster %q, trust domain %s.\n", path, cfg.Cluster, cfg.TrustDomain)
@@ -73,7 +81,8 @@ func command() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&path, "config", "", "configuration file (YAML); docs/operations.md lists its fields")
 	cmd.Flags().BoolVar(&check, "check", false, "check the configuration and end")
-	cmd.Flags().StringSliceVar(&endpoints, "etcd-endpoints", nil, "use this external etcd instead of the embedded one")
+	cmd.Flags().StringSliceVar(&endpoints, "etcd-endpoints", nil, "use this external etcd instead of the embedded one; several hansed over one etcd are replicas, of which one leads")
+	cmd.Flags().StringVar(&replica, "replica", "", "name of this hansed among those of its cluster; default the host's name")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	return cmd
 }
@@ -113,6 +122,9 @@ func run(ctx context.Context, cfg *Config) error {
 	defer end()
 	context.AfterFunc(ctx, func() {
 		defer end()
+		if len(p.replicas.others()) > 0 {
+			return // another one leads at once
+		}
 		tell, cancel := context.WithTimeout(work, tellTime)
 		defer cancel()
 		if err := p.mesh.AnnounceRestart(tell, restartGrace); err != nil {

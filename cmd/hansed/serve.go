@@ -94,7 +94,12 @@ func (p *controlPlane) serve(ctx context.Context) error {
 		return fail(err)
 	}
 	opened = append(opened, l)
-	handler := admin.Handler(p, p.log.With("part", "admin"))
+	local := admin.Handler(p, p.log.With("part", "admin"))
+	handler := local
+	if !p.replicas.alone() {
+		handler = p.viaLeader(local)
+		servers = append(servers, serveHTTP(streaming(p.viaLeader(local), p.log), p.mesh.Replicas(), false))
+	}
 	servers = append(servers, serveHTTP(streaming(handler, p.log), l, false))
 	if p.cfg.Remote.Listen != "" {
 		if l, err = tcp("remote administration", p.cfg.Remote.Listen, false); err != nil {
@@ -161,7 +166,7 @@ func serveHTTP(s *http.Server, l net.Listener, tls bool) func(context.Context) e
 		if !stop() {
 			<-done
 		}
-		if errors.Is(err, http.ErrServerClosed) {
+		if errors.Is(err, http.ErrServerClosed) || ctx.Err() != nil && errors.Is(err, net.ErrClosed) {
 			return nil
 		}
 		return err

@@ -27,6 +27,7 @@ import (
 // stores are where this cluster's state lives: two embedded etcds, so that peers' exports can never fill the own one, or one external.
 type stores struct {
 	own, imports etcd.Store
+	external     *etcd.External                       // nil: embedded
 	servers      func() (pb.KVServer, pb.WatchServer) // of own, for the guard
 	close        []func() error
 	wait         []func(context.Context) error
@@ -45,7 +46,7 @@ func openStores(ctx context.Context, cfg *Config, log *slog.Logger) (*stores, er
 		if err != nil {
 			return nil, fmt.Errorf("external etcd: %w", err)
 		}
-		s.own, s.imports, s.servers, s.close = x.Store(), x.Store(), x.Servers, []func() error{x.Close}
+		s.external, s.own, s.imports, s.servers, s.close = x, x.Store(), x.Store(), x.Servers, []func() error{x.Close}
 		return s, nil
 	}
 	names := []string{"own", "imports"}
@@ -132,7 +133,7 @@ func (p *controlPlane) newMesh(self discovery.Self, reg prometheus.Registerer) (
 	return peering.New(peering.Config{
 		Self: self, MeshName: p.cfg.Mesh, Version: p.version, Advertise: p.cfg.Federation.Advertise, Source: p.source, Bundles: meshBundles{p.bundles},
 		Own: p.stores.own, Imports: p.stores.imports, Servers: p.stores.servers,
-		Dial: p.board.dial, Patience: patience, Log: p.log.With("part", "federation"), Metrics: reg,
+		Role: p.replicas.meshRole(), Replica: p.replicas.key(), Dial: p.board.dial, Patience: patience, Log: p.log.With("part", "federation"), Metrics: reg,
 		Timers: peering.Timers{Debounce: p.cfg.Timers.ExportDelay.Duration, Probe: p.cfg.Timers.Probe.Duration},
 	})
 }

@@ -30,7 +30,8 @@ type Input struct {
 	Set      *Set
 	State    *State        // of the Build before, or as persisted; nil at the very first
 	Now      time.Time     // for objects that carry no creationTimestamp and are new
-	NewID    func() string // 32 hex digits for a new endpoint; nil is RandomID
+	// NewID makes 32 hex digits for an endpoint that State does not know, of a service and its key among that service's; nil is RandomID.
+	NewID func(service discovery.Name, key string) string
 	Complete bool          // every source has been read whole
 }
 
@@ -49,7 +50,7 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 		in.State = &State{}
 	}
 	if in.NewID == nil {
-		in.NewID = RandomID
+		in.NewID = func(discovery.Name, string) string { return RandomID() }
 	}
 	b := &builder{Input: in, next: &State{
 		created:  make(map[Key]time.Time, len(in.State.created)),
@@ -343,7 +344,7 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	}
 	id, ok := e.known[key]
 	if !ok {
-		id = e.NewID()
+		id = e.NewID(e.service.Name, key)
 	}
 	ep.ID, e.ids[key] = id, id
 	e.service.Endpoints = append(e.service.Endpoints, &ep)

@@ -27,9 +27,9 @@ var (
 )
 
 // counter makes IDs that count.
-func counter() func() string {
+func counter() func(discovery.Name, string) string {
 	n := 0
-	return func() string { n++; return fmt.Sprintf("%032x", n) }
+	return func(discovery.Name, string) string { n++; return fmt.Sprintf("%032x", n) }
 }
 
 // Each testdata/*.txtar holds *.yaml and *.json that are decoded, and what comes of them: faults.txt (of Decode, then of

@@ -3,6 +3,7 @@ package objects
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -50,6 +51,20 @@ func (s *State) Revision() uint64 {
 		return 0
 	}
 	return s.revision
+}
+
+// Created returns when objects without a creationTimestamp were first seen. It must not be changed.
+func (s *State) Created() map[Key]time.Time { return s.created }
+
+// WithCreated returns a State in which these objects were first seen at these times; the others as before.
+func (s *State) WithCreated(created map[Key]time.Time) *State {
+	next := *s
+	next.created = maps.Clone(s.created)
+	if next.created == nil {
+		next.created = map[Key]time.Time{}
+	}
+	maps.Copy(next.created, created)
+	return &next
 }
 
 // stateVersion is that of the JSON form.

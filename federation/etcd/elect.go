@@ -1,50 +1,72 @@
 package etcd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"sync"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/client/v3/concurrency"
 )
 
 // ElectionConfig says among whom a leader is elected.
 type ElectionConfig struct {
 	Client *clientv3.Client // nil: this replica is alone (an embedded etcd), and leads at once
 	Store  Store            // what the leader writes to, in the same etcd
-	Prefix string           // of the leader keys, "" is "leader/". As the Client sees it, so with the prefix of ExternalConfig
+	Prefix string           // of the candidates' keys, "" is "leader/". As the Client sees it, so with the prefix of ExternalConfig
 	Strip  string           // the prefix of ExternalConfig, of which the Store's keys are free
-	ID     string           // of this replica
-	TTL    time.Duration    // of the leader key's lease: 10 s
-	Log    *slog.Logger
+	ID     string           // of this replica, for the log
+	// Value is what the other replicas are told of this one, asked for when it stands and again when it leads. nil: the ID.
+	Value func(leads bool) []byte
+	TTL   time.Duration // of the candidate's lease, in whole seconds: 5 s
+	// Seen is told who is there, the leader first, after each change; by one goroutine. The slice is the callee's. May be nil.
+	Seen func([]Candidate)
+	Log  *slog.Logger
 }
 
-// Election makes one of several replicas the leader. The lease is on the leader key only.
+// Candidate is a replica that is there: the first one leads, the others wait.
+type Candidate struct {
+	Key     string
+	Value   []byte
+	Created int64 // revision at which it stood
+}
+
+// Election makes one of several replicas the leader: the candidate that has stood for longest. A candidate's key has a lease, and
+// nothing else has one.
 type Election struct{ cfg ElectionConfig }
 
 // NewElection returns an Election.
 func NewElection(cfg ElectionConfig) *Election {
 	if cfg.Prefix == "" {
-		cfg.Prefix = "leader/"
+		cfg.Prefix = cfg.Strip + "leader/"
 	}
 	if cfg.TTL == 0 {
-		cfg.TTL = 10 * time.Second
+		cfg.TTL = 5 * time.Second
+	}
+	if cfg.Value == nil {
+		cfg.Value = func(bool) []byte { return []byte(cfg.ID) }
+	}
+	if cfg.Seen == nil {
+		cfg.Seen = func([]Candidate) {}
 	}
 	cfg.Log = orDiscard(cfg.Log)
 	return &Election{cfg: cfg}
 }
 
-// Run campaigns, and calls lead each time that this replica is elected, with a Store of which each Txn holds only while it leads. lead's
-// context ends with the leadership; an ErrNotLeader from it means the same. Run returns when ctx ends (nil) or with another error of lead.
+// Run stands for election, and calls lead each time that this replica is elected, with a Store of which each Txn holds only while it leads.
+// lead's context ends with the leadership; an ErrNotLeader from it means the same. Run returns when ctx ends (nil) or with another error of
+// lead. A leader that ends resigns: the next one leads at once. One that dies is followed when its lease has run out.
 func (e *Election) Run(ctx context.Context, lead func(ctx context.Context, store Store) error) error {
 	if e.cfg.Client == nil {
 		return lead(ctx, e.cfg.Store)
 	}
+	wait := 100 * time.Millisecond
 	for {
-		err := e.term(ctx, lead)
+		led, err := e.term(ctx, lead)
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -53,49 +75,140 @@ func (e *Election) Run(ctx context.Context, lead func(ctx context.Context, store
 		default:
 			return err
 		}
-		if !sleep(ctx, time.Second) {
+		if led {
+			wait = 100 * time.Millisecond
+		}
+		if !sleep(ctx, wait) {
 			return nil
 		}
+		wait = min(2*wait, 2*time.Second)
 	}
 }
 
-var errCampaign = errors.New("campaign for leadership")
+var (
+	errCampaign = errors.New("stand for leadership")
+	errLease    = errors.New("the lease has ended")
+)
 
-// term is one campaign and, if it is won, one leadership.
-func (e *Election) term(ctx context.Context, lead func(context.Context, Store) error) error {
-	s, err := concurrency.NewSession(e.cfg.Client, concurrency.WithTTL(max(1, int(e.cfg.TTL/time.Second))), concurrency.WithContext(ctx))
+// term is one candidacy and, if it is won, one leadership.
+func (e *Election) term(ctx context.Context, lead func(context.Context, Store) error) (led bool, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var work sync.WaitGroup
+	defer work.Wait()
+	defer cancel(nil)
+	lease, err := e.lease(ctx, &work, cancel)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errCampaign, err)
+		return false, fmt.Errorf("%w: %w", errCampaign, err)
 	}
-	defer s.Close() // gives the lease back, so that another leads at once
-	el := concurrency.NewElection(s, e.cfg.Prefix)
-	if err := el.Campaign(ctx, e.cfg.ID); err != nil {
-		return fmt.Errorf("%w: %w", errCampaign, err)
+	defer e.resign(lease)
+	key, created, err := e.stand(ctx, lease)
+	if err != nil {
+		return false, fmt.Errorf("%w: %w", errCampaign, err)
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	stopped := make(chan struct{})
-	defer func() {
-		cancel()
-		<-stopped
-	}()
-	go func() {
-		defer close(stopped)
-		select {
-		case <-s.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
+	won := make(chan struct{})
+	work.Go(func() { e.follow(ctx, key, won, cancel) })
+	select {
+	case <-won:
+	case <-ctx.Done():
+		return false, fmt.Errorf("%w: %w", errCampaign, context.Cause(ctx))
+	}
+	if err := e.put(ctx, key, created, lease, e.cfg.Value(true)); err != nil {
+		return false, fmt.Errorf("%w: %w", errCampaign, err)
+	}
 	e.cfg.Log.Info("leading", "replica", e.cfg.ID)
-	key := el.Key()[len(e.cfg.Strip):]
-	err = lead(ctx, &fenced{Store: e.cfg.Store, fence: Compare{Key: key, Created: true, Revision: el.Rev()}})
+	err = lead(ctx, &fenced{Store: e.cfg.Store, fence: Compare{Key: key[len(e.cfg.Strip):], Created: true, Revision: created}})
 	if err == nil && ctx.Err() != nil {
-		return ErrNotLeader
+		return true, fmt.Errorf("%w: %w", ErrNotLeader, context.Cause(ctx))
 	}
-	return err
+	return true, err
 }
 
-// fenced lets Txns through only while the leader key is the one that this replica created.
+// lease takes a lease and keeps it until ctx ends. When it cannot be kept, it cancels.
+func (e *Election) lease(ctx context.Context, work *sync.WaitGroup, cancel context.CancelCauseFunc) (clientv3.LeaseID, error) {
+	call, done := context.WithTimeout(ctx, requestTimeout)
+	defer done()
+	r, err := e.cfg.Client.Grant(call, int64(max(1, e.cfg.TTL/time.Second)))
+	if err != nil {
+		return 0, fmt.Errorf("take a lease: %w", err)
+	}
+	alive, err := e.cfg.Client.KeepAlive(ctx, r.ID)
+	if err != nil {
+		return 0, fmt.Errorf("keep a lease: %w", err)
+	}
+	work.Go(func() {
+		for range alive { // closed when the lease has run out, by this machine's clock too
+		}
+		cancel(errLease)
+	})
+	return r.ID, nil
+}
+
+// stand makes this replica a candidate.
+func (e *Election) stand(ctx context.Context, lease clientv3.LeaseID) (key string, created int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	key = fmt.Sprintf("%s%016x", e.cfg.Prefix, uint64(lease))
+	r, err := e.cfg.Client.Put(ctx, key, string(e.cfg.Value(false)), clientv3.WithLease(lease))
+	if err != nil {
+		return "", 0, fmt.Errorf("write %s: %w", key, err)
+	}
+	return key, r.Header.Revision, nil
+}
+
+// put changes what the others are told.
+func (e *Election) put(ctx context.Context, key string, created int64, lease clientv3.LeaseID, value []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	r, err := e.cfg.Client.Txn(ctx).If(clientv3.Compare(clientv3.CreateRevision(key), "=", created)).
+		Then(clientv3.OpPut(key, string(value), clientv3.WithLease(lease))).Commit()
+	if err != nil {
+		return fmt.Errorf("write %s: %w", key, err)
+	}
+	if !r.Succeeded {
+		return fmt.Errorf("write %s: %w", key, errLease)
+	}
+	return nil
+}
+
+// resign gives the lease back, so that another leads at once. Where etcd does not answer, the lease runs out by itself.
+func (e *Election) resign(lease clientv3.LeaseID) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if _, err := e.cfg.Client.Revoke(ctx, lease); err != nil {
+		e.cfg.Log.Debug("lease is not given back; it runs out", "error", err)
+	}
+}
+
+// follow tells who is there until ctx ends. It closes won when this candidate is the oldest, and cancels when it is none any more.
+func (e *Election) follow(ctx context.Context, key string, won chan struct{}, cancel context.CancelCauseFunc) {
+	candidates := NewKV(e.cfg.Store, e.cfg.Prefix[len(e.cfg.Strip):])
+	leads := false
+	for ctx.Err() == nil {
+		err := candidates.Watch(ctx, "", func(all []KeyValue, _ int64) error {
+			list := make([]Candidate, 0, len(all))
+			for _, kv := range all {
+				list = append(list, Candidate{Key: kv.Key, Value: kv.Value, Created: kv.CreateRevision})
+			}
+			slices.SortFunc(list, func(a, b Candidate) int { return cmp.Compare(a.Created, b.Created) })
+			e.cfg.Seen(list)
+			mine := slices.IndexFunc(list, func(c Candidate) bool { return e.cfg.Prefix+c.Key == key })
+			switch {
+			case mine < 0:
+				cancel(errLease)
+			case mine == 0 && !leads:
+				leads = true
+				close(won)
+			}
+			return nil
+		})
+		if ctx.Err() == nil {
+			e.cfg.Log.Warn("who leads is read again", "error", err)
+			sleep(ctx, 200*time.Millisecond)
+		}
+	}
+}
+
+// fenced lets Txns through only while the candidate's key is the one that this replica created.
 type fenced struct {
 	Store
 	fence Compare

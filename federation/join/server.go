@@ -35,6 +35,9 @@ const MaxClockSkew = 30 * time.Second
 // are not federated; such a connection reaches no other service.
 const ServerName = "join.hanse.mesh"
 
+// ReplicaName is the SNI of a connection between replicas of one control plane.
+const ReplicaName = "replica.hanse.mesh"
+
 const (
 	tokenPath   = "mesh/v1/tokens/"
 	bindingPath = "mesh/v1/bindings/"
@@ -121,25 +124,40 @@ func (s *Server) opened(till time.Time) {
 	}
 }
 
-// Load reads the open tokens of an earlier run and forgets those that expired more than a day ago.
+// Load reads the open tokens of an earlier run, or of another replica.
 func (s *Server) Load(ctx context.Context) error {
+	return s.each(ctx, func(_ string, expires time.Time) error {
+		s.opened(expires)
+		return nil
+	})
+}
+
+// Sweep forgets tokens that expired more than a day ago; so long they are kept, to tell "expired" from "wrong".
+func (s *Server) Sweep(ctx context.Context) error {
+	return s.each(ctx, func(id string, expires time.Time) error {
+		if s.cfg.Now().Sub(expires) < 24*time.Hour {
+			return nil
+		}
+		if err := errors.Join(s.cfg.KV.Delete(ctx, bindingPath+id), s.cfg.KV.Delete(ctx, tokenPath+id)); err != nil {
+			return fmt.Errorf("forget mesh token %s: %w", id, err)
+		}
+		return nil
+	})
+}
+
+func (s *Server) each(ctx context.Context, f func(id string, expires time.Time) error) error {
 	tokens, err := s.cfg.KV.List(ctx, tokenPath)
 	if err != nil {
 		return fmt.Errorf("list mesh tokens: %w", err)
 	}
 	for key, value := range tokens {
+		id := strings.TrimPrefix(key, tokenPath)
 		st := &joinpb.StoredToken{}
 		if err := proto.Unmarshal(value, st); err != nil {
-			return fmt.Errorf("decode mesh token %s: %w", strings.TrimPrefix(key, tokenPath), err)
+			return fmt.Errorf("decode mesh token %s: %w", id, err)
 		}
-		expires := time.UnixMilli(st.ExpiresUnixMs)
-		s.opened(expires)
-		if s.cfg.Now().Sub(expires) < 24*time.Hour {
-			continue // kept a while, to tell "expired" from "wrong"
-		}
-		id := strings.TrimPrefix(key, tokenPath)
-		if err := errors.Join(s.cfg.KV.Delete(ctx, bindingPath+id), s.cfg.KV.Delete(ctx, key)); err != nil {
-			return fmt.Errorf("forget mesh token %s: %w", id, err)
+		if err := f(id, time.UnixMilli(st.ExpiresUnixMs)); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -155,7 +173,7 @@ func (s *Server) CreateToken(ctx context.Context, forName string, life time.Dura
 	if err != nil {
 		return nil, fmt.Errorf("this cluster's own bundle: %w", err)
 	}
-	if err := s.Load(ctx); err != nil { // so that old ones do not pile up
+	if err := s.Sweep(ctx); err != nil { // so that old ones do not pile up
 		return nil, err
 	}
 	t, err := NewToken(s.cfg.Now().Add(life), own.Addresses, b.X509Authorities())

@@ -12,54 +12,100 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/federationpb"
 )
 
 const (
+	meshPath    = "mesh/v1/"
 	selfKey     = "mesh/v1/self"
+	revisionKey = "mesh/v1/book" // written with each change of the Book, which holds only if nobody has changed it since it was read
 	memberPath  = "mesh/v1/members/"
 	statePath   = "mesh/v1/states/"
 	trustedPath = "mesh/v1/trusted/"
 )
 
-// change lets f decide on a copy of the Book, stores what it says has changed, and only then puts the copy in force.
-// The own entry is stored last: a crash before leaves this cluster where it was.
+// tries is how often a change is decided anew because another replica was faster.
+const tries = 10
+
+// change lets f decide on a copy of the Book, stores what it says has changed, and only then puts the copy in force. Where another replica
+// has changed the Book meanwhile, f decides again, on that. The own entry is stored last: a crash before leaves this cluster where it was.
 func (m *Mesh) change(ctx context.Context, f func(b *federation.Book) (changed []string, err error)) error {
 	m.bookMu.Lock()
 	defer m.bookMu.Unlock()
-	old := m.book.Load()
-	next := old.Clone()
-	changed, err := f(next)
-	if err != nil || len(changed) == 0 && slices.Equal(next.Alarms(), old.Alarms()) {
-		return err
-	}
-	own := false
-	for _, id := range changed {
-		if id == next.Self {
-			own = true
-			continue
+	for range tries {
+		old := m.book.Load()
+		next := old.Clone()
+		changed, err := f(next)
+		if err != nil || len(changed) == 0 && slices.Equal(next.Alarms(), old.Alarms()) {
+			return err
 		}
-		if err := m.storeEntry(ctx, next, id); err != nil {
+		ok, err := m.storeBook(ctx, next, changed)
+		if err != nil {
+			return err
+		}
+		if ok {
+			m.book.Store(next)
+			m.wake()
+			return nil
+		}
+		if err := m.reloadBook(ctx); err != nil {
 			return err
 		}
 	}
-	if own {
-		if err := m.storeEntry(ctx, next, next.Self); err != nil {
-			return err
-		}
-	}
-	m.book.Store(next)
-	m.wake()
-	return nil
+	return fmt.Errorf("other replicas of this cluster changed the members of the mesh %d times meanwhile: try again", tries)
 }
 
-func (m *Mesh) storeEntry(ctx context.Context, b *federation.Book, id string) error {
+// storeBook stores the entries of changed members; ok is false if the stored Book is not the one that next was made from. The caller
+// holds bookMu.
+func (m *Mesh) storeBook(ctx context.Context, next *federation.Book, changed []string) (ok bool, err error) {
+	var ops []etcd.Op
+	size := 0
+	flush := func() (bool, error) {
+		ops = append(ops, etcd.Op{Key: revisionKey, Value: []byte{}})
+		ok, h, err := m.store.Txn(ctx, []etcd.Compare{{Key: revisionKey, Revision: m.bookRevision}}, ops)
+		if err != nil {
+			return false, fmt.Errorf("store members: %w", err)
+		}
+		if ok {
+			m.bookRevision = h.Revision
+		}
+		ops, size = nil, 0
+		return ok, nil
+	}
+	slices.SortStableFunc(changed, func(a, b string) int { // the own one last
+		return b2i(a == next.Self) - b2i(b == next.Self)
+	})
+	for _, id := range slices.Compact(changed) {
+		op, err := entryOp(next, id)
+		if err != nil {
+			return false, err
+		}
+		if len(ops) > 0 && (len(ops) >= etcd.MaxOps-1 || size+len(op.Value) > etcd.MaxBytes) {
+			if ok, err := flush(); err != nil || !ok {
+				return ok, err
+			}
+		}
+		ops = append(ops, op)
+		size += len(op.Value)
+	}
+	if len(ops) == 0 {
+		return true, nil
+	}
+	return flush()
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func entryOp(b *federation.Book, id string) (etcd.Op, error) {
 	e := b.Entries[id]
 	if e == nil {
-		if err := m.kv.Delete(ctx, memberPath+id); err != nil {
-			return fmt.Errorf("forget member %.8s: %w", id, err)
-		}
-		return nil
+		return etcd.Op{Key: memberPath + id, Delete: true}, nil
 	}
 	pb := &federationpb.StoredEntry{Record: e.Record.Proto(), Direct: e.Direct, Via: e.Via, Held: e.Held}
 	if e.Proposed != nil {
@@ -67,57 +113,76 @@ func (m *Mesh) storeEntry(ctx context.Context, b *federation.Book, id string) er
 	}
 	value, err := proto.MarshalOptions{Deterministic: true}.Marshal(pb)
 	if err != nil {
-		return fmt.Errorf("encode member %.8s: %w", id, err)
+		return etcd.Op{}, fmt.Errorf("encode member %.8s: %w", id, err)
 	}
-	if err := m.kv.Put(ctx, memberPath+id, value); err != nil {
-		return fmt.Errorf("store member %.8s: %w", id, err)
-	}
-	return nil
+	return etcd.Op{Key: memberPath + id, Value: value}, nil
 }
 
 // loadBook reads the Book, or begins one with a new member ID: a mesh of one.
-func (m *Mesh) loadBook(ctx context.Context) (*federation.Book, error) {
-	kv := m.kv
-	self, err := kv.Get(ctx, selfKey)
+func (m *Mesh) loadBook(ctx context.Context) error {
+	id := make([]byte, 16)
+	if _, err := rand.Read(id); err != nil {
+		return err
+	}
+	if _, err := m.kv.PutIfAbsent(ctx, selfKey, []byte(hex.EncodeToString(id))); err != nil {
+		return fmt.Errorf("store this cluster's member ID: %w", err)
+	}
+	m.bookMu.Lock()
+	defer m.bookMu.Unlock()
+	return m.reloadBook(ctx)
+}
+
+// reloadBook puts the stored Book in force. The caller holds bookMu.
+func (m *Mesh) reloadBook(ctx context.Context) error {
+	all, _, err := etcd.NewKV(m.store, "").List(ctx, meshPath)
 	if err != nil {
-		return nil, fmt.Errorf("read this cluster's member ID: %w", err)
+		return fmt.Errorf("read members: %w", err)
 	}
-	if self == nil {
-		id := make([]byte, 16)
-		if _, err := rand.Read(id); err != nil {
-			return nil, err
-		}
-		if _, err := kv.PutIfAbsent(ctx, selfKey, []byte(hex.EncodeToString(id))); err != nil {
-			return nil, fmt.Errorf("store this cluster's member ID: %w", err)
-		}
-		if self, err = kv.Get(ctx, selfKey); err != nil {
-			return nil, fmt.Errorf("read this cluster's member ID: %w", err)
-		}
-	}
-	if !federation.IsMemberID(string(self)) {
-		return nil, fmt.Errorf("this cluster's member ID in its store is damaged: %q", self)
-	}
-	stored, err := kv.List(ctx, memberPath)
+	b, revision, err := m.decodeBook(all)
 	if err != nil {
-		return nil, fmt.Errorf("read members: %w", err)
+		return err
 	}
-	b := federation.NewBook(federation.Record{
-		ID: string(self), Name: m.cfg.Self.Cluster, TrustDomain: m.cfg.Self.TrustDomain, Mesh: m.cfg.MeshName,
+	m.book.Store(b)
+	m.bookRevision = revision
+	m.wake()
+	return nil
+}
+
+// decodeBook makes the Book of what is stored, and the revision at which it was.
+func (m *Mesh) decodeBook(all []etcd.KeyValue) (b *federation.Book, revision int64, err error) {
+	var self string
+	for _, kv := range all {
+		switch kv.Key {
+		case selfKey:
+			self = string(kv.Value)
+		case revisionKey:
+			revision = kv.ModRevision
+		}
+	}
+	if !federation.IsMemberID(self) {
+		return nil, 0, fmt.Errorf("this cluster's member ID in its store is damaged: %q", self)
+	}
+	b = federation.NewBook(federation.Record{
+		ID: self, Name: m.cfg.Self.Cluster, TrustDomain: m.cfg.Self.TrustDomain, Mesh: m.cfg.MeshName,
 		Incarnation: 1, Standing: federation.Joined, Admitted: federation.Stamp(m.cfg.Now()), Changed: federation.Stamp(m.cfg.Now()),
 	})
-	for key, value := range stored {
-		e, err := decodeEntry(value)
+	for _, kv := range all {
+		id, ok := strings.CutPrefix(kv.Key, memberPath)
+		if !ok {
+			continue
+		}
+		e, err := decodeEntry(kv.Value)
 		if err != nil {
-			return nil, fmt.Errorf("member %s: %w", strings.TrimPrefix(key, memberPath), err)
+			return nil, 0, fmt.Errorf("member %s: %w", id, err)
 		}
 		b.Put(e)
 	}
 	own := b.Own()
 	if (own.Name != m.cfg.Self.Cluster || own.TrustDomain != m.cfg.Self.TrustDomain) && len(b.Entries) > 1 && own.Standing != federation.Left {
-		return nil, fmt.Errorf("this cluster is in mesh %q as %q with trust domain %s, but is configured as %q with %s: leave the mesh first, or undo the change",
+		return nil, 0, fmt.Errorf("this cluster is in mesh %q as %q with trust domain %s, but is configured as %q with %s: leave the mesh first, or undo the change",
 			own.Mesh, own.Name, own.TrustDomain, m.cfg.Self.Cluster, m.cfg.Self.TrustDomain)
 	}
-	return b, nil
+	return b, revision, nil
 }
 
 func decodeEntry(value []byte) (*federation.Entry, error) {
@@ -145,7 +210,7 @@ func (m *Mesh) refreshOwn(ctx context.Context) error {
 	have := *m.book.Load().Own()
 	want := have
 	want.Name, want.TrustDomain = m.cfg.Self.Cluster, m.cfg.Self.TrustDomain
-	want.Addresses, want.Gateways = m.cfg.Advertise, m.cfg.Self.Gateways
+	want.Addresses, want.Gateways = *m.addresses.Load(), m.cfg.Self.Gateways
 	want.Network, want.Region, want.Version = m.cfg.Self.Network, m.cfg.Self.Region, m.cfg.Version
 	if own := m.cfg.Source.Bundles()[m.td]; own != nil && !sameBundle(own, have.Bundle) {
 		b, err := own.Marshal()

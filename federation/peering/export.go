@@ -28,7 +28,7 @@ func (m *Mesh) loadExports(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read own exports: %w", err)
 	}
-	services := map[string]map[string][]byte{}
+	services, restored := map[string]map[string][]byte{}, map[string][]string{}
 	for scope, keys := range scopes {
 		if isServiceScope(scope) {
 			services[scope] = keys
@@ -36,9 +36,10 @@ func (m *Mesh) loadExports(ctx context.Context) error {
 		id, isPeer := strings.CutPrefix(scope, federation.PeerScope(""))
 		list := &federationpb.Scopes{}
 		if isPeer && proto.Unmarshal(keys[federation.ScopesKey], list) == nil {
-			m.restored[id] = list.Scopes
+			restored[id] = list.Scopes
 		}
 	}
+	m.restored.Store(&restored)
 	m.exports.Store(federation.Restore(services))
 	return nil
 }
@@ -66,8 +67,9 @@ func (m *Mesh) exportServices() {
 			m.log.Error("service is not exported as it is now", "scope", f.Scope, "key", f.Key, "reason", f.Reason)
 		}
 	}
+	exporter := m.term.Load().exporter
 	for scope, keys := range next.Scopes {
-		m.exporter.Set(scope, etcd.Scope{Keys: keys, Endpoints: next.In(scope), Complete: true, Explained: explained(prev, next, scope)})
+		exporter.Set(scope, etcd.Scope{Keys: keys, Endpoints: next.In(scope), Complete: true, Explained: explained(prev, next, scope)})
 	}
 	m.exports.Store(next)
 	m.exportedFrom = s
@@ -86,7 +88,7 @@ func explained(prev, next *federation.Exports, scope string) int {
 
 // exportMembership gives the exporter the records, scope lists and acknowledgements that peers read.
 func (m *Mesh) exportMembership() {
-	b := m.book.Load()
+	b, exporter := m.book.Load(), m.term.Load().exporter
 	scopes := map[string]map[string][]byte{federation.MembersScope: {}, federation.AcksScope: {}}
 	for _, r := range b.Exports() {
 		scopes[federation.MembersScope][r.ID] = r.Bytes()
@@ -102,7 +104,7 @@ func (m *Mesh) exportMembership() {
 	for scope, keys := range scopes {
 		names = append(names, scope)
 		if !sameKeys(m.membership[scope], keys) {
-			m.exporter.Set(scope, etcd.Scope{Keys: keys, Complete: true})
+			exporter.Set(scope, etcd.Scope{Keys: keys, Complete: true})
 		}
 	}
 	if m.exportedFrom == nil {
@@ -114,7 +116,7 @@ func (m *Mesh) exportMembership() {
 	}
 	slices.Sort(names)
 	if !slices.Equal(names, m.retained) {
-		m.exporter.Retain(names...)
+		exporter.Retain(names...)
 		m.retained = names
 	}
 	m.membership = scopes
@@ -135,7 +137,7 @@ func sameKeys(a, b map[string][]byte) bool {
 // readable returns the scopes that a member may read beside its own, sorted. Until this run has exported once it is what the last run said:
 // a list without a scope would tell the peer to delete it.
 func (m *Mesh) readable(r *federation.Record) []string {
-	if scopes, ok := m.restored[r.ID]; ok && m.exportedFrom == nil {
+	if scopes, ok := (*m.restored.Load())[r.ID]; ok && m.exportedFrom == nil {
 		return scopes
 	}
 	var labels map[string]string

@@ -141,7 +141,7 @@ func (m *Mesh) Status() Status {
 	if f := m.faults.Load(); f != nil {
 		s.Faults = *f
 	}
-	scopes, err := m.exporter.Status()
+	scopes, err := m.exporting()
 	for scope, st := range scopes {
 		if st.Held != "" {
 			s.Alarms = append(s.Alarms, fmt.Sprintf("export of scope %s is held back: %s; if that is right: hanse clusters accept %s", scope, st.Held, s.Self.Name))
@@ -176,6 +176,14 @@ func (m *Mesh) Status() Status {
 		return cmp.Or(cmp.Compare(a.Record.Name, b.Record.Name), cmp.Compare(a.Record.ID, b.Record.ID))
 	})
 	return s
+}
+
+// exporting is the state of the exported scopes, of which a follower knows nothing.
+func (m *Mesh) exporting() (map[string]etcd.ScopeStatus, error) {
+	if e := m.term.Load().exporter; e != nil {
+		return e.Status()
+	}
+	return nil, nil
 }
 
 func (m *Mesh) peerStatus(ms *MemberStatus, p *peer, now time.Time) {

@@ -70,8 +70,11 @@ type Config struct {
 	// Servers is the own etcd's API, which peers read through a guard. Nil (tests without one): Serve has no guard.
 	Servers func() (pb.KVServer, pb.WatchServer)
 	// DialPeer connects to a member's exports; nil: its federation listener, by Dial.
-	DialPeer    func(ctx context.Context, to Target) (etcd.Remote, error)
-	Dial        func(ctx context.Context, network, address string) (net.Conn, error) // to other clusters; nil: net.Dialer
+	DialPeer func(ctx context.Context, to Target) (etcd.Remote, error)
+	Dial     func(ctx context.Context, network, address string) (net.Conn, error) // to other clusters; nil: net.Dialer
+	// Role says whether this replica leads; nil: it is the only one. With others, Own and Imports are one and the same store.
+	Role        func() Role
+	Replica     string // of this cluster, where there are others; one path segment
 	Timers      Timers
 	ImportQuota int64               // bytes of keys and values of one peer; 0 is federation/etcd's default
 	Patience    federation.Patience // zero fields: the protocol's
@@ -91,25 +94,32 @@ type Target struct {
 // Mesh is one cluster's side of the mesh. Its methods are safe for concurrent use.
 type Mesh struct {
 	// read-only after New
-	cfg      Config
-	td       spiffeid.TrustDomain
-	log      *slog.Logger
-	join     *join.Server
-	kv       join.KV
-	imports  imports
-	exporter *etcd.Exporter
-	guard    *etcd.Guard        // nil without Servers
-	loaded   chan struct{}      // closed when the stores have been read
-	kick     chan struct{}      // wakes the loop
-	settling chan chan struct{} // closed by the loop after a step
+	cfg        Config
+	td         spiffeid.TrustDomain
+	log        *slog.Logger
+	join       *join.Server
+	replicas   *handoff
+	store      writer // the own one
+	kv         join.KV
+	imports    imports
+	guard      *etcd.Guard   // nil without Servers
+	loaded     chan struct{} // closed when the stores have been read
+	loadedOnce sync.Once
+	kick       chan struct{}      // wakes the loop
+	settling   chan chan struct{} // closed by the loop after a step
 
+	term          atomic.Pointer[term]
 	book          atomic.Pointer[federation.Book]
 	bookMu        sync.Mutex // serialises writers of book
+	bookRevision  int64      // at which book is stored; guarded by bookMu
 	opMu          sync.Mutex // serialises Join and Leave
 	access        atomic.Pointer[map[spiffeid.TrustDomain]grant]
 	accessChanged chan struct{} // size 1
 
 	local      atomic.Pointer[discovery.Snapshot]
+	addresses  atomic.Pointer[[]string]                       // of the federation listeners of all replicas
+	states     atomic.Pointer[map[string]discovery.PeerState] // by member ID, as the leader has judged; nil until read
+	restored   atomic.Pointer[map[string][]string]            // scopes by member ID, as the last run, or the leader, exported them
 	acked      atomic.Pointer[map[spiffeid.TrustDomain]uint64]
 	clusterset atomic.Pointer[published]
 	exports    atomic.Pointer[federation.Exports]
@@ -127,7 +137,6 @@ type Mesh struct {
 	exportLater  bool                            // there is something to export at exportAt
 	membership   map[string]map[string][]byte    // as given to the exporter, by scope and key
 	retained     []string                        // scopes
-	restored     map[string][]string             // scopes by member ID, as the last run exported them
 	markers      map[string]bool                 // trust domains that this Mesh has added, as stored
 	trusted      map[spiffeid.TrustDomain]string // bundle as it was given to Bundles
 	merged       mergeInput
@@ -173,16 +182,19 @@ func New(cfg Config) (*Mesh, error) {
 	m := &Mesh{
 		cfg: cfg, td: td, log: cfg.Log, loaded: make(chan struct{}), kick: make(chan struct{}, 1), settling: make(chan chan struct{}), accessChanged: make(chan struct{}, 1),
 		peers: map[string]*peer{}, provisional: map[spiffeid.TrustDomain]*spiffebundle.Bundle{},
-		restored: map[string][]string{}, trusted: map[spiffeid.TrustDomain]string{},
+		trusted: map[spiffeid.TrustDomain]string{},
 	}
+	m.term.Store(&term{own: cfg.Own, imports: cfg.Imports})
+	m.addresses.Store(&cfg.Advertise)
+	m.restored.Store(&map[string][]string{})
 	m.access.Store(&map[spiffeid.TrustDomain]grant{})
 	m.acked.Store(&map[spiffeid.TrustDomain]uint64{})
 	m.clusterset.Store(&published{&discovery.Clusterset{
 		Local: &discovery.Snapshot{Self: cfg.Self}, Imports: map[discovery.Name]*discovery.Import{},
 		Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{},
 	}, make(chan struct{})})
-	m.kv, m.imports = kv{etcd.NewKV(cfg.Own, "")}, imports{cfg.Imports}
-	m.exporter = etcd.NewExporter(etcd.ExporterConfig{Store: cfg.Own, Linger: cfg.Timers.Debounce / 10, Move: cfg.Timers.Move, Log: cfg.Log, Now: cfg.Now})
+	m.store = writer{cfg.Own, &m.term}
+	m.kv, m.imports = kv{etcd.NewKV(m.store, "")}, imports{cfg.Imports}
 	if cfg.Servers != nil {
 		kvServer, watchServer := cfg.Servers()
 		m.guard = etcd.NewGuard(etcd.GuardConfig{
@@ -198,6 +210,7 @@ func New(cfg Config) (*Mesh, error) {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
+	m.replicas = newHandoff(replicaAddr{})
 	m.join = join.NewServer(join.Config{
 		KV: m.kv, Registry: registry{m}, Source: cfg.Source, Dial: cfg.Dial, Log: cfg.Log, Now: cfg.Now, Rate: cfg.JoinRate,
 	})
@@ -234,9 +247,16 @@ func (m *Mesh) Updated() <-chan struct{} { return m.clusterset.Load().replaced }
 // Loaded returns a channel that is closed when the stores have been read: from then on Clusterset has what was known before.
 func (m *Mesh) Loaded() <-chan struct{} { return m.loaded }
 
-// Run works until ctx ends, and has stopped all it started when it returns. No peer needs to be reachable.
-func (m *Mesh) Run(ctx context.Context) error {
-	if err := m.load(ctx); err != nil {
+// SetAddresses says where the federation listeners of all replicas are, as other clusters dial them.
+func (m *Mesh) SetAddresses(addresses []string) {
+	a := slices.Clone(addresses)
+	m.addresses.Store(&a)
+	m.wake()
+}
+
+// work is Run in one Role, until ctx ends or the store says that this is not the leader any more.
+func (m *Mesh) work(ctx context.Context, t *term) error {
+	if err := m.load(ctx, t); err != nil {
 		return fmt.Errorf("start federation: %w", err)
 	}
 	var running sync.WaitGroup
@@ -244,19 +264,23 @@ func (m *Mesh) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	failed := make(chan error, 1)
-	running.Go(func() {
-		if err := m.exporter.Run(ctx); err != nil && ctx.Err() == nil {
-			failed <- err
-		}
-	})
-	if m.guard != nil {
-		running.Go(func() { m.guard.Run(ctx) })
+	if t.leads {
+		running.Go(func() {
+			if err := t.exporter.Run(ctx); err != nil && ctx.Err() == nil {
+				failed <- err
+			}
+		})
+	} else {
+		running.Go(func() { m.followScopes(ctx) })
+	}
+	if m.replicated() {
+		running.Go(func() { m.followBook(ctx) })
 	}
 	if err := m.startPeers(ctx, &running); err != nil {
 		return fmt.Errorf("start federation: %w", err)
 	}
 	m.merge()
-	close(m.loaded)
+	m.loadedOnce.Do(func() { close(m.loaded) })
 	tick := time.NewTicker(m.cfg.Timers.Tick)
 	defer tick.Stop()
 	var settled chan struct{}
@@ -296,12 +320,14 @@ func (m *Mesh) Run(ctx context.Context) error {
 }
 
 // load reads the stores.
-func (m *Mesh) load(ctx context.Context) error {
-	b, err := m.loadBook(ctx)
-	if err != nil {
+func (m *Mesh) load(ctx context.Context, t *term) error {
+	if err := m.loadBook(ctx); err != nil {
 		return err
 	}
-	m.book.Store(b)
+	if !t.leads {
+		m.exports.Store(&federation.Exports{})
+		return m.join.Load(ctx)
+	}
 	if err := m.resumeLeave(ctx); err != nil {
 		return fmt.Errorf("finish a leave: %w", err)
 	}
@@ -309,6 +335,9 @@ func (m *Mesh) load(ctx context.Context) error {
 		return err
 	}
 	if err := m.join.Load(ctx); err != nil {
+		return err
+	}
+	if err := m.join.Sweep(ctx); err != nil {
 		return err
 	}
 	return m.loadExports(ctx)
@@ -322,16 +351,23 @@ func (m *Mesh) step(ctx context.Context, running *sync.WaitGroup) error {
 			errs = append(errs, err)
 		}
 	}
-	note(m.observe(ctx))
-	if now := m.cfg.Now(); m.book.Load().Due(now) {
-		note(m.change(ctx, func(b *federation.Book) ([]string, error) { return b.Expire(now), nil }))
+	leads := m.term.Load().leads
+	if leads {
+		note(m.observe(ctx))
+		if now := m.cfg.Now(); m.book.Load().Due(now) {
+			note(m.change(ctx, func(b *federation.Book) ([]string, error) { return b.Expire(now), nil }))
+		}
+		note(m.expireJoining(ctx))
 	}
-	note(m.expireJoining(ctx))
 	if from := m.basisNow(); from != m.applied {
-		note(m.refreshOwn(ctx))
+		if leads {
+			note(m.refreshOwn(ctx))
+		}
 		note(m.trust(ctx))
-		m.exportServices()
-		m.exportMembership()
+		if leads {
+			m.exportServices()
+			m.exportMembership()
+		}
 		m.authorize()
 		note(m.reconcilePeers(ctx, running))
 		m.applied = from
@@ -339,21 +375,27 @@ func (m *Mesh) step(ctx context.Context, running *sync.WaitGroup) error {
 			m.applied = basis{} // again
 		}
 	}
-	m.judge(ctx)
+	if leads {
+		m.judge(ctx)
+	} else {
+		m.followJudge()
+	}
 	m.merge()
 	return errors.Join(errs...)
 }
 
 // basis is what membership, exports and the work for peers follow from.
 type basis struct {
-	book    *federation.Book
-	local   *discovery.Snapshot
-	acked   *map[spiffeid.TrustDomain]uint64
-	bundles <-chan struct{} // of the Source; another one after each change
+	book      *federation.Book
+	local     *discovery.Snapshot
+	acked     *map[spiffeid.TrustDomain]uint64
+	restored  *map[string][]string
+	addresses *[]string
+	bundles   <-chan struct{} // of the Source; another one after each change
 }
 
 func (m *Mesh) basisNow() basis {
-	return basis{m.book.Load(), m.local.Load(), m.acked.Load(), m.cfg.Source.Changed()}
+	return basis{m.book.Load(), m.local.Load(), m.acked.Load(), m.restored.Load(), m.addresses.Load(), m.cfg.Source.Changed()}
 }
 
 // reobserve is how often what a peer exports of members is read again though it has not changed: what it means also depends on what others
@@ -441,13 +483,13 @@ func (m *Mesh) disabled(name string) bool {
 // so that a person who removes it is obeyed, and removed once.
 func (m *Mesh) trust(ctx context.Context) error {
 	if m.markers == nil {
-		stored, err := m.kv.List(ctx, trustedPath)
+		stored, err := m.kv.List(ctx, m.trustedPath())
 		if err != nil {
 			return fmt.Errorf("read trusted members: %w", err)
 		}
 		m.markers = map[string]bool{}
 		for key := range stored {
-			m.markers[strings.TrimPrefix(key, trustedPath)] = true
+			m.markers[strings.TrimPrefix(key, m.trustedPath())] = true
 		}
 	}
 	var errs []error
@@ -483,13 +525,21 @@ func (m *Mesh) trust(ctx context.Context) error {
 			continue
 		}
 		m.log.Info("trust domain no longer trusted", "trust_domain", td.Name())
-		if err := m.kv.Delete(ctx, trustedPath+name); err != nil {
+		if err := m.kv.Delete(ctx, m.trustedPath()+name); err != nil {
 			errs = append(errs, fmt.Errorf("end trust in %s: %w", td, err))
 			continue
 		}
 		delete(m.markers, name)
 	}
 	return errors.Join(errs...)
+}
+
+// trustedPath is where the markers are. Each replica has a trust store of its own, and so markers of its own.
+func (m *Mesh) trustedPath() string {
+	if m.cfg.Replica == "" {
+		return trustedPath
+	}
+	return "replicas/v1/" + m.cfg.Replica + "/trusted/"
 }
 
 func (m *Mesh) trustMember(ctx context.Context, td spiffeid.TrustDomain, r *federation.Record) error {
@@ -504,7 +554,7 @@ func (m *Mesh) trustMember(ctx context.Context, td spiffeid.TrustDomain, r *fede
 		return err
 	}
 	m.log.Info("trust domain trusted", "trust_domain", td.Name(), "cluster", r.Name)
-	if err := m.kv.Put(ctx, trustedPath+td.Name(), []byte{}); err != nil {
+	if err := m.kv.Put(ctx, m.trustedPath()+td.Name(), []byte{}); err != nil {
 		return err
 	}
 	m.markers[td.Name()] = true

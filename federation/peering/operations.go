@@ -476,10 +476,10 @@ func (m *Mesh) AcceptHeld(ctx context.Context, member string) error {
 	}
 	accepted := false
 	if own := m.book.Load().Own(); member == own.Name || member == own.ID {
-		scopes, _ := m.exporter.Status()
+		scopes, _ := m.exporting()
 		for scope, st := range scopes {
 			if st.Held != "" {
-				m.exporter.Accept(scope)
+				m.term.Load().exporter.Accept(scope)
 				accepted = true
 			}
 		}
@@ -512,8 +512,12 @@ func (m *Mesh) AcceptHeld(ctx context.Context, member string) error {
 }
 
 // AnnounceRestart tells the peers that a silence of up to d is planned, and returns when that is written. The next run takes it back.
+// A follower has nothing to announce: peers do not listen to it.
 func (m *Mesh) AnnounceRestart(ctx context.Context, d time.Duration) error {
-	return m.exporter.AnnounceRestart(ctx, d)
+	if e := m.term.Load().exporter; e != nil {
+		return e.AnnounceRestart(ctx, d)
+	}
+	return nil
 }
 
 // settle waits until the loop has applied everything that was decided before.

@@ -38,8 +38,9 @@ type peer struct {
 	// read-only
 	record federation.Record // as it was when the work began; a change of what matters begins it anew
 	key    string
+	term   *term
 	td     spiffeid.TrustDomain
-	mirror *etcd.Mirror
+	mirror *etcd.Mirror // which runs at the leader only
 	stop   context.CancelFunc
 	ended  chan struct{}
 	read   chan struct{} // closed when everything that was there has been read once
@@ -107,7 +108,7 @@ func (m *Mesh) reconcilePeers(ctx context.Context, running *sync.WaitGroup) erro
 	current := m.currentPeers()
 	var errs []error
 	for id, p := range current {
-		if r := live[id]; r == nil || p.key != m.peerKey(r) {
+		if r := live[id]; r == nil || p.key != m.peerKey(r) || p.term != m.term.Load() {
 			p.stop()
 			<-p.ended
 			if r == nil {
@@ -116,7 +117,7 @@ func (m *Mesh) reconcilePeers(ctx context.Context, running *sync.WaitGroup) erro
 		}
 	}
 	for id, r := range live {
-		if old := current[id]; old == nil || old.key != m.peerKey(r) {
+		if old := current[id]; old == nil || old.key != m.peerKey(r) || old.term != m.term.Load() {
 			p, err := m.startPeer(ctx, running, r, old)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("mirror cluster %s: %w", r.Name, err))
@@ -135,13 +136,17 @@ func (m *Mesh) forgetPeer(ctx context.Context, id string) error {
 	m.peersMu.Lock()
 	delete(m.peers, id)
 	m.peersMu.Unlock()
+	t := m.term.Load()
+	if !t.leads {
+		return nil
+	}
 	if err := m.kv.Delete(ctx, statePath+id); err != nil {
 		return fmt.Errorf("forget the state of member %.8s: %w", id, err)
 	}
 	if e := m.book.Load().Entries[id]; e != nil && e.Live() && m.book.Load().Own().Standing == federation.Joined {
 		return nil // only disabled: its imports stay for when it is enabled
 	}
-	if err := m.imports.drop(ctx, id); err != nil {
+	if err := etcd.RemoveImports(ctx, t.imports, id); err != nil {
 		return fmt.Errorf("drop imports of member %.8s: %w", id, err)
 	}
 	return nil
@@ -152,15 +157,17 @@ func (m *Mesh) startPeers(ctx context.Context, running *sync.WaitGroup) error {
 	if err := m.reconcilePeers(ctx, running); err != nil {
 		return err
 	}
-	stored, err := m.imports.members(ctx)
-	if err != nil {
-		return fmt.Errorf("list imports: %w", err)
-	}
 	peers := m.currentPeers()
-	for _, id := range stored {
-		if peers[id] == nil {
-			if err := m.forgetPeer(ctx, id); err != nil {
-				return err
+	if m.term.Load().leads {
+		stored, err := m.imports.members(ctx)
+		if err != nil {
+			return fmt.Errorf("list imports: %w", err)
+		}
+		for _, id := range stored {
+			if peers[id] == nil {
+				if err := m.forgetPeer(ctx, id); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -175,7 +182,9 @@ func (m *Mesh) startPeers(ctx context.Context, running *sync.WaitGroup) error {
 			return fmt.Errorf("imports of cluster %s could not be read within %s", p.record.Name, firstRead)
 		}
 	}
-	m.judge(ctx)
+	if m.term.Load().leads {
+		m.judge(ctx)
+	}
 	return nil
 }
 
@@ -185,33 +194,42 @@ func (m *Mesh) startPeer(ctx context.Context, running *sync.WaitGroup, r *federa
 		return nil, err
 	}
 	ctx, stop := context.WithCancel(ctx)
-	p := &peer{record: *r, key: m.peerKey(r), td: td, stop: stop, ended: make(chan struct{}), read: make(chan struct{})}
+	t := m.term.Load()
+	p := &peer{record: *r, key: m.peerKey(r), term: t, td: td, stop: stop, ended: make(chan struct{}), read: make(chan struct{})}
 	p.mirror = etcd.NewMirror(etcd.MirrorConfig{
-		Peer: r.ID, Self: m.book.Load().Self, Local: m.cfg.Imports, Log: m.log.With("cluster", r.Name), Now: m.cfg.Now,
+		Peer: r.ID, Self: m.book.Load().Self, Local: t.imports, Log: m.log.With("cluster", r.Name), Now: m.cfg.Now,
 		Timers: etcd.MirrorTimers{Probe: m.cfg.Timers.Probe}, QuotaBytes: m.cfg.ImportQuota,
 		Dial: func(ctx context.Context) (etcd.Remote, error) {
 			return m.cfg.DialPeer(ctx, Target{MemberID: r.ID, TrustDomain: td, Addresses: r.Addresses})
 		},
 	})
 	if old != nil { // what was known stays until it is known anew
-		old.mu.Lock()
-		p.observed, p.probe = old.observed, old.probe
-		old.mu.Unlock()
 		p.part.Store(old.part.Load())
+		p.seen.Store(old.seen.Load())
 		p.judged.Store(old.judged.Load())
 	} else {
 		p.part.Store(&federation.Part{Exports: map[discovery.Name]*federation.Export{}})
+	}
+	if old != nil && old.term == t {
+		old.mu.Lock()
+		p.observed, p.probe = old.observed, old.probe
+		old.mu.Unlock()
+	} else {
 		now := m.cfg.Now()
 		p.observed.Answer, p.observed.Success = now, now // patience begins now
-		p.judged.Store(m.lastJudgement(ctx, r.ID, now))
+		if j := m.lastJudgement(ctx, r.ID, now); old == nil || j.state != old.judged.Load().state {
+			p.judged.Store(j)
+		}
 		if p.judged.Load().state == discovery.Withdrawn { // its data path was dead: that stays so until a success
 			p.observed.FailedRound, p.observed.Success = m.cfg.Patience.Rounds, time.Time{}
 		}
 	}
 	var work sync.WaitGroup
-	work.Go(func() { m.runMirror(ctx, p) })
 	work.Go(func() { m.follow(ctx, p) })
-	work.Go(func() { m.probeLoop(ctx, p) })
+	if t.leads {
+		work.Go(func() { m.runMirror(ctx, p) })
+		work.Go(func() { m.probeLoop(ctx, p) })
+	}
 	running.Go(func() {
 		work.Wait()
 		stop()

@@ -32,6 +32,7 @@ const (
 //
 //	SNI join.hanse.mesh, while a mesh token is open: any client that has the key of its certificate; hanse.join.v1 and nothing else
 //	SNI probe.<member ID>: a verified client; nothing: the connection is closed
+//	SNI replica.hanse.mesh: control planes of the own trust domain, which are this cluster's replicas: what Replicas returns
 //	any other: control planes of trusted domains; the guard of the own etcd and hanse.join.v1
 //
 // Serve closes lis.
@@ -72,6 +73,7 @@ func (m *Mesh) Serve(ctx context.Context, lis net.Listener) error {
 	lis.Close()
 	toPeers.Close()
 	toStrangers.Close()
+	m.replicas.Close()
 	peers.Stop()
 	strangers.Stop()
 	work.Wait()
@@ -80,6 +82,9 @@ func (m *Mesh) Serve(ctx context.Context, lis net.Listener) error {
 	}
 	return fmt.Errorf("accept federation connections: %w", err)
 }
+
+// Replicas returns the listener of connections from other replicas of this control plane, after their handshake. Serve feeds it.
+func (m *Mesh) Replicas() net.Listener { return m.replicas }
 
 // accept makes the handshake and hands the connection on.
 func (m *Mesh) accept(ctx context.Context, raw net.Conn, cfg *tls.Config, toPeers, toStrangers *handoff) {
@@ -97,6 +102,8 @@ func (m *Mesh) accept(ctx context.Context, raw net.Conn, cfg *tls.Config, toPeer
 		conn.Close() // says close_notify: the client knows that it was accepted
 	case join.ServerName:
 		toStrangers.give(ctx, conn)
+	case join.ReplicaName:
+		m.replicas.give(ctx, conn)
 	default:
 		toPeers.give(ctx, conn)
 	}
@@ -111,6 +118,7 @@ func (m *Mesh) serverTLS() *tls.Config {
 	strangers.VerifyConnection = func(tls.ConnectionState) error { return nil } // the join service verifies, against the bundle in the request
 	probe := identity.ServerTLS(src, identity.AuthorizeAny(), "h2")
 	probe.VerifyConnection = func(state tls.ConnectionState) error { return m.verifyProber(state.PeerCertificates) }
+	replicas := identity.ServerTLS(src, identity.AuthorizeID(identity.ControlPlaneID(m.td)), "http/1.1")
 	cfg := strict.Clone()
 	cfg.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		b := m.book.Load()
@@ -121,6 +129,8 @@ func (m *Mesh) serverTLS() *tls.Config {
 			return strangers, nil
 		case hello.ServerName == join.ServerName:
 			return nil, errors.New("no mesh token is open")
+		case hello.ServerName == join.ReplicaName && m.replicated():
+			return replicas, nil
 		case hello.ServerName == join.ProbeName(b.Self):
 			return probe, nil
 		}
@@ -239,3 +249,12 @@ func (c acceptedTLS) Clone() credentials.TransportCredentials { return c }
 
 // OverrideServerName implements credentials.TransportCredentials.
 func (acceptedTLS) OverrideServerName(string) error { return nil }
+
+// replicaAddr is the address of the listener of replicas, which is a part of another one.
+type replicaAddr struct{}
+
+// Network implements net.Addr.
+func (replicaAddr) Network() string { return "tcp" }
+
+// String implements net.Addr.
+func (replicaAddr) String() string { return join.ReplicaName }

@@ -150,8 +150,3 @@ func (i imports) members(ctx context.Context) ([]string, error) {
 	}
 	return out, nil
 }
-
-// drop removes all of a member.
-func (i imports) drop(ctx context.Context, memberID string) error {
-	return etcd.RemoveImports(ctx, i.store, memberID)
-}

@@ -69,6 +69,8 @@ type cluster struct {
 	source       *identity.Source
 	bundles      *bundles
 	version      string
+	role         func() peering.Role // of a replica
+	replica      string
 	skew         time.Duration
 	local        *discovery.Snapshot
 
@@ -114,7 +116,7 @@ func (c *cluster) start() {
 	c.w.t.Helper()
 	m, err := peering.New(peering.Config{
 		Self: c.self, MeshName: "demo", Version: c.version, Advertise: []string{cmp.Or(c.advertise, c.address)}, Source: c.source, Bundles: c.bundles,
-		Own: c.fault, Imports: c.imports, DialPeer: c.dialPeer, JoinRate: 1000, Log: c.w.log.With("at", c.name),
+		Own: c.fault, Imports: c.imports, Role: c.role, Replica: c.replica, DialPeer: c.dialPeer, JoinRate: 1000, Log: c.w.log.With("at", c.name),
 		Dial: func(ctx context.Context, _, address string) (net.Conn, error) {
 			return c.w.network.dial(ctx, c.name, address)
 		},

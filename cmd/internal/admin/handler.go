@@ -266,6 +266,11 @@ func (h *handler) write(w http.ResponseWriter, r *http.Request, status int, v an
 	}
 }
 
+// Fail answers a request with an error, as Handler does.
+func Fail(w http.ResponseWriter, r *http.Request, err error, log *slog.Logger) {
+	(&handler{log: log}).fail(w, r, err)
+}
+
 // StepEvent says what is being done now.
 func StepEvent(format string, args ...any) Event { return Event{Step: fmt.Sprintf(format, args...)} }
 

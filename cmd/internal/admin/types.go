@@ -201,6 +201,20 @@ type Status struct {
 	Clusters    []Cluster `json:"clusters"`
 	Proxies     int       `json:"proxies"`
 	Services    int       `json:"services"`
+	Replicas    []Replica `json:"replicas,omitempty"` // of the control plane, the leader first; empty if there can be only one
+}
+
+// Replica is one hansed of a cluster that has several.
+type Replica struct {
+	Name         string    `json:"name"`
+	ID           string    `json:"id"`
+	Leads        bool      `json:"leads"`
+	LeadingSince time.Time `json:"leadingSince,omitzero"`
+	Self         bool      `json:"self,omitempty"` // it answers
+	Addresses    []string  `json:"addresses"`      // of its federation listener
+	Version      string    `json:"version,omitempty"`
+	Age          float64   `json:"ageSeconds"` // since it started
+	Signs        bool      `json:"signs"`      // its own root is acknowledged, and signs
 }
 
 // Proxy is one row of GET /v1/proxies.

@@ -1,0 +1,237 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/discovery/objects"
+	"github.com/hanse-mesh/hanse/federation"
+	"github.com/hanse-mesh/hanse/federation/etcd"
+	"github.com/hanse-mesh/hanse/federation/peering"
+	"github.com/hanse-mesh/hanse/identity/atomicfile"
+)
+
+// replica is what a hansed tells the others of its cluster, by its candidate's key.
+type replica struct {
+	Name      string    `json:"name"`
+	ID        string    `json:"id"` // of its data directory
+	Addresses []string  `json:"addresses"`
+	Version   string    `json:"version"`
+	Started   time.Time `json:"started"`
+	Leading   time.Time `json:"leading,omitzero"` // since when
+}
+
+// replicas is this hansed among those of its cluster: who is there, who leads, and what this one may write. Without an external etcd it
+// is alone, and leads.
+type replicas struct {
+	// read-only
+	self     replica
+	plain    etcd.Store
+	election *etcd.Election // nil: alone
+	log      *slog.Logger
+	ready    func(context.Context) error // called before this one leads
+
+	office atomic.Pointer[office]
+	seen   atomic.Pointer[[]replica] // the leader first
+	wake   chan struct{}             // size 1; seen has changed
+}
+
+// office is what this replica does at a time.
+type office struct {
+	leads   bool
+	store   etcd.Store // for the writes of a leader
+	changed chan struct{}
+}
+
+func newReplicas(cfg *Config, s *stores, id, version string, log *slog.Logger, reg prometheus.Registerer) (*replicas, error) {
+	r := &replicas{plain: s.own, log: log, wake: make(chan struct{}, 1),
+		self: replica{Name: cfg.Replica, ID: id, Addresses: cfg.Federation.Advertise, Version: version, Started: time.Now().UTC().Truncate(time.Second)}}
+	r.seen.Store(&[]replica{})
+	if s.external == nil {
+		r.office.Store(&office{leads: true, store: s.own})
+	} else {
+		r.office.Store(&office{changed: make(chan struct{})})
+		r.election = etcd.NewElection(etcd.ElectionConfig{Client: s.external.Client(), Store: s.own, ID: cfg.Replica, TTL: cfg.Timers.Leader.Duration,
+			Value: r.value, Seen: r.see, Log: log})
+	}
+	return r, reg.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "hanse_leader", Help: "1 while this replica leads its cluster's control plane."},
+		func() float64 { return float64(b2i(r.leads())) }))
+}
+
+// alone reports whether there can be no other replica.
+func (r *replicas) alone() bool { return r.election == nil }
+
+// key is the segment of keys in etcd under which this replica keeps what is its own; "" where it is alone.
+func (r *replicas) key() string {
+	if r.alone() {
+		return ""
+	}
+	return r.self.ID
+}
+
+// leads reports whether this replica leads, as far as it knows. What it writes says for certain.
+func (r *replicas) leads() bool { return r.office.Load().leads }
+
+// Run stands for election until ctx ends.
+func (r *replicas) Run(ctx context.Context) error {
+	if r.alone() {
+		<-ctx.Done()
+		return nil
+	}
+	return r.election.Run(ctx, func(ctx context.Context, store etcd.Store) error {
+		if err := r.ready(ctx); err != nil {
+			if ctx.Err() == nil {
+				r.log.Warn("does not lead: it cannot read what the leader before it wrote", "err", err)
+				return fmt.Errorf("%w: %w", etcd.ErrNotLeader, err)
+			}
+			return nil
+		}
+		r.play(&office{leads: true, store: store})
+		<-ctx.Done()
+		r.play(&office{})
+		return nil
+	})
+}
+
+// play changes the office.
+func (r *replicas) play(next *office) {
+	next.changed = make(chan struct{})
+	close(r.office.Swap(next).changed)
+}
+
+// meshRole is the office as peering wants it; nil where this replica is alone.
+func (r *replicas) meshRole() func() peering.Role {
+	if r.alone() {
+		return nil
+	}
+	return func() peering.Role {
+		p := r.office.Load()
+		return peering.Role{Leads: p.leads, Store: p.store, Changed: p.changed}
+	}
+}
+
+// value is what the candidate's key says.
+func (r *replicas) value(leads bool) []byte {
+	v := r.self
+	if leads {
+		v.Leading = time.Now().UTC().Truncate(time.Second)
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // strings and times
+	}
+	return b
+}
+
+// see takes in who is there.
+func (r *replicas) see(list []etcd.Candidate) {
+	next := make([]replica, 0, len(list))
+	for _, c := range list {
+		var x replica
+		if err := json.Unmarshal(c.Value, &x); err != nil {
+			x = replica{Name: "unreadable: " + c.Key}
+		}
+		next = append(next, x)
+	}
+	r.seen.Store(&next)
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// leader is the one that leads now, as far as this one knows; ok is false if there is none.
+func (r *replicas) leader() (leader replica, ok bool) {
+	if seen := *r.seen.Load(); len(seen) > 0 {
+		return seen[0], true
+	}
+	return replica{}, false
+}
+
+// others are the other replicas that are there.
+func (r *replicas) others() []replica {
+	return slices.DeleteFunc(slices.Clone(*r.seen.Load()), func(x replica) bool { return x.ID == r.self.ID })
+}
+
+// rows is what people see. It is empty where there can be no other.
+func (r *replicas) rows(now time.Time) []admin.Replica {
+	var out []admin.Replica
+	for i, x := range *r.seen.Load() {
+		row := admin.Replica{Name: x.Name, ID: x.ID, Leads: i == 0, Self: x.ID == r.self.ID, Addresses: x.Addresses, Version: x.Version, Age: age(now, x.Started)}
+		if i == 0 {
+			row.LeadingSince = x.Leading
+		}
+		out = append(out, row)
+	}
+	return out
+}
+
+// check is the line of status on them.
+func (r *replicas) check(now time.Time) admin.Check {
+	c := admin.Check{Name: "replicas"}
+	l, ok := r.leader()
+	switch {
+	case r.leads():
+		c.OK, c.Detail = true, fmt.Sprintf("%d, %s leads since %s", len(*r.seen.Load()), r.self.Name, now.Sub(l.Leading).Round(time.Second))
+	case !ok || l.Leading.IsZero():
+		c.Detail, c.Remedy = "nobody leads: exports, mirrors and configuration stand still; calls go on", "wait some seconds; if it lasts: does etcd answer? hansed's log says"
+	default:
+		c.Detail, c.Remedy = fmt.Sprintf("this is %s, and %s at %s leads, but does not answer; this replica does not know how fresh the members are", r.self.Name, l.Name, strings.Join(l.Addresses, ", ")),
+			"can the replicas reach each other's federation addresses?"
+	}
+	return c
+}
+
+// refuse is the answer to what only the leader does, by one that does not lead.
+func (r *replicas) refuse() error {
+	l, ok := r.leader()
+	if !ok {
+		return &admin.Error{Status: 503, Message: "no replica leads this cluster's control plane just now", Hint: "wait some seconds; if it lasts: does etcd answer?"}
+	}
+	return &admin.Error{Status: 503, Message: fmt.Sprintf("this is done by the replica that leads: %s at %s", l.Name, strings.Join(l.Addresses, ", ")), Hint: "ask there, or try again"}
+}
+
+// leaderStore is the own store, of which the leader alone can write.
+type leaderStore struct {
+	etcd.Store
+	r *replicas
+}
+
+// Txn implements etcd.Store.
+func (s leaderStore) Txn(ctx context.Context, compares []etcd.Compare, ops []etcd.Op) (bool, etcd.Header, error) {
+	p := s.r.office.Load()
+	if !p.leads {
+		return false, etcd.Header{}, fmt.Errorf("replica %s: %w", s.r.self.Name, etcd.ErrNotLeader)
+	}
+	return p.store.Txn(ctx, compares, ops)
+}
+
+// replicaID is the random ID of a data directory, which outlives names and addresses.
+func replicaID(dir string) (string, error) {
+	path := filepath.Join(dir, "replica-id")
+	b, err := atomicfile.Read(path, 1<<10)
+	if errors.Is(err, fs.ErrNotExist) {
+		id := objects.RandomID()
+		return id, atomicfile.Write(path, []byte(id+"\n"))
+	}
+	if err != nil {
+		return "", err
+	}
+	id := strings.TrimSpace(string(b))
+	if !federation.IsMemberID(id) {
+		return "", fmt.Errorf("%s is damaged: want 32 hex digits; remove it, and this replica is a new one", path)
+	}
+	return id, nil
+}

@@ -26,13 +26,13 @@ import (
 
 // Input is all that Build looks at.
 type Input struct {
-	Self     discovery.Self
-	Set      *Set
-	State    *State        // of the Build before, or as persisted; nil at the very first
-	Now      time.Time     // for objects that carry no creationTimestamp and are new
+	Self  discovery.Self
+	Set   *Set
+	State *State    // of the Build before, or as persisted; nil at the very first
+	Now   time.Time // for objects that carry no creationTimestamp and are new
 	// NewID makes 32 hex digits for an endpoint that State does not know, of a service and its key among that service's; nil is RandomID.
-	NewID func(service discovery.Name, key string) string
-	Complete bool          // every source has been read whole
+	NewID    func(service discovery.Name, key string) string
+	Complete bool // every source has been read whole
 }
 
 // RandomID returns 128 random bits as 32 hex digits.

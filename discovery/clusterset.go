@@ -41,11 +41,24 @@ type Member struct {
 // (KEP-1645 "ServiceImport"). A service that nobody exports is not in Clusterset.Imports, but callable within its own cluster.
 type Import struct {
 	Name
-	Ports     []Port           `json:"ports"` // union by (name, number); a conflict is resolved by the oldest export
-	Headless  bool             `json:"headless,omitempty"`
-	Affinity  string           `json:"sessionAffinity,omitempty"`
-	From      []ImportedFrom   `json:"from"` // by export time, oldest first; ties by member ID
-	Conflicts []ImportConflict `json:"conflicts,omitempty"`
+	Traits
+	Ports       []Port            `json:"ports"`            // union by (name, number); a conflict is resolved by the oldest export
+	Labels      map[string]string `json:"labels,omitempty"` // of the oldest export
+	Annotations map[string]string `json:"annotations,omitempty"`
+	From        []ImportedFrom    `json:"from"` // by export time, oldest first; ties by member ID
+	Conflicts   []ImportConflict  `json:"conflicts,omitempty"`
+}
+
+// ConflictsOf returns the conflicts that a member's export is concerned in, as the one that lost or the one that won: MCS wants the
+// Conflict condition on each of them.
+func (i *Import) ConflictsOf(member string) []ImportConflict {
+	var of []ImportConflict
+	for _, c := range i.Conflicts {
+		if c.Member == member || c.With == member {
+			of = append(of, c)
+		}
+	}
+	return of
 }
 
 // ImportedFrom is one cluster's part of an Import.
@@ -57,9 +70,10 @@ type ImportedFrom struct {
 	Endpoints []*Endpoint `json:"endpoints"`
 }
 
-// ImportConflict is an MCS Conflict condition.
+// ImportConflict is an MCS Conflict condition: what Member exports differs from what With exports, and is not what is imported.
 type ImportConflict struct {
 	Member  string `json:"member"`
+	With    string `json:"with"`
 	Reason  string `json:"reason"` // MCS reasons: PortConflict, TypeConflict, SessionAffinityConflict, …
 	Message string `json:"message"`
 }

@@ -3,6 +3,7 @@ package discovery
 import (
 	"cmp"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -125,13 +126,56 @@ func (e *Endpoint) DialAddress(portName string) netip.AddrPort {
 	return netip.AddrPortFrom(e.Address, e.Ports[portName])
 }
 
+// Traits are the properties of a Service as a whole that its consumers in other clusters see too (MCS ServiceImport). The zero value of
+// each is Kubernetes' default.
+type Traits struct {
+	Headless              bool       `json:"headless,omitempty"`
+	Affinity              string     `json:"sessionAffinity,omitempty"`        // "", "None" or "ClientIP"
+	AffinityTimeout       uint32     `json:"sessionAffinityTimeout,omitempty"` // seconds; 0 means 10,800
+	InternalTrafficPolicy string     `json:"internalTrafficPolicy,omitempty"`  // "", "Cluster" or "Local"
+	TrafficDistribution   string     `json:"trafficDistribution,omitempty"`    // such as PreferClose
+	IPFamilies            []IPFamily `json:"ipFamilies,omitempty"`             // the preferred one first
+}
+
+// IPFamily is one of IPv4 and IPv6.
+type IPFamily string
+
+// Families.
+const (
+	IPv4 IPFamily = "IPv4"
+	IPv6 IPFamily = "IPv6"
+)
+
+// DefaultAffinityTimeout is that of session affinity by client IP, in seconds, unless a Service says otherwise.
+const DefaultAffinityTimeout = 10_800
+
+// Normal returns t with each default written as the zero value, so that equal traits compare equal.
+func (t Traits) Normal() Traits {
+	if t.Affinity == "None" {
+		t.Affinity = ""
+	}
+	if t.Affinity == "" || t.AffinityTimeout == DefaultAffinityTimeout {
+		t.AffinityTimeout = 0
+	}
+	if t.InternalTrafficPolicy == "Cluster" {
+		t.InternalTrafficPolicy = ""
+	}
+	return t
+}
+
+// Equal compares all traits.
+func (t Traits) Equal(o Traits) bool {
+	return t.Headless == o.Headless && t.Affinity == o.Affinity && t.AffinityTimeout == o.AffinityTimeout &&
+		t.InternalTrafficPolicy == o.InternalTrafficPolicy && t.TrafficDistribution == o.TrafficDistribution &&
+		slices.Equal(t.IPFamilies, o.IPFamilies)
+}
+
 // Service is a service of one cluster, with its endpoints.
 type Service struct {
 	Name
+	Traits
 	Ports       []Port            `json:"ports"`
-	Headless    bool              `json:"headless,omitempty"`
 	ClusterIPs  []netip.Addr      `json:"clusterIPs,omitempty"`
-	Affinity    string            `json:"sessionAffinity,omitempty"` // "", "None" or "ClientIP"
 	Labels      map[string]string `json:"labels,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
 	Endpoints   []*Endpoint       `json:"endpoints"` // sorted by ID
@@ -150,6 +194,8 @@ func (s *Service) Port(number uint16) *Port {
 
 // Export is a ServiceExport: the service may be called from other clusters.
 type Export struct {
-	Created  time.Time `json:"created"`            // set once; the oldest export wins a conflict
-	Audience []string  `json:"audience,omitempty"` // member names and key=value labels of Peers (sorted); empty is every member
+	Created     time.Time         `json:"created"`            // set once; the oldest export wins a conflict
+	Audience    []string          `json:"audience,omitempty"` // member names and key=value labels of Peers (sorted); empty is every member
+	Labels      map[string]string `json:"labels,omitempty"`   // of the ServiceImport (MCS exportedLabels); not those of the Service
+	Annotations map[string]string `json:"annotations,omitempty"`
 }

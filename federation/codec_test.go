@@ -72,6 +72,12 @@ func all(e *federation.Exports) []federation.Change {
 
 func TestExportsComeBackAsTheyWere(t *testing.T) {
 	svc := service("west.demo", "payments", 100)
+	svc.Traits = discovery.Traits{
+		Headless: true, Affinity: "ClientIP", AffinityTimeout: 60, InternalTrafficPolicy: "Local", TrafficDistribution: "PreferClose",
+		IPFamilies: []discovery.IPFamily{discovery.IPv6, discovery.IPv4},
+	}
+	svc.Export.Labels, svc.Export.Annotations = map[string]string{"example.com/tier": "gold"}, map[string]string{"note": "any text, ü"}
+	svc.Endpoints[0].Hostname = "payments-0"
 	e, faults := federation.Encode(snapshot("west.demo", svc), nil, epoch)
 	if len(faults) > 0 {
 		t.Fatal(faults)
@@ -80,7 +86,10 @@ func TestExportsComeBackAsTheyWere(t *testing.T) {
 	d.Apply(all(e), epoch)
 	p := d.Part()
 	got := p.Exports[svc.Name]
-	want := &federation.Export{Ports: svc.Ports, Exported: epoch, Revision: 7, Endpoints: svc.Endpoints}
+	want := &federation.Export{
+		Traits: svc.Traits, Ports: svc.Ports, Labels: svc.Export.Labels, Annotations: svc.Export.Annotations,
+		Exported: epoch, Revision: 7, Endpoints: svc.Endpoints,
+	}
 	if diff := cmp.Diff(want, got, equate); diff != "" || len(p.Faults) > 0 {
 		t.Fatalf("faults %v; -want +got:\n%s", p.Faults, diff)
 	}
@@ -176,6 +185,11 @@ func TestWhatCannotBeExportedKeepsItsLastGoodState(t *testing.T) {
 		"an ID that is not one": func(s *discovery.Service) { s.Endpoints[0].ID = "web-1" },
 		"too many ports":        func(s *discovery.Service) { s.Ports = make([]discovery.Port, 1000) },
 		"a huge name":           func(s *discovery.Service) { s.Endpoints[0].Hostname = strings.Repeat("a", 1<<20) },
+		"a name that is none":   func(s *discovery.Service) { s.Endpoints[0].Hostname = "a.b" },
+		"a reserved label":      func(s *discovery.Service) { s.Export.Labels = map[string]string{"hanse.mesh/x": "y"} },
+		"a label's value":       func(s *discovery.Service) { s.Export.Labels = map[string]string{"x": "not a value"} },
+		"a huge annotation":     func(s *discovery.Service) { s.Export.Annotations = map[string]string{"x": strings.Repeat("a", 1<<20)} },
+		"a third IP family":     func(s *discovery.Service) { s.IPFamilies = []discovery.IPFamily{"IPv4", "IPv6", "IPv8"} },
 	} {
 		bad := service("west.demo", "payments", 3)
 		spoil(bad)
@@ -241,6 +255,18 @@ func TestForeignBytesAreBelievedOnlyWithinBounds(t *testing.T) {
 		"no address": {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Address = []byte{0, 0, 0, 0} }), "cannot be dialled"},
 		"protocol":   {"svc/shop/payments", &federationpb.Service{Ports: []*federationpb.Port{{Number: 80, Protocol: "quic"}}}, "unknown protocol"},
 		"port zero":  {"svc/shop/payments", &federationpb.Service{Ports: []*federationpb.Port{{Protocol: "http"}}}, "port 0"},
+		"hostname":   {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Hostname = "a.example." }), "not a DNS label"},
+		"weight":     {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Weight = 1 << 30 }), "at most 1048576"},
+		"affinity":   {"svc/shop/payments", &federationpb.Service{SessionAffinity: "Cookie"}, "affinity \"Cookie\" is unknown"},
+		"timeout":    {"svc/shop/payments", &federationpb.Service{SessionAffinity: "ClientIP", SessionAffinitySeconds: 100_000}, "at most 86400"},
+		"internal":   {"svc/shop/payments", &federationpb.Service{InternalTrafficPolicy: "Remote"}, "policy \"Remote\" is unknown"},
+		"distribute": {"svc/shop/payments", &federationpb.Service{TrafficDistribution: "a b"}, "not a word"},
+		"family":     {"svc/shop/payments", &federationpb.Service{IpFamilies: []string{"IPv8"}}, "family \"IPv8\" is unknown"},
+		"families":   {"svc/shop/payments", &federationpb.Service{IpFamilies: []string{"IPv4", "IPv4"}}, "twice"},
+		"label":      {"svc/shop/payments", &federationpb.Service{Labels: map[string]string{"hanse.mesh/audience": "east"}}, "reserved"},
+		"label key":  {"svc/shop/payments", &federationpb.Service{Labels: map[string]string{"a b": "east"}}, "not a qualified name"},
+		"annotation": {"svc/shop/payments", &federationpb.Service{Annotations: map[string]string{"multicluster.kubernetes.io/source-cluster": "east"}}, "reserved"},
+		"too many":   {"svc/shop/payments", &federationpb.Service{Annotations: hundred()}, "at most 64"},
 		"name":       {"svc/shop/Payments!", &federationpb.Service{}, "DNS label"},
 		"slot":       {"ep/shop/payments/007", &federationpb.Slot{}, "slot"},
 		"too big":    {"svc/shop/payments", &federationpb.Service{SessionAffinity: strings.Repeat("x", 300<<10)}, "at most 262144"},
@@ -261,6 +287,14 @@ func TestForeignBytesAreBelievedOnlyWithinBounds(t *testing.T) {
 			}
 		}
 	}
+}
+
+func hundred() map[string]string {
+	m := map[string]string{}
+	for i := range 100 {
+		m[fmt.Sprint("k", i)] = ""
+	}
+	return m
 }
 
 func TestBadObjectIsAFaultOfThatObjectOnly(t *testing.T) {

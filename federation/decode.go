@@ -3,7 +3,6 @@ package federation
 import (
 	"cmp"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -18,7 +17,7 @@ import (
 )
 
 const (
-	maxString     = 253             // bytes of a name, region, zone, network or hostname
+	maxString     = 253             // bytes of a name, region, zone or network
 	maxWeight     = 1 << 20         // of an endpoint
 	maxClockAhead = 5 * time.Minute // of an export time before it is not believed
 )
@@ -42,12 +41,13 @@ type Change struct {
 
 // Export is one service of a member as it was imported. It is immutable.
 type Export struct {
-	Ports     []discovery.Port
-	Headless  bool
-	Affinity  string
-	Exported  time.Time
-	Revision  int64                 // of the newest of its objects
-	Endpoints []*discovery.Endpoint // sorted by ID
+	discovery.Traits // Normal
+	Ports            []discovery.Port
+	Labels           map[string]string // of the ServiceImport
+	Annotations      map[string]string
+	Exported         time.Time
+	Revision         int64                 // of the newest of its objects
+	Endpoints        []*discovery.Endpoint // sorted by ID
 }
 
 // Part is everything imported from one member. It is immutable.
@@ -71,9 +71,7 @@ type location struct{ scope, key string }
 // object is a decoded service or slot; the last good one.
 type object struct {
 	revision  int64
-	service   *federationpb.Service // nil for a slot
-	ports     []discovery.Port
-	exported  time.Time
+	service   *Export // without endpoints; nil for a slot
 	endpoints []*discovery.Endpoint
 }
 
@@ -173,10 +171,9 @@ func join(objects map[location]*object) *Export {
 	if svc == nil {
 		return nil
 	}
-	e := &Export{
-		Ports: svc.ports, Headless: svc.service.Headless, Affinity: svc.service.SessionAffinity,
-		Exported: svc.exported, Revision: svc.revision,
-	}
+	export := *svc.service
+	e := &export
+	e.Revision = svc.revision
 	type found struct {
 		ep *discovery.Endpoint
 		o  *object
@@ -219,10 +216,22 @@ func (d *Decoder) decodeService(value []byte, now time.Time) (*object, error) {
 	if len(pb.Ports) > MaxPorts {
 		return nil, fmt.Errorf("%d ports, at most %d are accepted", len(pb.Ports), MaxPorts)
 	}
-	if pb.SessionAffinity != "" && pb.SessionAffinity != "ClientIP" {
-		return nil, fmt.Errorf("session affinity %.40q is unknown", pb.SessionAffinity)
+	e := &Export{
+		Traits: discovery.Traits{
+			Headless: pb.Headless, Affinity: pb.SessionAffinity, AffinityTimeout: pb.SessionAffinitySeconds,
+			InternalTrafficPolicy: pb.InternalTrafficPolicy, TrafficDistribution: pb.TrafficDistribution,
+		}.Normal(),
+		Labels: pb.Labels, Annotations: pb.Annotations, Exported: d.clamp(fromMillis(pb.ExportedUnixMs), now),
 	}
-	o := &object{service: pb, exported: d.clamp(fromMillis(pb.ExportedUnixMs), now)}
+	for _, f := range pb.IpFamilies {
+		e.IPFamilies = append(e.IPFamilies, discovery.IPFamily(f))
+	}
+	if err := checkTraits(e.Traits); err != nil {
+		return nil, err
+	}
+	if err := checkMetadata(e.Labels, e.Annotations); err != nil {
+		return nil, err
+	}
 	for _, p := range pb.Ports {
 		switch protocol := discovery.AppProtocol(p.Protocol); {
 		case p.Number == 0 || p.Number > 65535:
@@ -232,10 +241,10 @@ func (d *Decoder) decodeService(value []byte, now time.Time) (*object, error) {
 		case !slices.Contains([]discovery.AppProtocol{discovery.HTTP, discovery.HTTP2, discovery.GRPC, discovery.TCP}, protocol):
 			return nil, fmt.Errorf("port %d has unknown protocol %.40q", p.Number, p.Protocol)
 		default:
-			o.ports = append(o.ports, discovery.Port{Name: p.Name, Number: uint16(p.Number), Protocol: protocol, UDP: p.Udp})
+			e.Ports = append(e.Ports, discovery.Port{Name: p.Name, Number: uint16(p.Number), Protocol: protocol, UDP: p.Udp})
 		}
 	}
-	return o, nil
+	return &object{service: e}, nil
 }
 
 // clamp believes an export time only between the member's admission and a little ahead of this clock.
@@ -360,8 +369,11 @@ func decodeEndpoint(p *profile, pb *federationpb.Endpoint) (*discovery.Endpoint,
 	if !ok || addr.IsUnspecified() || addr.IsMulticast() {
 		return nil, fmt.Errorf("endpoint %x: address %x cannot be dialled", pb.Id, pb.Address[:min(len(pb.Address), 16)])
 	}
-	if len(pb.Hostname) > maxString || pb.Weight > maxWeight {
-		return nil, errors.New("hostname or weight out of bounds")
+	if pb.Weight > maxWeight {
+		return nil, fmt.Errorf("endpoint %x: weight %d, at most %d is accepted", pb.Id, pb.Weight, maxWeight)
+	}
+	if pb.Hostname != "" && !dnsLabel.MatchString(pb.Hostname) {
+		return nil, fmt.Errorf("endpoint %x: hostname %.80q is not a DNS label", pb.Id, pb.Hostname)
 	}
 	ep := p.endpoint
 	ep.ID, ep.Address, ep.Hostname, ep.Weight = hex.EncodeToString(pb.Id), addr.Unmap(), pb.Hostname, pb.Weight

@@ -209,7 +209,21 @@ func encodeService(trustDomain string, svc *discovery.Service, old *exported, no
 	if len(svc.Ports) > MaxPorts {
 		return nil, fmt.Errorf("%d ports, at most %d can be exported", len(svc.Ports), MaxPorts)
 	}
-	pb := &federationpb.Service{Headless: svc.Headless, SessionAffinity: affinity(svc.Affinity), ExportedUnixMs: toMillis(x.since)}
+	traits := svc.Traits.Normal()
+	if err := checkTraits(traits); err != nil {
+		return nil, err
+	}
+	if err := checkMetadata(svc.Export.Labels, svc.Export.Annotations); err != nil {
+		return nil, err
+	}
+	pb := &federationpb.Service{
+		Headless: traits.Headless, SessionAffinity: traits.Affinity, SessionAffinitySeconds: traits.AffinityTimeout,
+		InternalTrafficPolicy: traits.InternalTrafficPolicy, TrafficDistribution: traits.TrafficDistribution,
+		Labels: svc.Export.Labels, Annotations: svc.Export.Annotations, ExportedUnixMs: toMillis(x.since),
+	}
+	for _, f := range traits.IPFamilies {
+		pb.IpFamilies = append(pb.IpFamilies, string(f))
+	}
 	for _, p := range svc.Ports {
 		pb.Ports = append(pb.Ports, &federationpb.Port{Name: p.Name, Number: uint32(p.Number), Protocol: string(p.Protocol), Udp: p.UDP})
 	}
@@ -303,6 +317,9 @@ func encodeSlot(endpoints []*discovery.Endpoint) (*federationpb.Slot, error) {
 		if err != nil || len(id) != 16 {
 			return nil, fmt.Errorf("endpoint ID %q is not 32 hex digits", ep.ID)
 		}
+		if ep.Hostname != "" && !dnsLabel.MatchString(ep.Hostname) {
+			return nil, fmt.Errorf("endpoint %s: hostname %.80q is not a DNS label", ep.ID, ep.Hostname)
+		}
 		i := slices.IndexFunc(likes, func(like *discovery.Endpoint) bool { return sameProfile(like, ep) })
 		if i < 0 {
 			i = len(likes)
@@ -331,14 +348,6 @@ func encodeProfile(ep *discovery.Endpoint) *federationpb.Profile {
 		p.Ports = append(p.Ports, &federationpb.TargetPort{Name: name, Number: uint32(ep.Ports[name])})
 	}
 	return p
-}
-
-// affinity is session affinity as it is compared and sent: "None" is the default and the same as "".
-func affinity(s string) string {
-	if s == "None" {
-		return ""
-	}
-	return s
 }
 
 // Stamp returns a time as exports and records keep it: UTC, in milliseconds. What is in memory then equals what a restart reads.

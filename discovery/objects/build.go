@@ -172,7 +172,11 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 			in.slices = append(in.slices, so.Value.(*discoveryv1.EndpointSlice))
 		}
 		if exported {
-			in.export = &discovery.Export{Created: b.created(export), Audience: audience(export.Value.GetAnnotations()[AnnotationAudience])}
+			spec := &export.Value.(*mcsv1alpha1.ServiceExport).Spec
+			in.export = &discovery.Export{
+				Created: b.created(export), Audience: audience(export.Value.GetAnnotations()[AnnotationAudience]),
+				Labels: spec.ExportedLabels, Annotations: spec.ExportedAnnotations,
+			}
 		}
 		was := b.State.services[o.Name()]
 		forget := b.Complete && was != nil && was.result != nil && len(was.ids) != len(was.result.Endpoints)
@@ -207,8 +211,7 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 	s := in.service
 	svc := &discovery.Service{
 		Name:        o.Name(),
-		Headless:    s.Spec.ClusterIP == corev1.ClusterIPNone,
-		Affinity:    string(s.Spec.SessionAffinity),
+		Traits:      traits(s),
 		Labels:      s.Labels,
 		Annotations: s.Annotations,
 		Endpoints:   []*discovery.Endpoint{},
@@ -258,6 +261,23 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 		svc = was.result
 	}
 	return &serviceState{ids: e.ids, inputs: in, result: svc, faults: e.faults}
+}
+
+// traits are what consumers in other clusters see of a Service as a whole.
+func traits(s *corev1.Service) discovery.Traits {
+	t := discovery.Traits{
+		Headless:              s.Spec.ClusterIP == corev1.ClusterIPNone,
+		Affinity:              string(s.Spec.SessionAffinity),
+		InternalTrafficPolicy: string(deref(s.Spec.InternalTrafficPolicy, "")),
+		TrafficDistribution:   deref(s.Spec.TrafficDistribution, ""),
+	}
+	if c := s.Spec.SessionAffinityConfig; c != nil && c.ClientIP != nil {
+		t.AffinityTimeout = uint32(deref(c.ClientIP.TimeoutSeconds, 0))
+	}
+	for _, f := range s.Spec.IPFamilies {
+		t.IPFamilies = append(t.IPFamilies, discovery.IPFamily(f))
+	}
+	return t
 }
 
 // endpointBuilder collects the endpoints of one service.

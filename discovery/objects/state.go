@@ -138,5 +138,5 @@ func sameExport(a, b *discovery.Export) bool {
 	if a == nil || b == nil {
 		return a == b
 	}
-	return a.Created.Equal(b.Created) && slices.Equal(a.Audience, b.Audience)
+	return a.Created.Equal(b.Created) && slices.Equal(a.Audience, b.Audience) && maps.Equal(a.Labels, b.Labels) && maps.Equal(a.Annotations, b.Annotations)
 }

@@ -210,6 +210,26 @@ func (c *checker) metadata() {
 func (c *checker) service(s *corev1.Service) {
 	c.oneOf("spec.type", string(s.Spec.Type), "", "ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 	c.oneOf("spec.sessionAffinity", string(s.Spec.SessionAffinity), "", "None", "ClientIP")
+	if p := s.Spec.InternalTrafficPolicy; p != nil {
+		c.oneOf("spec.internalTrafficPolicy", string(*p), "Cluster", "Local")
+	}
+	if d := s.Spec.TrafficDistribution; d != nil {
+		c.oneOf("spec.trafficDistribution", *d, "PreferClose", "PreferSameZone", "PreferSameNode")
+	}
+	if a := s.Spec.SessionAffinityConfig; a != nil {
+		if s.Spec.SessionAffinity != corev1.ServiceAffinityClientIP {
+			c.add("spec.sessionAffinityConfig", nil, "has a meaning only with sessionAffinity ClientIP")
+		} else if a.ClientIP != nil {
+			c.intRange("spec.sessionAffinityConfig.clientIP.timeoutSeconds", a.ClientIP.TimeoutSeconds, 1, 86_400)
+		}
+	}
+	for i, f := range s.Spec.IPFamilies {
+		field := fmt.Sprintf("spec.ipFamilies[%d]", i)
+		c.oneOf(field, string(f), "IPv4", "IPv6")
+		if slices.Contains(s.Spec.IPFamilies[:i], f) {
+			c.add(field, f, "is listed twice")
+		}
+	}
 	if v, ok := s.Annotations[AnnotationClusterset]; ok {
 		c.oneOf("metadata.annotations["+AnnotationClusterset+"]", v, "true", "false")
 	}
@@ -337,7 +357,40 @@ func (c *checker) sliceAnnotations(s *discoveryv1.EndpointSlice) {
 	}
 }
 
+// reservedExports are prefixes of labels and annotations that mean something to control planes: no cluster sets them in another.
+var reservedExports = []string{annotationPrefix, groupMCS + "/", "multicluster.kubernetes.io/"}
+
+// maxExported bounds labels and annotations of a ServiceExport, each; maxExportedBytes the annotations together.
+const (
+	maxExported      = 64
+	maxExportedBytes = 16 << 10
+)
+
+func (c *checker) exportedMetadata(field string, m map[string]string) {
+	if len(m) > maxExported {
+		c.add(field, nil, "%d entries; at most %d can be exported", len(m), maxExported)
+	}
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		c.problems(field+"["+k+"]", k, validation.IsQualifiedName(k))
+		if slices.ContainsFunc(reservedExports, func(p string) bool { return strings.HasPrefix(k, p) }) {
+			c.add(field+"["+k+"]", k, "is reserved for control planes and cannot be exported; remove it")
+		}
+	}
+}
+
 func (c *checker) serviceExport(e *mcsv1alpha1.ServiceExport) {
+	c.exportedMetadata("spec.exportedLabels", e.Spec.ExportedLabels)
+	for _, k := range slices.Sorted(maps.Keys(e.Spec.ExportedLabels)) {
+		c.problems("spec.exportedLabels["+k+"]", e.Spec.ExportedLabels[k], validation.IsValidLabelValue(e.Spec.ExportedLabels[k]))
+	}
+	c.exportedMetadata("spec.exportedAnnotations", e.Spec.ExportedAnnotations)
+	size := 0
+	for k, v := range e.Spec.ExportedAnnotations {
+		size += len(k) + len(v)
+	}
+	if size > maxExportedBytes {
+		c.add("spec.exportedAnnotations", nil, "%d bytes; at most %d can be exported", size, maxExportedBytes)
+	}
 	v, ok := e.Annotations[AnnotationAudience]
 	if !ok {
 		return

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/binary"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,10 +33,11 @@ import (
 )
 
 // The benchmarks measure each side in a process of its own, which is this test binary with a role. It obeys lines on its standard
-// input and answers each with one line.
+// input and answers each with one line. With HANSE_BENCH_PROFILE=DIR each side writes DIR/<benchmark>-<side>.{cpu,heap}.
 
 const (
 	roleEnv      = "HANSE_BENCH_ROLE"
+	profileEnv   = "HANSE_BENCH_PROFILE"
 	benchSlot    = 50 // endpoints of a slot in the sync benchmark
 	flapSlot     = 32
 	endpointSize = 80 // bytes of an endpoint in a slot
@@ -64,6 +67,7 @@ type benchSide struct {
 	exporter *etcd.Exporter
 	values   map[string][]byte
 	keys     []string
+	profile  *os.File
 
 	mu        sync.Mutex
 	seen      map[string]bool
@@ -199,6 +203,22 @@ func (b *benchSide) obey(verb string, n []int, s []string) string {
 			}()
 		}
 		return "ok"
+	case "profile": // path without extension
+		b.profile = must(os.Create(s[0] + ".cpu"))
+		if err := pprof.StartCPUProfile(b.profile); err != nil {
+			return err.Error()
+		}
+		return "ok"
+	case "profiled":
+		pprof.StopCPUProfile()
+		heap := must(os.Create(strings.TrimSuffix(b.profile.Name(), ".cpu") + ".heap"))
+		if err := errors.Join(b.profile.Close(), pprof.WriteHeapProfile(heap), heap.Close()); err != nil {
+			return err.Error()
+		}
+		return "ok"
+	case "sizes": // of the database in KB: the file, and of it what is in use
+		file, inUse := b.etcd.Sizes()
+		return fmt.Sprint(file>>10, " ", inUse>>10)
 	case "figures": // of latency since the last time, in microseconds, and the events seen
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -277,6 +297,7 @@ func (p *process) number(format string, args ...any) float64 {
 type use struct {
 	cpu       time.Duration
 	rss, peak float64 // MB
+	anon      float64 // MB of rss that are not pages of the database file
 	written   float64 // bytes that reached the disk
 }
 
@@ -292,6 +313,8 @@ func (p *process) use() use {
 		switch name {
 		case "VmRSS":
 			u.rss = v / 1024
+		case "RssAnon":
+			u.anon = v / 1024
 		case "VmHWM":
 			u.peak = v / 1024
 		case "write_bytes":
@@ -299,6 +322,20 @@ func (p *process) use() use {
 		}
 	}
 	return u
+}
+
+// profiled writes profiles of what f does, if they are asked for.
+func profiled(b testing.TB, west, east *process, f func()) {
+	dir := os.Getenv(profileEnv)
+	if dir == "" {
+		f()
+		return
+	}
+	west.say("profile %s", filepath.Join(dir, b.Name()+"-west"))
+	east.say("profile %s", filepath.Join(dir, b.Name()+"-east"))
+	f()
+	west.say("profiled")
+	east.say("profiled")
 }
 
 // pair starts both sides, with west exporting.
@@ -333,16 +370,22 @@ func BenchmarkSync(b *testing.B) {
 		west, east, addr := pair(b, services, slots, benchSlot, 100)
 		time.Sleep(2 * time.Second)
 		w0, e0, start := west.use(), east.use(), time.Now()
-		east.say("mirror %s", addr)
-		east.say("wait %d", services*(slots+1))
-		wall := time.Since(start)
-		time.Sleep(time.Second)
+		var wall time.Duration
+		profiled(b, west, east, func() {
+			east.say("mirror %s", addr)
+			east.say("wait %d", services*(slots+1))
+			wall = time.Since(start)
+			time.Sleep(time.Second)
+		})
+		b.Log("exporter's database, KB (file, in use): " + west.say("sizes") + "; mirror's: " + east.say("sizes"))
 		w, e := west.use(), east.use()
 		b.ReportMetric(wall.Seconds(), "wall-s")
 		b.ReportMetric((w.cpu - w0.cpu).Seconds(), "exporter-cpu-s")
 		b.ReportMetric((e.cpu - e0.cpu).Seconds(), "mirror-cpu-s")
 		b.ReportMetric(w.rss, "exporter-rss-MB")
 		b.ReportMetric(w.peak, "exporter-peak-MB")
+		b.ReportMetric(w.anon, "exporter-anon-MB")
+		b.ReportMetric(e.anon, "mirror-anon-MB")
 		b.ReportMetric(e.rss, "mirror-rss-MB")
 		b.ReportMetric(e.peak, "mirror-peak-MB")
 		b.ReportMetric(0, "ns/op")
@@ -357,8 +400,11 @@ func BenchmarkFlap(b *testing.B) {
 	time.Sleep(2 * time.Second)
 	for range b.N {
 		w0, e0 := west.use(), east.use()
-		n := west.number("flap 1000 5000 %d 50", flapSlot)
-		time.Sleep(time.Second)
+		var n float64
+		profiled(b, west, east, func() {
+			n = west.number("flap 1000 5000 %d 50", flapSlot)
+			time.Sleep(time.Second)
+		})
 		w, e := west.use(), east.use()
 		b.ReportMetric(float64((w.cpu-w0.cpu).Microseconds())/n, "exporter-µs/flap")
 		b.ReportMetric(float64((e.cpu-e0.cpu).Microseconds())/n, "mirror-µs/flap")

@@ -84,7 +84,7 @@ const (
 
 	pendingFlush = 32 << 10  // unsent bytes that are not held back any longer
 	pendingLimit = 256 << 10 // unsent bytes before a writer waits
-	ackLimit     = 1 << 20   // unsent bytes that the reader may add to
+	maxAnswers   = 10_000    // unsent frames of the reader
 
 	settingsTimeout = 10 * time.Second
 	lingerTimeout   = time.Second

@@ -43,6 +43,7 @@ type conn struct {
 	waiting   int       // guarded by mu: on room
 	pending   []byte    // guarded by mu: not written yet
 	gen       uint64    // guarded by mu: of pending
+	answers   int       // guarded by mu: what the reader has added to pending
 	flushing  bool      // guarded by mu: somebody writes, or is about to
 	enc       *hpack.Encoder
 	encoded   blockWriter // guarded by mu, as is enc
@@ -231,7 +232,7 @@ func (c *conn) write(rounds int) {
 		}
 		rounds--
 		b := c.pending
-		c.pending = nil
+		c.pending, c.answers = nil, 0
 		c.gen++
 		c.mu.Unlock()
 
@@ -480,7 +481,7 @@ func (c *conn) settingsFrame(f *xhttp2.SettingsFrame) error {
 
 // answered sends what the reader has added. It needs mu. A peer that asks without reading the answers is cut off.
 func (c *conn) answered() error {
-	if len(c.pending) > ackLimit {
+	if c.answers++; c.answers > maxAnswers {
 		return &connError{xhttp2.ErrCodeEnhanceYourCalm, "answers are not read"}
 	}
 	c.flushSoon()

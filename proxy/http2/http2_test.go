@@ -152,6 +152,28 @@ func random(n int) []byte {
 	return b
 }
 
+func TestMuchToSendIsNoPeerThatDoesNotRead(t *testing.T) {
+	cc, sc := both(t, Config{}, echo)
+	if err := cc.Ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 {
+		r := get("/")
+		r.Fields = message.Fields{{Name: "x-long", Value: fmt.Sprintf("%d%s", i, strings.Repeat("v", 20_000))}}
+		st, err := cc.Open(r, message.Options{}) // nothing flushes it yet
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer st.Close()
+	}
+	if err := sc.Ping(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := cc.Err(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestExchanges(t *testing.T) {
 	cc, _ := both(t, Config{}, echo)
 	var all sync.WaitGroup

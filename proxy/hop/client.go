@@ -21,6 +21,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/proxy/http2"
 	"github.com/hanse-mesh/hanse/proxy/message"
+	"github.com/hanse-mesh/hanse/proxy/sock"
 )
 
 // Peer is an endpoint as the hop dials it.
@@ -657,7 +658,7 @@ func (c *Client) connect(key poolKey, peer Peer) (*clientConn, error) {
 	if err != nil {
 		return nil, fail(stage, err)
 	}
-	meter := &meteredConn{Conn: raw}
+	meter := &meteredConn{Conn: sock.Wrap(raw)}
 	var own time.Time
 	cfg := identity.ClientTLS(c.cfg.Source, identity.AuthorizeID(want), "h2")
 	cfg.ServerName = peer.SNI

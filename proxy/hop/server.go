@@ -17,6 +17,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/proxy/http2"
 	"github.com/hanse-mesh/hanse/proxy/message"
+	"github.com/hanse-mesh/hanse/proxy/sock"
 )
 
 // Caller is who opened a connection; every request on it carries it in its context.
@@ -133,6 +134,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 			}
 			continue
 		}
+		raw = sock.Wrap(raw)
 		if s.cfg.Wrap != nil {
 			raw = s.cfg.Wrap(raw)
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/http1"
 	"github.com/hanse-mesh/hanse/proxy/http2"
 	"github.com/hanse-mesh/hanse/proxy/message"
+	"github.com/hanse-mesh/hanse/proxy/sock"
 )
 
 // app is an application behind one address, in the clear.
@@ -31,7 +32,11 @@ func (s *Sidecar) newApp(address string) *app {
 }
 
 func (a *app) dial(ctx context.Context) (net.Conn, error) {
-	return a.dialer.DialContext(ctx, a.network, a.address)
+	nc, err := a.dialer.DialContext(ctx, a.network, a.address)
+	if err != nil {
+		return nil, err
+	}
+	return sock.Wrap(nc), nil
 }
 
 // open begins an exchange; h2 says in which protocol.

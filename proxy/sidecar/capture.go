@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -143,8 +144,13 @@ func addrPortOf(a net.Addr) (netip.AddrPort, error) {
 
 // reset ends a connection so that the peer sees a failure, not an end.
 func reset(nc net.Conn) {
-	if tcp, ok := nc.(interface{ SetLinger(int) error }); ok {
-		_ = tcp.SetLinger(0)
+	if replayed, ok := nc.(*replayedConn); ok {
+		nc = replayed.Conn
+	}
+	if c, ok := nc.(syscall.Conn); ok {
+		if raw, err := c.SyscallConn(); err == nil {
+			_ = raw.Control(dropUnsent)
+		}
 	}
 	_ = nc.Close()
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/http1"
 	"github.com/hanse-mesh/hanse/proxy/http2"
 	"github.com/hanse-mesh/hanse/proxy/message"
+	"github.com/hanse-mesh/hanse/proxy/sock"
 )
 
 // maxAppConns bounds the connections of the application to one listener.
@@ -157,6 +158,7 @@ func (s *Sidecar) accept(ctx context.Context, ln net.Listener, serve func(*conns
 			}
 			continue
 		}
+		nc = sock.Wrap(nc)
 		all.running.Go(func() { serve(&all, nc) })
 	}
 	all.drain(s.cfg.DrainTimeout)

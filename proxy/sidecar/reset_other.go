@@ -1,0 +1,5 @@
+//go:build !unix
+
+package sidecar
+
+func dropUnsent(uintptr) {}

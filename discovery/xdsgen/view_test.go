@@ -66,7 +66,7 @@ func (w *world) step() *discovery.Clusterset {
 			delete(local.Services, n)
 			break
 		}
-		s := &discovery.Service{Name: n, Ports: worldPort, Endpoints: w.endpoints("west"), Headless: w.IntN(3) == 0}
+		s := &discovery.Service{Name: n, Ports: worldPort, Endpoints: w.endpoints("west"), Traits: discovery.Traits{Headless: w.IntN(3) == 0}}
 		if !s.Headless {
 			s.ClusterIPs = []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(2 + w.IntN(3))})}
 			s.Annotations = map[string]string{ClustersetAnnotation: pick(w, "true", "")}
@@ -80,7 +80,7 @@ func (w *world) step() *discovery.Clusterset {
 			delete(next.Imports, n)
 			break
 		}
-		i := &discovery.Import{Name: n, Ports: worldPort, Headless: w.IntN(3) == 0, From: []discovery.ImportedFrom{{Member: "east", Ports: worldPort, Endpoints: w.endpoints("east")}}}
+		i := &discovery.Import{Name: n, Ports: worldPort, Traits: discovery.Traits{Headless: w.IntN(3) == 0}, From: []discovery.ImportedFrom{{Member: "east", Ports: worldPort, Endpoints: w.endpoints("east")}}}
 		if s := local.Services[n]; s != nil && s.Export != nil {
 			i.From = append(i.From, discovery.ImportedFrom{Member: "west", Ports: worldPort, Endpoints: s.Endpoints})
 		}

@@ -74,6 +74,10 @@ bench-federation: ## Sync, flap and latency figures of the federation layer
 bench-proxy: build ## CPU per request and latency of two sidecars, beside nginx and HAProxy where they are installed (4 minutes)
 	$(GO) run ./test/bench
 
+.PHONY: soak-proxy
+soak-proxy: build ## 20 million requests through two sidecars, each answer compared, memory and goroutines watched (20 to 40 minutes)
+	$(GO) run ./test/bench -soak 20000000
+
 .PHONY: bench
 bench: ## All micro benchmarks
 	$(GO) test -run '^$$' -bench . ./discovery/... ./identity/... ./proxy/...

@@ -46,7 +46,7 @@ func serve(c net.Conn) {
 	br := bufio.NewReader(c)
 	var out []byte
 	for {
-		size, id := 0, ""
+		size, id, fill := 0, "", false
 		for first := true; ; first = false {
 			line, err := br.ReadSlice('\n')
 			if err != nil {
@@ -58,6 +58,7 @@ func serve(c net.Conn) {
 			if first {
 				_, rest, _ := strings.Cut(string(line), "/")
 				n, _, _ := strings.Cut(rest, " ")
+				n, _, fill = strings.Cut(n, "?")
 				size, _ = strconv.Atoi(n)
 				continue
 			}
@@ -70,7 +71,11 @@ func serve(c net.Conn) {
 		out = append(out, "\r\ncontent-length: "...)
 		out = strconv.AppendInt(out, int64(size), 10)
 		out = append(out, "\r\n\r\n"...)
-		out = append(out, filling[:min(size, len(filling))]...)
+		if fill {
+			out = append(out, filled(id, size)...)
+		} else {
+			out = append(out, filling[:min(size, len(filling))]...)
+		}
 		if _, err := c.Write(out); err != nil {
 			return
 		}
@@ -158,6 +163,32 @@ func call(p *product, l load, n int, begin, end <-chan struct{}) ([]time.Duratio
 
 // check reads one answer.
 func check(br *bufio.Reader, id string, size int) error {
+	if err := checkHead(br, id, size); err != nil {
+		return err
+	}
+	_, err := br.Discard(size)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// checkFilled is check of all bytes.
+func checkFilled(br *bufio.Reader, id string, size int) error {
+	if err := checkHead(br, id, size); err != nil {
+		return err
+	}
+	body := make([]byte, size)
+	if _, err := io.ReadFull(br, body); err != nil {
+		return err
+	}
+	if !bytes.Equal(body, filled(id, size)) {
+		return fmt.Errorf("wrong answer to %s: %d bytes that begin with %.40q", id, size, body)
+	}
+	return nil
+}
+
+func checkHead(br *bufio.Reader, id string, size int) error {
 	length, got, first := -1, "", ""
 	for {
 		line, err := br.ReadSlice('\n')
@@ -183,9 +214,5 @@ func check(br *bufio.Reader, id string, size int) error {
 	if !strings.HasPrefix(first, "HTTP/1.1 200") || got != id || length != size {
 		return fmt.Errorf("wrong answer to %s: %s, id %q, %d bytes", id, first, got, length)
 	}
-	_, err := br.Discard(size)
-	if err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return err
+	return nil
 }

@@ -43,11 +43,12 @@ type result struct {
 
 // product is a running chain.
 type product struct {
-	name  string
-	entry string // where the client connects
-	host  string // what it asks for
-	pids  []int  // processes of the proxies; their children count too
-	stop  func()
+	name   string
+	entry  string   // where the client connects
+	host   string   // what it asks for
+	pids   []int    // processes of the proxies; their children count too
+	admins []string // Hanse: the admin ports
+	stop   func()
 }
 
 func main() {
@@ -58,11 +59,16 @@ func main() {
 	asJSON := flag.Bool("json", false, "print JSON")
 	conns := flag.String("conns", "1,16,128", "connections")
 	sizes := flag.String("sizes", "100,10240", "bytes of an answer")
+	many := flag.Int64("soak", 0, "instead of measuring, send so many requests through Hanse's sidecars, and watch memory and goroutines")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
 	loads, err := parseLoads(*conns, *sizes)
-	if err == nil {
+	switch {
+	case err != nil:
+	case *many > 0:
+		err = soak(ctx, *many, *bin)
+	default:
 		err = run(ctx, strings.Split(*only, ","), loads, *rounds, *length, *bin, *asJSON)
 	}
 	if err != nil {

@@ -101,7 +101,8 @@ func startHanse(ctx context.Context, dir, bin, app string) (*product, error) {
 		}
 		cmds, pids = append(cmds, c), append(pids, c.Process.Pid)
 	}
-	return answers(ctx, &product{name: "hanse", entry: ports["ENTRY"], host: "payments.shop:8080", pids: pids, stop: func() { ending(cmds...)(); stop() }})
+	return answers(ctx, &product{name: "hanse", entry: ports["ENTRY"], host: "payments.shop:8080", pids: pids, admins: []string{ports["FRONTADMIN"], ports["PAYADMIN"]},
+		stop: func() { ending(cmds...)(); stop() }})
 }
 
 const hansedYAML = `cluster: west

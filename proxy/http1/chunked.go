@@ -103,8 +103,9 @@ end:
 			return nil, 0, bad("chunk_extension")
 		}
 		ext := bytes.IndexByte(b[i:], '\r')
+		padding := b[i] != ';' // old servers fill the line up with spaces
 		for _, x := range b[i:min(len(b), i+max(ext, 0))] {
-			if badValueByte(x) {
+			if badValueByte(x) || padding && x != ' ' && x != '\t' {
 				return nil, 0, bad("chunk_extension")
 			}
 		}

@@ -840,6 +840,40 @@ func TestSettingsChangeWindows(t *testing.T) {
 	}
 }
 
+// brokenConn fails to write, and still delivers what had come.
+type brokenConn struct {
+	net.Conn
+	came   io.Reader
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (c *brokenConn) Write([]byte) (int, error) { return 0, errors.New("broken") }
+func (c *brokenConn) Close() error              { c.once.Do(func() { close(c.closed) }); return nil }
+func (c *brokenConn) Read(p []byte) (int, error) {
+	<-c.closed
+	return c.came.Read(p)
+}
+
+// What came before a connection broke opens no stream that nobody would end.
+func TestStreamsOfABrokenConnection(t *testing.T) {
+	var b bytes.Buffer
+	b.WriteString(xhttp2.ClientPreface)
+	fr := xhttp2.NewFramer(&b, nil)
+	must(t, fr.WriteSettings())
+	must(t, fr.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: 1, EndHeaders: true, BlockFragment: []byte("\x02\x07CONNECT\x01\x03a:1")}))
+	client, server := pair(t)
+	defer client.Close()
+	sc := NewServerConn(&brokenConn{Conn: server, came: &b, closed: make(chan struct{})}, Config{}, echo)
+	ended := make(chan struct{})
+	go func() { _ = sc.Serve(); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Fatal("a handler waits for ever")
+	}
+}
+
 func FuzzServer(f *testing.F) {
 	f.Add([]byte("\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x05\x01\x05\x00\x00\x00\x01\x82\x86\x84\x41\x00"))
 	f.Add([]byte("\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64\x00\x00\x04\x08\x00\x00\x00\x00\x00\x00\x00\x00\x01"))

@@ -97,6 +97,9 @@ func (c *conn) requestHead(id uint32) error {
 		return c.requestTrailers(st)
 	}
 	switch {
+	case c.err != nil: // writing has failed, and nobody would end this stream
+		defer c.mu.Unlock()
+		return c.err
 	case id%2 == 0:
 		c.mu.Unlock()
 		return &connError{xhttp2.ErrCodeProtocol, "HEADERS of an even stream"}

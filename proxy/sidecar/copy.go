@@ -64,7 +64,10 @@ type end interface {
 type serverEnd struct{ message.ServerStream }
 
 func (e serverEnd) CloseWrite() error { return e.End(nil) }
-func (e serverEnd) Break()            { e.Abort(errBroken) }
+func (e serverEnd) Break() {
+	e.Abort(errBroken)
+	e.CloseRead() // after End, Abort does nothing
+}
 
 // clientEnd is the same at its client.
 type clientEnd struct{ message.ClientStream }

@@ -85,6 +85,7 @@ bench: ## All micro benchmarks
 .PHONY: docs
 docs: ## Regenerate docs/cli from the commands
 	$(GO) run ./cmd/hanse docs docs/cli
+	$(GO) test -count=1 -run TestReferenceIsCurrent ./cmd/hanse-proxy -update
 
 .PHONY: generate
 generate: ## Regenerate protobuf code (needs protoc, protoc-gen-go v1.36.12, protoc-gen-go-grpc v1.6.1)

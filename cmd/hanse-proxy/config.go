@@ -40,6 +40,7 @@ type Config struct {
 	Listeners []Local    `json:"listeners"` // sidecar: one service each
 	Workloads []Workload `json:"workloads"` // sidecar: what it stands before; at most one
 	Inbound   Inbound    `json:"inbound"`   // sidecar
+	Capture   Capture    `json:"capture"`   // sidecar
 	Gateway   Gateway    `json:"gateway"`   // gateway
 	Agent     Agent      `json:"agent"`     // agent
 
@@ -219,6 +220,7 @@ func (c *Config) fill(dir string) {
 			}
 		}
 	}
+	c.Capture.fill()
 	if c.Role == roleSidecar {
 		c.Outbound.Listen = cmp.Or(c.Outbound.Listen, "127.0.0.1:15001")
 	}
@@ -270,8 +272,8 @@ func (c *Config) Validate() error {
 	c.validateControlPlane(bad)
 	if c.Role == roleSidecar {
 		c.validateSidecar(bad)
-	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" {
-		bad("role", "%s has no outbound, listeners or workloads", c.Role)
+	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" || c.Capture.Enabled {
+		bad("role", "%s has no outbound, listeners, workloads or capture", c.Role)
 	}
 	if c.Role == roleGateway {
 		hostPort(bad, "gateway.listen", c.Gateway.Listen)
@@ -374,6 +376,9 @@ func (c *Config) validateSidecar(bad report) {
 		if _, err := c.apps(); err != nil {
 			bad(field+".ports", "%v", err)
 		}
+	}
+	if c.Capture.Enabled {
+		c.validateCapture(bad)
 	}
 	for i, g := range c.Inbound.GatewaysOnly {
 		if _, err := netip.ParseAddr(g); err != nil {

@@ -21,8 +21,15 @@ func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
 // run returns 0 when all went well, 1 when not, 2 for wrong usage.
 func run(args []string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == "capture" {
+		return runCommand(args, stdout, stderr)
+	}
 	flags := flag.NewFlagSet("hanse-proxy", flag.ContinueOnError)
 	flags.SetOutput(stderr)
+	flags.Usage = func() {
+		fmt.Fprint(stderr, "Usage: hanse-proxy [flags]            run what the configuration says\n       hanse-proxy capture --help     lead a workload's connections to its sidecar\n\nFlags:\n")
+		flags.PrintDefaults()
+	}
 	path := flags.String("config", "/etc/hanse/hanse-proxy.yaml", "configuration `file`")
 	role := flags.String("role", "", "sidecar, gateway or agent; default: what the file says, else sidecar")
 	check := flags.Bool("check", false, "check the configuration and exit")

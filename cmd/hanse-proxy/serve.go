@@ -19,6 +19,7 @@ import (
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
 	"go.opentelemetry.io/otel/sdk/resource"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"google.golang.org/grpc"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
 	"github.com/hanse-mesh/hanse/identity"
@@ -51,28 +52,30 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	dialer := cfg.dialer()
+	dial := func(ctx context.Context, addr string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", addr) }
 	ids, err := agent.New(agent.Config{
 		ServerAddrs: cfg.ControlPlane.Identity, TrustDomain: td, TrustBundle: cfg.ControlPlane.TrustBundle, TokenFile: cfg.ControlPlane.TokenFile,
 		StateDir: filepath.Join(cfg.StateDir, "identity"), WorkloadAPI: cfg.ControlPlane.WorkloadAPI, SocketPath: given(cfg.Socket),
-		FilesDir: cfg.Agent.FilesDir, SyncInterval: cfg.Timers.Sync.Duration, Log: log, Registerer: reg,
+		FilesDir: cfg.Agent.FilesDir, Dial: dial, SyncInterval: cfg.Timers.Sync.Duration, Log: log, Registerer: reg,
 	})
 	if err != nil {
 		return err
 	}
-	p := &process{cfg: cfg, log: log, ids: ids, source: ids.Source()}
+	p := &process{cfg: cfg, log: log, dial: dialer.DialContext, ids: ids, source: ids.Source()}
 
 	client := hop.NewClient(hop.ClientConfig{
-		Source: p.source, ConnectTimeout: cfg.Timers.Connect.Duration, PingAfter: cfg.Timers.PingAfter.Duration,
+		Source: p.source, Dial: dialer.DialContext, ConnectTimeout: cfg.Timers.Connect.Duration, PingAfter: cfg.Timers.PingAfter.Duration,
 		DeadAfter: cfg.Timers.DeadAfter.Duration, IdleClose: cfg.Timers.IdleClose.Duration, Log: log, Metrics: reg,
 	})
 	p.hop = client
-	health := sidecar.NewHealth(client, nil)
+	health := sidecar.NewHealth(client, dialer.DialContext)
 	p.balancer = balance.New(balance.Config{Log: log, Registerer: reg, Probe: health.Probe, SuspectGateway: health.Suspect})
 	xdsConfig := xdsclient.Config{
 		Addrs: cfg.ControlPlane.XDS, Source: p.source, ServerID: identity.ControlPlaneID(td),
 		Node: xdsclient.Node{ID: cfg.NodeID, Cluster: cfg.Cluster, Network: cfg.Network, Region: cfg.Region, Zone: cfg.Zone,
 			Namespace: cfg.Namespace, Role: cfg.Role, WorkloadIPs: workloadIPs(cfg), Version: daemon.Version},
-		StateDir: filepath.Join(cfg.StateDir, "xds"), Log: log, Registerer: reg, Trust: p.trust,
+		StateDir: filepath.Join(cfg.StateDir, "xds"), Dial: dial, Log: log, Registerer: reg, Trust: p.trust,
 	}
 	if cfg.Role == roleSidecar {
 		xdsConfig.Load = p.balancer
@@ -103,7 +106,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 			return err
 		}
 		defer closeLog()
-		tracing, err := newTracing(ctx, cfg)
+		tracing, err := newTracing(ctx, cfg, p.dial)
 		if err != nil {
 			_ = adminListener.Close()
 			return err
@@ -163,6 +166,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 type process struct {
 	cfg      *Config
 	log      *slog.Logger
+	dial     sidecar.Dial // of connections that must not be captured
 	ids      *agent.Agent
 	source   *identity.Source
 	xds      *xdsclient.Client
@@ -250,9 +254,15 @@ func (p *process) sidecarConfig(ctx context.Context) (sc sidecar.Config, err err
 	}
 	c := p.cfg
 	sc = sidecar.Config{
-		Source: p.source, Control: p.xds, Hop: p.hop, Balancer: p.balancer, Namespace: c.Namespace,
+		Source: p.source, Control: p.xds, Hop: p.hop, Dial: p.dial, Balancer: p.balancer, Namespace: c.Namespace,
 		Locality:          proxy.Locality{Cluster: c.Cluster, Region: c.Region, Zone: c.Zone},
 		ReportPeerAddress: c.Inbound.ReportPeerAddress, ConnectTimeout: c.Timers.Connect.Duration, DrainTimeout: c.DrainTimeout.Duration, Log: p.log,
+	}
+	if c.Capture.Enabled {
+		if sc.Capture, err = c.captureConfig(open); err != nil {
+			return sc, err
+		}
+		sc.Capture.Addresses = p.xds
 	}
 	if c.Outbound.Listen != none {
 		if sc.Outbound, err = open(c.Outbound.Listen); err != nil {
@@ -332,11 +342,12 @@ func openAccessLog(where string) (log io.Writer, closeLog func(), err error) {
 // tracing exports spans, or does nothing.
 type tracing struct{ provider *sdktrace.TracerProvider }
 
-func newTracing(ctx context.Context, c *Config) (*tracing, error) {
+func newTracing(ctx context.Context, c *Config, dial sidecar.Dial) (*tracing, error) {
 	if c.OTLP.Endpoint == "" {
 		return &tracing{}, nil
 	}
 	opts := []otlptracegrpc.Option{otlptracegrpc.WithEndpoint(c.OTLP.Endpoint)}
+	opts = append(opts, otlptracegrpc.WithDialOption(grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return dial(ctx, "tcp", addr) })))
 	if c.OTLP.Insecure {
 		opts = append(opts, otlptracegrpc.WithInsecure())
 	}

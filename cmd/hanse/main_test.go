@@ -184,6 +184,9 @@ func TestReferenceIsCurrent(t *testing.T) {
 		}
 	}
 	for name := range names {
+		if strings.HasPrefix(name, "hanse-proxy") {
+			continue // a test of that command's
+		}
 		want, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil {
 			t.Errorf("docs/cli/%s is of no command: make docs, and remove it", name)

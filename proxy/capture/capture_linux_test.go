@@ -464,3 +464,53 @@ func TestOlderConnections(t *testing.T) {
 		talk("removed")
 	})
 }
+
+// TestReplace: captured connections go on while the rules are changed, and end when they are removed.
+func TestReplace(t *testing.T) {
+	netns.Test(t, func(t *testing.T) {
+		a, b := netns.New(t), netns.New(t)
+		netns.Join(t, a, b, "10.0.0.1/24", "10.0.0.2/24")
+		ln, err := a.Listen("tcp", "127.0.0.1:15002")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		rules, cfg := capture.In(a.Path()), config()
+		if _, err := rules.Install(cfg); err != nil {
+			t.Fatal(err)
+		}
+		c, err := a.Dial(t.Context(), nil, "tcp", "10.0.0.2:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		s, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		talk := func() error {
+			_ = s.SetReadDeadline(time.Now().Add(3 * time.Second))
+			if _, err := c.Write([]byte("x")); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(s, make([]byte, 1))
+			return err
+		}
+		for i := range 5 {
+			if err := talk(); err != nil {
+				t.Fatalf("after %d changes: %v", i, err)
+			}
+			cfg.DNSPort = uint16(15053 + i)
+			if changed, err := rules.Install(cfg); err != nil || changed != (i > 0) {
+				t.Fatalf("install: %t, %v", changed, err)
+			}
+		}
+		if _, err := rules.Remove("hanse"); err != nil {
+			t.Fatal(err)
+		}
+		if talk() == nil {
+			t.Error("it goes on without rules: docs/capture.md says otherwise")
+		}
+	})
+}

@@ -119,7 +119,10 @@ func metaText(e *expr.Meta) (string, func([]byte) string) {
 	switch e.Key {
 	case expr.MetaKeyMARK:
 		return "meta mark", func(b []byte) string {
-			return "0x" + fmt.Sprintf("%08x", binaryutil.NativeEndian.Uint32(append(b, 0, 0, 0, 0)))
+			if len(b) != 4 {
+				return fmt.Sprintf("%#x", b)
+			}
+			return fmt.Sprintf("0x%08x", binaryutil.NativeEndian.Uint32(b))
 		}
 	case expr.MetaKeySKUID:
 		return "meta skuid", host32

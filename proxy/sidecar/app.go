@@ -6,6 +6,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/hanse-mesh/hanse/proxy/http1"
 	"github.com/hanse-mesh/hanse/proxy/http2"
@@ -16,23 +17,26 @@ import (
 // app is an application behind one address, in the clear.
 type app struct {
 	network, address string
-	dialer           net.Dialer
+	connect          Dial
+	connectTimeout   time.Duration
 	http1            *http1.Client
 	h2c              h2cPool
 }
 
 func (s *Sidecar) newApp(address string) *app {
-	a := &app{network: "tcp", address: address, dialer: s.dialer}
+	a := &app{network: "tcp", address: address, connect: s.cfg.Dial, connectTimeout: s.cfg.ConnectTimeout}
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
 		a.network, a.address = "unix", path
 	}
-	a.http1 = http1.NewClient(http1.ClientConfig{Dial: a.dial, ConnectTimeout: a.dialer.Timeout})
+	a.http1 = http1.NewClient(http1.ClientConfig{Dial: a.dial, ConnectTimeout: a.connectTimeout})
 	a.h2c.dial = a.dial
 	return a
 }
 
 func (a *app) dial(ctx context.Context) (net.Conn, error) {
-	nc, err := a.dialer.DialContext(ctx, a.network, a.address)
+	ctx, cancel := context.WithTimeout(ctx, a.connectTimeout)
+	defer cancel()
+	nc, err := a.connect(ctx, a.network, a.address)
 	if err != nil {
 		return nil, err
 	}

@@ -49,6 +49,9 @@ type captured struct {
 	loops   time.Time                   // guarded by mu: when one was logged
 }
 
+// outsideTimeout bounds a connect to what may be far away.
+const outsideTimeout = 10 * time.Second
+
 // maxOutside bounds the addresses that are remembered for when no control plane answers.
 const maxOutside = 4096
 
@@ -309,7 +312,9 @@ func (s *Sidecar) serveOutside(all *conns, nc net.Conn, a arrival) {
 		rec := s.begin(reporterSource, "tcp")
 		defer s.finish(rec)
 		rec.source, rec.service, rec.endpoint = s.ownID(), "outside", a.to.String()
-		up, err := s.dialer.DialContext(s.coreCtx, "tcp", a.to.String())
+		ctx, cancel := context.WithTimeout(s.coreCtx, outsideTimeout)
+		up, err := s.cfg.Dial(ctx, "tcp", a.to.String())
+		cancel()
 		if err != nil {
 			rec.fail(failWith(codeUnreachable, "%v", err))
 			reset(nc)

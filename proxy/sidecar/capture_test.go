@@ -441,16 +441,16 @@ func TestPlaintextTCP(t *testing.T) {
 	}
 }
 
-// TestSocketControl: connections of our own get the Control that exempts them.
-func TestSocketControl(t *testing.T) {
+// TestDialIsUsed: connections of our own are opened by what exempts them.
+func TestDialIsUsed(t *testing.T) {
 	k := newKernel(t)
 	to := banner(t, "outside")
 	var marked sync.Map
 	west := proxytest.NewDomain(t, "west.test")
 	start(t, west.Source("/ns/shop/sa/frontend"), k.outbound(&addresses{}), func(c *sidecar.Config) {
-		c.Socket = func(_, address string, _ syscall.RawConn) error {
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 			marked.Store(address, true)
-			return nil
+			return (&net.Dialer{}).DialContext(ctx, network, address)
 		}
 	})
 	_, _ = bufio.NewReader(k.connect(to)).ReadString('\n')

@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/hanse-mesh/hanse/proxy"
@@ -18,13 +17,16 @@ import (
 // Health checks for a Balancer what it cannot see itself: Probe and Suspect are made for balance.Config.
 type Health struct {
 	client   *hop.Client
-	dialer   net.Dialer
+	dial     Dial
 	suspects chan netip.AddrPort
 }
 
-// NewHealth builds a Health over the hop. socket is as Config.Socket.
-func NewHealth(client *hop.Client, socket func(network, address string, c syscall.RawConn) error) *Health {
-	return &Health{client: client, dialer: net.Dialer{Timeout: time.Second, Control: socket}, suspects: make(chan netip.AddrPort, 64)}
+// NewHealth builds a Health over the hop. dial may be nil.
+func NewHealth(client *hop.Client, dial Dial) *Health {
+	if dial == nil {
+		dial = (&net.Dialer{}).DialContext
+	}
+	return &Health{client: client, dial: dial, suspects: make(chan netip.AddrPort, 64)}
 }
 
 // Probe connects to an endpoint and waits for a PING's answer. An unreachable gateway is balance.ErrGateway.
@@ -64,7 +66,9 @@ func (h *Health) Run(ctx context.Context, b *balance.Balancer) error {
 			}
 			under[g] = true
 			checks.Go(func() {
-				conn, err := h.dialer.DialContext(ctx, "tcp", g.String())
+				dialCtx, cancel := context.WithTimeout(ctx, time.Second)
+				conn, err := h.dial(dialCtx, "tcp", g.String())
+				cancel()
 				if err == nil {
 					_ = conn.Close()
 				}

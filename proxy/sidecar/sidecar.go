@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-multierror"
@@ -53,7 +52,7 @@ type Config struct {
 	ReportPeerAddress bool              // tell the application where the hop connection came from
 
 	Capture Capture
-	Socket  func(network, address string, c syscall.RawConn) error // a net.Dialer's Control, so that our own connections are not captured; nil: none
+	Dial    Dial // of all but the hop, Hop's own; what it opens must not be captured. Default: a net.Dialer
 
 	ConnectTimeout time.Duration // to the application; default 1 s
 	IdleTimeout    time.Duration // of TCP and upgraded connections without a byte either way; default 1 h
@@ -64,6 +63,9 @@ type Config struct {
 	Metrics   prometheus.Registerer
 	Tracer    trace.Tracer // nil: traceparent is kept or created, no spans
 }
+
+// Dial connects, as net.Dialer.DialContext.
+type Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 // LocalListener leads to one service, for applications that know no proxy.
 type LocalListener struct {
@@ -88,7 +90,6 @@ type Sidecar struct {
 	plaintext *plaintext
 	locals    []string // authorities of cfg.Local
 	captured  *captured
-	dialer    net.Dialer // with ConnectTimeout and Socket
 
 	draining atomic.Bool
 	mirrors  chan struct{} // a slot each
@@ -110,6 +111,9 @@ func New(cfg Config) (*Sidecar, error) {
 			*d = v
 		}
 	}
+	if cfg.Dial == nil {
+		cfg.Dial = (&net.Dialer{}).DialContext
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -118,7 +122,6 @@ func New(cfg Config) (*Sidecar, error) {
 		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), workload: cfg.Workload.String(),
 	}
 	s.accessLog = newAccessLog(cfg.AccessLog, s.metrics.dropped.Inc)
-	s.dialer = net.Dialer{Timeout: cfg.ConnectTimeout, Control: cfg.Socket}
 	s.captured = newCaptured(cfg.Capture, cfg.Metrics)
 	s.plaintext = newPlaintext(cfg.Locality.Cluster, s.newApp)
 	for port, address := range cfg.Apps {

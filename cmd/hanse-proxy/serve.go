@@ -43,6 +43,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200) // a small heap is collected often: a few MiB more are a tenth less CPU
 	}
+	threads := newThreads()
 	log := daemon.Logger(stderr, level).With("cluster", cfg.Cluster, "role", cfg.Role)
 	ctx, stop := daemon.Signals(parent, log)
 	defer stop()
@@ -91,6 +92,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 	admin := &daemon.Admin{Ready: p.ready, Gatherer: reg, Level: level, Snapshot: p.snapshot, Log: log}
 	var g daemon.Group
 	g.Add("admin port", func(ctx context.Context) error { return admin.Run(ctx, adminListener) })
+	g.Add("threads", func(ctx context.Context) error { return threads.run(ctx, log) })
 	g.Add("identity agent", ids.Run)
 	g.Add("xds client", func(ctx context.Context) error {
 		if err := p.source.Wait(ctx); err != nil {

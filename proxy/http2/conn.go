@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"io"
 	"net"
 	"runtime"
@@ -45,10 +44,7 @@ type conn struct {
 	gen       uint64    // guarded by mu: of pending
 	answers   int       // guarded by mu: what the reader has added to pending
 	flushing  bool      // guarded by mu: somebody writes, or is about to
-	enc       *hpack.Encoder
-	encoded   blockWriter // guarded by mu, as is enc
-	seed      maphash.Seed
-	sent      map[string]uint64 // guarded by mu: hashes of the values that were sent last, by name
+	enc       encoder   // guarded by mu
 	streams   map[uint32]*stream
 	nextID    uint32 // client: of the next stream
 	lastID    uint32 // server: the highest that the peer has opened
@@ -73,14 +69,6 @@ type conn struct {
 	err         error
 }
 
-// blockWriter takes what an hpack.Encoder writes.
-type blockWriter struct{ b []byte }
-
-func (w *blockWriter) Write(p []byte) (int, error) {
-	w.b = append(w.b, p...)
-	return len(p), nil
-}
-
 // flood counts events of the current second.
 type flood struct {
 	second int64
@@ -102,8 +90,7 @@ func (c *conn) init(nc net.Conn, cfg Config, client bool) {
 	c.done = make(chan struct{})
 	c.room.L = &c.mu
 	c.streams = map[uint32]*stream{}
-	c.enc = hpack.NewEncoder(&c.encoded)
-	c.seed, c.sent = maphash.MakeSeed(), map[string]uint64{}
+	c.enc.init()
 	c.fr = xhttp2.NewFramer(io.Discard, bufio.NewReaderSize(nc, 8<<10))
 	c.fr.SetReuseFrames()
 	c.fr.SetMaxReadFrameSize(maxFrame)
@@ -171,9 +158,9 @@ func (c *conn) pingFrame(flags xhttp2.Flags, data uint64) {
 	c.pending = binary.BigEndian.AppendUint64(c.pending, data)
 }
 
-// headers appends c.encoded as HEADERS and CONTINUATION frames.
+// headers appends the block that enc has made as HEADERS and CONTINUATION frames.
 func (c *conn) headers(id uint32, end bool) {
-	block := c.encoded.b
+	block := c.enc.b
 	flags, t := xhttp2.Flags(0), xhttp2.FrameHeaders
 	if end {
 		flags = xhttp2.FlagHeadersEndStream
@@ -187,8 +174,8 @@ func (c *conn) headers(id uint32, end bool) {
 		c.pending = append(c.pending, block[:n]...)
 		block, flags, t = block[n:], 0, xhttp2.FrameContinuation
 	}
-	if cap(c.encoded.b) > 16<<10 {
-		c.encoded.b = nil
+	if cap(c.enc.b) > 16<<10 {
+		c.enc.b = nil
 	}
 }
 
@@ -448,8 +435,7 @@ func (c *conn) settingsFrame(f *xhttp2.SettingsFrame) error {
 		}
 		switch s.ID {
 		case xhttp2.SettingHeaderTableSize:
-			c.enc.SetMaxDynamicTableSizeLimit(min(s.Val, defaultTableSize))
-			c.enc.SetMaxDynamicTableSize(min(s.Val, defaultTableSize))
+			c.enc.resize(s.Val)
 		case xhttp2.SettingMaxConcurrentStreams:
 			c.peerStreams = s.Val
 		case xhttp2.SettingInitialWindowSize:

@@ -1,7 +1,6 @@
 package http2
 
 import (
-	"hash/maphash"
 	"strconv"
 	"strings"
 
@@ -259,72 +258,44 @@ func (c *conn) malformed(id uint32) error {
 	return nil
 }
 
-// put encodes one field. It needs mu. A value goes into the dynamic table when it is sent a second time in a row: what changes with each
-// message would only push out what does not.
-func (c *conn) put(name, value string) {
-	once := true
-	switch name {
-	case "authorization", "set-cookie", "cookie", "traceparent", "content-length", "date": // secrets must not be guessed by size (RFC 7541 §7.1)
-	default:
-		sum := maphash.String(c.seed, value)
-		last, known := c.sent[name]
-		if once = !known || last != sum; once && (known || len(c.sent) < maxSent) {
-			c.sent[name] = sum
-		}
-	}
-	_ = c.enc.WriteField(hpack.HeaderField{Name: name, Value: value, Sensitive: once}) // into memory
-}
-
-// maxSent bounds the names whose last value is remembered.
-const maxSent = 128
-
+// putFields encodes fields. It needs mu, as do the others.
 func (c *conn) putFields(fields message.Fields) {
 	for i := range fields {
-		c.put(fields[i].Name, fields[i].Value)
-	}
-}
-
-func (c *conn) putLength(n int64) {
-	if n >= 0 {
-		c.put("content-length", strconv.FormatInt(n, 10))
+		c.enc.field(fields[i].Name, fields[i].Value)
 	}
 }
 
 func (c *conn) encodeRequest(r *message.Request) {
-	c.encoded.b = c.encoded.b[:0]
+	e := &c.enc
+	e.begin()
 	method := r.Method
 	if r.Protocol != "" {
 		method = "CONNECT"
 	}
-	c.put(":method", method)
+	e.field(":method", method)
 	if method != "CONNECT" || r.Protocol != "" {
-		c.put(":scheme", r.Scheme)
-		c.put(":path", r.Path)
+		e.field(":scheme", r.Scheme)
+		e.field(":path", r.Path)
 	}
 	if r.Authority != "" {
-		c.put(":authority", r.Authority)
+		e.field(":authority", r.Authority)
 	}
 	if r.Protocol != "" {
-		c.put(":protocol", r.Protocol)
+		e.field(":protocol", r.Protocol)
 	}
 	if method != "CONNECT" && (r.Length > 0 || r.Length == 0 && (method == "POST" || method == "PUT" || method == "PATCH")) {
-		c.putLength(r.Length)
+		e.number(indexLength, r.Length)
 	}
 	c.putFields(r.Fields)
 }
 
 func (c *conn) encodeResponse(status int, fields message.Fields, length int64) {
-	c.encoded.b = c.encoded.b[:0]
-	c.put(":status", statusText(status))
-	c.putLength(length)
-	c.putFields(fields)
-}
-
-func statusText(status int) string {
-	if status == 200 {
-		return "200"
+	c.enc.begin()
+	c.enc.status(status)
+	if length >= 0 {
+		c.enc.number(indexLength, length)
 	}
-	return strconv.Itoa(status)
+	c.putFields(fields)
 }
 
 // The bytes of tokens (RFC 9110 §5.6.2), and of those in lower case.

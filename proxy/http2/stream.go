@@ -243,7 +243,7 @@ func (s *stream) End(trailers message.Fields) error {
 	}
 	switch {
 	case len(trailers) > 0:
-		c.encoded.b = c.encoded.b[:0]
+		c.enc.begin()
 		c.putFields(trailers)
 		c.headers(s.id, true)
 	case s.lastGen == c.gen && s.lastFrame < len(c.pending):

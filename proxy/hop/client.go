@@ -338,10 +338,11 @@ func (c *Client) Open(ctx context.Context, peer Peer, r *message.Request, o mess
 		if err != nil {
 			return nil, err
 		}
-		s, err := cc.session.Open(r, o)
+		s := &stream{cc: cc, peer: peer.SPIFFEID}
+		err = cc.session.Begin(&s.ClientStream, r, o)
 		if err == nil {
 			cc.requests.Add(1)
-			return &stream{ClientStream: s, cc: cc, peer: peer.SPIFFEID}, nil
+			return s, nil
 		}
 		cc.release()
 		switch {
@@ -427,7 +428,7 @@ func (cc *clientConn) failure(peer string, err, cancelled error) error {
 
 // stream names the peer in its errors, and what it carries.
 type stream struct {
-	message.ClientStream
+	http2.ClientStream
 	cc        *clientConn
 	peer      string
 	bytes     atomic.Int64

@@ -2,6 +2,7 @@ package http2
 
 import (
 	"net"
+	"slices"
 
 	xhttp2 "golang.org/x/net/http2"
 
@@ -19,21 +20,32 @@ func NewClientConn(nc net.Conn, cfg Config) *ClientConn {
 	return c
 }
 
-// clientStream is one exchange.
-type clientStream struct {
+// ClientStream is one exchange. It implements message.ClientStream, and belongs where its user wants it: Begin takes a zero one.
+type ClientStream struct {
 	stream
-	head    bool // HEAD: no body, whatever the length says
+	isHead  bool // HEAD: no body, whatever the length says
 	upgrade bool
 	inform  func(status int, fields message.Fields)
 
 	// guarded by conn.mu
 	informs  []message.Response
-	response *message.Response
+	response *message.Response // final, once it is there
+	final    message.Response
+	fields   [8]message.Field // backs its fields
 }
 
 // Open begins an exchange. It does not wait: a peer's limit is ErrFull, within a *message.Error that says that nothing was sent.
 func (c *ClientConn) Open(r *message.Request, o message.Options) (message.ClientStream, error) {
-	s := &clientStream{head: r.Method == "HEAD", upgrade: r.Protocol != "", inform: o.Inform}
+	s := new(ClientStream)
+	if err := c.Begin(s, r, o); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// Begin is Open with a stream of the caller's.
+func (c *ClientConn) Begin(s *ClientStream, r *message.Request, o message.Options) error {
+	s.isHead, s.upgrade, s.inform = r.Method == "HEAD", r.Protocol != "", o.Inform
 	c.mu.Lock()
 	var err error
 	switch {
@@ -48,7 +60,7 @@ func (c *ClientConn) Open(r *message.Request, o message.Options) (message.Client
 	}
 	if err != nil {
 		c.mu.Unlock()
-		return nil, &message.Error{Err: err}
+		return &message.Error{Err: err}
 	}
 	s.init(&c.conn, c.nextID)
 	c.nextID += 2
@@ -67,11 +79,11 @@ func (c *ClientConn) Open(r *message.Request, o message.Options) (message.Client
 		s.promised = r.Length
 	}
 	c.mu.Unlock()
-	return s, nil
+	return nil
 }
 
 // Response implements message.ClientStream.
-func (s *clientStream) Response() (*message.Response, error) {
+func (s *ClientStream) Response() (*message.Response, error) {
 	c := s.c
 	c.mu.Lock()
 	if s.held {
@@ -101,7 +113,7 @@ func (s *clientStream) Response() (*message.Response, error) {
 }
 
 // Cancel implements message.ClientStream.
-func (s *clientStream) Cancel(err error) {
+func (s *ClientStream) Cancel(err error) {
 	c := s.c
 	c.mu.Lock()
 	s.cancel(err)
@@ -109,7 +121,7 @@ func (s *clientStream) Cancel(err error) {
 }
 
 // cancel needs mu.
-func (s *clientStream) cancel(err error) {
+func (s *ClientStream) cancel(err error) {
 	if err == nil {
 		err = ErrAborted
 	}
@@ -130,7 +142,7 @@ func (s *stream) release() {
 }
 
 // Close implements message.ClientStream.
-func (s *clientStream) Close() {
+func (s *ClientStream) Close() {
 	c := s.c
 	c.mu.Lock()
 	if s.off && s.body.size == 0 {
@@ -194,16 +206,19 @@ func (c *conn) responseHead(id uint32) error {
 }
 
 // takeResponse takes an informational or the final head. It needs mu.
-func (c *conn) takeResponse(s *clientStream) {
+func (c *conn) takeResponse(s *ClientStream) {
 	h := &c.head
-	r := h.response()
+	r := &s.final
+	h.response(r, s.fields[:0])
 	switch {
 	case h.malformed != "":
 	case r.Status < 200:
 		if h.end || len(s.informs) == maxInforms {
 			h.bad("status")
 		} else if r.Status != 100 {
-			s.informs = append(s.informs, *r)
+			inform := *r
+			inform.Fields = slices.Clone(r.Fields)
+			s.informs = append(s.informs, inform)
 		}
 	default:
 		s.answered = true
@@ -211,7 +226,7 @@ func (c *conn) takeResponse(s *clientStream) {
 		switch {
 		case s.upgrade && r.Status < 300:
 			r.Status, r.Length, s.expect = 101, message.Unknown, message.Unknown
-		case s.head || r.Status == 304:
+		case s.isHead || r.Status == 304:
 			s.expect = 0
 		case r.Status == 204:
 			r.Length, s.expect = 0, 0

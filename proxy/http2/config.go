@@ -81,6 +81,7 @@ const (
 	maxWindow        = 1<<31 - 1
 	maxFrame         = 16 << 10 // what we send and accept
 	frameHead        = 9
+	readBuffer       = 8 << 10
 
 	pendingFlush = 32 << 10  // unsent bytes that are not held back any longer
 	pendingLimit = 256 << 10 // unsent bytes before a writer waits

@@ -29,7 +29,8 @@ type conn struct {
 	frames atomic.Uint64 // read so far
 
 	// owned by the reader
-	fr      *xhttp2.Framer
+	br      *bufio.Reader
+	fr      *xhttp2.Framer // reads br
 	dec     *hpack.Decoder
 	head    headReader
 	control flood
@@ -91,7 +92,8 @@ func (c *conn) init(nc net.Conn, cfg Config, client bool) {
 	c.room.L = &c.mu
 	c.streams = map[uint32]*stream{}
 	c.enc.init()
-	c.fr = xhttp2.NewFramer(io.Discard, bufio.NewReaderSize(nc, 8<<10))
+	c.br = bufio.NewReaderSize(nc, readBuffer)
+	c.fr = xhttp2.NewFramer(io.Discard, c.br)
 	c.fr.SetReuseFrames()
 	c.fr.SetMaxReadFrameSize(maxFrame)
 	c.dec = hpack.NewDecoder(defaultTableSize, nil)
@@ -330,6 +332,14 @@ func (c *conn) read() {
 	defer late.Stop()
 	acked := false
 	for {
+		if plain, err := c.plainHead(); plain && err == nil {
+			continue
+		} else if err != nil { // as of dispatch
+			if c.ended(err) {
+				return
+			}
+			continue
+		}
 		f, err := c.fr.ReadFrame()
 		if err == nil {
 			c.frames.Add(1)
@@ -339,42 +349,68 @@ func (c *conn) read() {
 				late.Stop()
 			}
 		}
-		if err == nil {
-			continue
-		}
-		var xs xhttp2.StreamError
-		var xc xhttp2.ConnectionError
-		var own *connError
-		switch {
-		case errors.As(err, &xs):
-			c.cfg.OnReject("frame")
-			c.resetStream(xs.StreamID, &streamError{xs.Code, "malformed frame"})
-			continue
-		case errors.As(err, &own):
-		case errors.As(err, &xc):
-			own = &connError{xhttp2.ErrCode(xc), "malformed frame"}
-			if d := c.fr.ErrorDetail(); d != nil {
-				c.cfg.Log.Debug("http2: malformed frame", "detail", d)
-			}
-		case errors.Is(err, xhttp2.ErrFrameTooLarge):
-			own = &connError{xhttp2.ErrCodeFrameSize, "frame too large"}
-		default:
-			c.mu.Lock()
-			over := c.draining && len(c.streams) == 0
-			c.mu.Unlock()
-			if over || errors.Is(err, io.EOF) {
-				err = ErrClosed
-			}
-			c.fail(err)
+		if err != nil && c.ended(err) {
 			return
 		}
-		c.cfg.OnReject(own.reason)
-		c.mu.Lock()
-		c.goAwayFrame(c.lastID, own.code, own.reason)
-		c.mu.Unlock()
-		c.farewell(own)
-		return
 	}
+}
+
+// ended ends the stream, or the connection, that err is about, and reports whether it was the connection.
+func (c *conn) ended(err error) bool {
+	var xs xhttp2.StreamError
+	var xc xhttp2.ConnectionError
+	var own *connError
+	switch {
+	case errors.As(err, &xs):
+		c.cfg.OnReject("frame")
+		c.resetStream(xs.StreamID, &streamError{xs.Code, "malformed frame"})
+		return false
+	case errors.As(err, &own):
+	case errors.As(err, &xc):
+		own = &connError{xhttp2.ErrCode(xc), "malformed frame"}
+		if d := c.fr.ErrorDetail(); d != nil {
+			c.cfg.Log.Debug("http2: malformed frame", "detail", d)
+		}
+	case errors.Is(err, xhttp2.ErrFrameTooLarge):
+		own = &connError{xhttp2.ErrCodeFrameSize, "frame too large"}
+	default:
+		c.mu.Lock()
+		over := c.draining && len(c.streams) == 0
+		c.mu.Unlock()
+		if over || errors.Is(err, io.EOF) {
+			err = ErrClosed
+		}
+		c.fail(err)
+		return true
+	}
+	c.cfg.OnReject(own.reason)
+	c.mu.Lock()
+	c.goAwayFrame(c.lastID, own.code, own.reason)
+	c.mu.Unlock()
+	c.farewell(own)
+	return true
+}
+
+// plainHead takes in a HEADERS frame that is a whole head, without padding and priority, as nearly all are: the Framer would allocate for
+// it. It is false, and nothing is taken, where the frame that comes is another one, or does not come at all.
+func (c *conn) plainHead() (bool, error) {
+	const whole, padded = xhttp2.FlagHeadersEndHeaders, xhttp2.FlagHeadersPadded | xhttp2.FlagHeadersPriority
+	head, err := c.br.Peek(frameHead)
+	if err != nil || !c.peerKnown || c.head.stream != 0 {
+		return false, nil // the Framer says what is wrong
+	}
+	length, flags, id := int(head[0])<<16|int(head[1])<<8|int(head[2]), xhttp2.Flags(head[4]), binary.BigEndian.Uint32(head[5:])&maxWindow
+	if xhttp2.FrameType(head[3]) != xhttp2.FrameHeaders || flags&(whole|padded) != whole || id == 0 || length > readBuffer-frameHead {
+		return false, nil
+	}
+	frame, err := c.br.Peek(frameHead + length)
+	if err != nil {
+		return false, nil
+	}
+	c.frames.Add(1)
+	err = c.headFrame(id, frame[frameHead:], flags.Has(xhttp2.FlagHeadersEndStream), true, false)
+	_, _ = c.br.Discard(frameHead + length)
+	return true, err
 }
 
 func (c *conn) dispatch(f xhttp2.Frame) error {

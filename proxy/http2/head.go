@@ -147,10 +147,10 @@ func (h *headReader) pseudoField(f hpack.HeaderField) {
 	*to = f.Value
 }
 
-// request makes a Request of what has come (RFC 9113 §8.3.1, RFC 8441 §4).
-func (h *headReader) request() *message.Request {
+// request makes a Request of what has come (RFC 9113 §8.3.1, RFC 8441 §4). Its fields are appended to space.
+func (h *headReader) request(r *message.Request, space []message.Field) {
 	p := &h.pseudo
-	r := &message.Request{Method: p.method, Scheme: p.scheme, Authority: p.authority, Path: p.path, Protocol: p.protocol, Length: h.length}
+	*r = message.Request{Method: p.method, Scheme: p.scheme, Authority: p.authority, Path: p.path, Protocol: p.protocol, Length: h.length}
 	connect := p.method == "CONNECT" && p.has&hasProtocol == 0
 	switch {
 	case !validToken(p.method):
@@ -182,23 +182,21 @@ func (h *headReader) request() *message.Request {
 	case h.end:
 		r.Length = 0
 	}
-	r.Fields = append(message.Fields(nil), h.fields...)
-	return r
+	r.Fields = append(space, h.fields...)
 }
 
-// response makes a Response of what has come.
-func (h *headReader) response() *message.Response {
+// response makes a Response of what has come. Its fields are appended to space.
+func (h *headReader) response(r *message.Response, space []message.Field) {
 	p := &h.pseudo
-	r := &message.Response{Length: h.length, Fields: append(message.Fields(nil), h.fields...)}
+	*r = message.Response{Length: h.length, Fields: append(space, h.fields...)}
 	if len(p.status) != 3 || !digits(p.status) || p.status[0] == '0' {
 		h.bad("status")
-		return r
+		return
 	}
 	r.Status, _ = strconv.Atoi(p.status)
 	if r.Status == 101 {
 		h.bad("status")
 	}
-	return r
 }
 
 func (h *headReader) trailers() message.Fields {

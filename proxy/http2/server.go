@@ -82,8 +82,9 @@ func (c *ServerConn) Serve() error {
 // serverStream is one exchange.
 type serverStream struct {
 	stream
-	request *message.Request
-	head    bool // HEAD: the response has no body
+	request message.Request
+	fields  [12]message.Field // backs the request's
+	head    bool              // HEAD: the response has no body
 
 	// guarded by conn.mu
 	responded bool
@@ -127,7 +128,8 @@ func (c *conn) requestHead(id uint32) error {
 	s.init(c, id)
 	s.server = s
 	s.gen = c.gen - 1
-	r := h.request()
+	r := &s.request
+	h.request(r, s.fields[:0])
 	if h.malformed != "" {
 		c.mu.Unlock()
 		return c.malformed(id)
@@ -144,7 +146,7 @@ func (c *conn) requestHead(id uint32) error {
 		c.mu.Unlock()
 		return err
 	}
-	s.request, s.head, s.recvEnd, s.expect = r, r.Method == "HEAD", h.end, r.Length
+	s.head, s.recvEnd, s.expect = r.Method == "HEAD", h.end, r.Length
 	c.streams[id] = &s.stream
 	sc.start(s)
 	c.mu.Unlock()
@@ -265,7 +267,7 @@ func (s *serverStream) finish() {
 }
 
 // Request implements message.ServerStream, as do the others.
-func (s *serverStream) Request() *message.Request { return s.request }
+func (s *serverStream) Request() *message.Request { return &s.request }
 
 // OnAbort implements message.ServerStream.
 func (s *serverStream) OnAbort(f func(err error)) { s.setOnAbort(f) }

@@ -14,7 +14,7 @@ import (
 type stream struct {
 	c      *conn
 	id     uint32
-	client *clientStream // whose it is; nil at a server
+	client *ClientStream // whose it is; nil at a server
 	server *serverStream // the same at a server
 	cond   sync.Cond     // something of the stream has changed
 	gen    uint64        // of pending, when its head was added
@@ -261,8 +261,9 @@ func (s *stream) End(trailers message.Fields) error {
 // body holds what has come and was not read.
 type body struct {
 	chunks []*[chunkSize]byte
-	from   int // of the first chunk
-	to     int // of the last chunk
+	few    [2]*[chunkSize]byte // backs chunks at first
+	from   int                 // of the first chunk
+	to     int                 // of the last chunk
 	size   int
 }
 
@@ -273,6 +274,9 @@ var chunkPool = sync.Pool{New: func() any { return new([chunkSize]byte) }}
 func (b *body) write(p []byte) {
 	b.size += len(p)
 	for len(p) > 0 {
+		if b.chunks == nil {
+			b.chunks = b.few[:0]
+		}
 		if len(b.chunks) == 0 || b.to == chunkSize {
 			b.chunks = append(b.chunks, chunkPool.Get().(*[chunkSize]byte))
 			b.to = 0

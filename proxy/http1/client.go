@@ -37,7 +37,8 @@ type Client struct {
 type clientConn struct {
 	wire
 	head   head
-	used   bool // for an exchange before
+	again  []byte // backs clientStream.head
+	used   bool   // for an exchange before
 	idleAt time.Time
 }
 
@@ -92,6 +93,9 @@ const trusted = 5 * time.Millisecond
 func (c *Client) put(cc *clientConn) {
 	cc.idleAt, cc.used = time.Now(), true
 	cc.rest()
+	if cap(cc.again) > firstBuffer {
+		cc.again = nil
+	}
 	c.mu.Lock()
 	if c.closed || len(c.idle) >= c.cfg.MaxIdle {
 		c.mu.Unlock()
@@ -180,7 +184,8 @@ func (c *Client) Open(ctx context.Context, r *message.Request, o message.Options
 	cc.mu.Lock()
 	s.writeHead(o.End)
 	if cc.used && o.End && idempotent(r.Method) && r.Protocol == "" {
-		s.head = append([]byte(nil), cc.out...)
+		cc.again = append(cc.again[:0], cc.out...)
+		s.head = cc.again
 	}
 	cc.mu.Unlock()
 	return s, nil
@@ -450,7 +455,9 @@ func (s *clientStream) readHead() error {
 		}
 		scanned = 0
 		s.head = nil
-		cc.head.fields = nil
+		if informs > 0 {
+			cc.head.fields = nil // somebody may have those of before
+		}
 		if rej := parseResponse(b[:n], &s.response, &cc.head, s.c.cfg.MaxFields); rej != nil {
 			return rej
 		}

@@ -2,6 +2,7 @@ package http1
 
 import (
 	"bytes"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -18,6 +19,9 @@ type Reject struct {
 func (r *Reject) Error() string { return "http1: " + r.Reason + " (" + strconv.Itoa(r.Status) + ")" }
 
 func bad(reason string) *Reject { return &Reject{400, reason} }
+
+// addedFields is how many fields a head has room for besides its own.
+const addedFields = 4
 
 const (
 	maxRequestLine = 16 << 10
@@ -272,6 +276,7 @@ func parseRequest(b []byte, r *message.Request, h *head, maxFields int) *Reject 
 	if e := h.framing(); e != nil {
 		return e
 	}
+	h.fields = slices.Grow(h.fields, addedFields)
 	*r = message.Request{Method: method, Scheme: "http", Fields: h.fields}
 	if e := h.target(r, target); e != nil {
 		return e

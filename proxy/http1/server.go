@@ -60,6 +60,7 @@ type ServerConn struct {
 	cfg    ServerConfig
 	handle func(message.ServerStream)
 	head   head
+	stream serverStream // of the exchange under way: one after the other
 
 	// guarded by wire.mu
 	idle     bool // between two requests, with nothing of the next
@@ -93,15 +94,17 @@ func (c *ServerConn) Serve() error {
 			return c.refuse(&Reject{505, "version"})
 		case errors.Is(err, errIdle):
 			return nil
-		}
-		var rej *Reject
-		if errors.As(err, &rej) {
-			return c.refuse(rej)
-		}
-		if err != nil {
+		case err != nil:
+			var rej *Reject
+			if errors.As(err, &rej) {
+				return c.refuse(rej)
+			}
 			return err
 		}
-		s := &serverStream{c: c}
+		s := &c.stream
+		c.mu.Lock()
+		*s = serverStream{c: c, over: true} // until it has begun
+		c.mu.Unlock()
 		if rej := parseRequest(c.buf[c.r:c.r+n], &s.request, &c.head, c.cfg.MaxFields); rej != nil {
 			return c.refuse(rej)
 		}
@@ -248,7 +251,7 @@ func (c *ServerConn) linger() {
 // exchange runs the handler, and reports whether another request may follow.
 func (c *ServerConn) exchange(s *serverStream) (again bool) {
 	c.mu.Lock()
-	c.current = s
+	c.current, s.over = s, false
 	c.mu.Unlock()
 	func() {
 		defer func() {
@@ -492,11 +495,11 @@ func (c *ServerConn) watch() {
 	c.mu.Lock()
 	stopped := s.over || s.tunnel || c.shutdown
 	c.mu.Unlock()
-	close(done)
 	var timeout net.Error
 	if err != nil && !stopped && !(errors.As(err, &timeout) && timeout.Timeout()) {
 		s.broken(&message.Error{Sent: true, Err: err})
 	}
+	close(done) // from here on s may be another exchange
 }
 
 // stopWatch ends the background read, so that another may read.

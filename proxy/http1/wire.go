@@ -23,6 +23,7 @@ type wire struct {
 
 	mu            sync.Mutex // of the writer
 	out           []byte     // guarded by mu
+	pooledOut     *[]byte    // guarded by mu: what out came from
 	writeDeadline time.Time  // guarded by mu
 	writeTimeout  time.Duration
 	failed        error // guarded by mu: of a write
@@ -212,7 +213,8 @@ func (w *wire) add(s string) {
 
 func (w *wire) room() {
 	if w.out == nil {
-		w.out = (*outs.Get().(*[]byte))[:0]
+		w.pooledOut = outs.Get().(*[]byte)
+		w.out = (*w.pooledOut)[:0]
 	}
 }
 
@@ -274,11 +276,12 @@ func (w *wire) flush() error {
 	if w.failed != nil || len(w.out) == 0 {
 		return w.failed
 	}
-	b := w.out
-	w.out = nil
+	b, p := w.out, w.pooledOut
+	w.out, w.pooledOut = nil, nil
 	err := w.through(b)
 	if cap(b) <= 64<<10 {
-		outs.Put(&b)
+		*p = b
+		outs.Put(p)
 	}
 	return err
 }

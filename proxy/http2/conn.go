@@ -42,6 +42,7 @@ type conn struct {
 	room      sync.Cond // writers wait for pending to shrink, closers for it to be written
 	waiting   int       // guarded by mu: on room
 	pending   []byte    // guarded by mu: not written yet
+	pooled    *[]byte   // guarded by mu: what pending came from
 	gen       uint64    // guarded by mu: of pending
 	answers   int       // guarded by mu: what the reader has added to pending
 	flushing  bool      // guarded by mu: somebody writes, or is about to
@@ -131,7 +132,8 @@ const settingConnect = xhttp2.SettingEnableConnectProtocol
 // buf makes sure that there is a pending buffer. It needs mu, as all that appends below.
 func (c *conn) buf() {
 	if c.pending == nil {
-		c.pending = (*buffers.Get().(*[]byte))[:0]
+		c.pooled = buffers.Get().(*[]byte)
+		c.pending = (*c.pooled)[:0]
 	}
 }
 
@@ -220,8 +222,8 @@ func (c *conn) write(rounds int) {
 			return
 		}
 		rounds--
-		b := c.pending
-		c.pending, c.answers = nil, 0
+		b, p := c.pending, c.pooled
+		c.pending, c.pooled, c.answers = nil, nil, 0
 		c.gen++
 		c.mu.Unlock()
 
@@ -232,7 +234,8 @@ func (c *conn) write(rounds int) {
 		}
 		_, err := c.nc.Write(b)
 		if cap(b) <= 2*pendingLimit {
-			buffers.Put(&b)
+			*p = b
+			buffers.Put(p)
 		}
 		c.mu.Lock()
 		if c.waiting > 0 {

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/message"
 )
 
@@ -149,6 +150,13 @@ func stripOwn(fields *message.Fields) {
 type editor struct {
 	fields    *message.Fields
 	authority *string
+}
+
+// edit applies edits, if there are any.
+func edit(edits *proxy.HeaderEdits, fields *message.Fields, authority *string) {
+	if len(edits.Set)+len(edits.Add)+len(edits.Remove) > 0 {
+		edits.Apply(editor{fields, authority})
+	}
 }
 
 func (e editor) name(name string) string {

@@ -168,12 +168,26 @@ func (s *Sidecar) suffer(st message.ServerStream, port uint16) *failure {
 
 // serving is an exchange between a caller and the application.
 type serving struct {
+	st  message.ServerStream
+	out message.Request // as the application is asked
+
+	abort    func(error) // these two are made once
+	informed func(status int, fields message.Fields)
+
 	mu   sync.Mutex
 	gone bool                 // guarded by mu: the caller
 	up   message.ClientStream // guarded by mu
 }
 
-func (v *serving) abort(error) {
+// servings are reused: abort is not called any more when inboundHTTP has ended it.
+var servings = sync.Pool{New: func() any {
+	v := &serving{}
+	v.abort, v.informed = v.leave, func(status int, fields message.Fields) { _ = v.st.Inform(status, fields) }
+	return v
+}}
+
+// leave is called when the caller has gone away.
+func (v *serving) leave(error) {
 	v.mu.Lock()
 	v.gone = true
 	up := v.up
@@ -202,7 +216,15 @@ func (v *serving) watch(up message.ClientStream) {
 
 // inboundHTTP asks the application. Nothing of the caller's making that speaks in a proxy's name is left in the request.
 func (s *Sidecar) inboundHTTP(st message.ServerStream, rec *record, to *app, caller hop.Caller, protocol proxy.Protocol) {
-	out := *st.Request()
+	v := servings.Get().(*serving)
+	v.st, v.out = st, *st.Request()
+	s.serveInbound(v, rec, to, caller, protocol)
+	*v = serving{abort: v.abort, informed: v.informed}
+	servings.Put(v)
+}
+
+func (s *Sidecar) serveInbound(v *serving, rec *record, to *app, caller hop.Caller, protocol proxy.Protocol) {
+	st, out := v.st, &v.out
 	out.Scheme = "http"
 	stripOwn(&out.Fields)
 	if rec.source != "" {
@@ -216,12 +238,11 @@ func (s *Sidecar) inboundHTTP(st message.ServerStream, rec *record, to *app, cal
 	s.trace(rec, &out.Fields, trace.SpanKindServer)
 	// gRPC is HTTP/2, whatever the port is called; upgrades are HTTP/1.1's.
 	h2 := out.Protocol == "" && (protocol == proxy.HTTP2 || protocol == proxy.GRPC || isGRPC(out.Fields))
-	v := &serving{}
 	st.OnAbort(v.abort)
 	defer st.OnAbort(nil)
 	upgrade := out.Protocol != ""
 	end := !upgrade && out.Length == 0
-	up, err := to.open(s.coreCtx, &out, message.Options{End: end, Inform: func(status int, fields message.Fields) { _ = st.Inform(status, fields) }}, h2)
+	up, err := to.open(s.coreCtx, out, message.Options{End: end, Inform: v.informed}, h2)
 	if err != nil {
 		s.refuse(st, rec, appFailure(v, err))
 		return

@@ -116,9 +116,20 @@ var instantly = func() context.Context {
 	return ctx
 }()
 
-// serveHTTP routes one request.
+// serveHTTP serves one request.
 func (s *Sidecar) serveHTTP(st message.ServerStream, rec *record, table *proxy.Table, l *proxy.Listener, local bool) {
-	t := &transfer{s: s, st: st, rec: rec, table: table, out: *st.Request()}
+	t := transfers.Get().(*transfer)
+	t.s, t.st, t.rec, t.table, t.out = s, st, rec, table, *st.Request()
+	t.serve(l, local)
+	if !t.spoilt {
+		*t = transfer{abort: t.abort, informed: t.informed, header: t.header}
+		transfers.Put(t)
+	}
+}
+
+// serve routes one request.
+func (t *transfer) serve(l *proxy.Listener, local bool) {
+	s, st, rec := t.s, t.st, t.rec
 	out := &t.out
 	out.Scheme = "https"
 	if local {
@@ -127,7 +138,7 @@ func (s *Sidecar) serveHTTP(st message.ServerStream, rec *record, table *proxy.T
 	stripOwn(&out.Fields)
 	s.trace(rec, &out.Fields, trace.SpanKindClient)
 	_, query, _ := strings.Cut(out.Path, "?")
-	route := l.Match(&proxy.Request{Method: out.Method, Path: rec.path, RawQuery: query, Header: t.field})
+	route := l.Match(&proxy.Request{Method: out.Method, Path: rec.path, RawQuery: query, Header: t.header})
 	if route == nil {
 		s.refuse(st, rec, failWith(codeNoRoute, "no route of %s matches %s %s", l.Authority, out.Method, rec.path))
 		return
@@ -135,7 +146,7 @@ func (s *Sidecar) serveHTTP(st message.ServerStream, rec *record, table *proxy.T
 	rec.route = route.Name
 	if d := route.Redirect; d != nil {
 		fields := message.Fields{{Name: "location", Value: d.Location(&route.Match, "http", out.Authority, rec.path, query)}}
-		route.Response.Apply(editor{fields: &fields})
+		edit(&route.Response, &fields, nil)
 		rec.status = d.Status
 		_ = st.Respond(&message.Response{Status: d.Status, Fields: fields}, true)
 		return
@@ -154,9 +165,8 @@ func (s *Sidecar) serveHTTP(st message.ServerStream, rec *record, table *proxy.T
 		return
 	}
 	t.route, t.backend = route, backend
-	edit := editor{&out.Fields, &out.Authority}
-	route.Request.Apply(edit)
-	backend.Request.Apply(edit)
+	edit(&route.Request, &out.Fields, &out.Authority)
+	edit(&backend.Request, &out.Fields, &out.Authority)
 	rewrite := route.RewriteOf(backend)
 	if rewrite.Host != "" {
 		out.Authority = rewrite.Host
@@ -202,11 +212,23 @@ type transfer struct {
 	triedIDs []string
 	retries  int // that may have reached the application
 
+	abort    func(error) // these three are made once, of methods
+	informed func(status int, fields message.Fields)
+	header   func(name string) (string, bool)
+	spoilt   bool // a timer may still call cancel: this one is not used again
+
 	mu      sync.Mutex
 	ended   error                // guarded by mu: why the whole request has ended early
 	current message.ClientStream // guarded by mu: what is to be cancelled then
 	expired chan struct{}        // closed with ended; nil where nobody waits
 }
+
+// transfers are reused: whoever could still call cancel has returned when serve has.
+var transfers = sync.Pool{New: func() any {
+	t := &transfer{}
+	t.abort, t.informed, t.header = func(error) { t.cancel(errCallerGone) }, t.inform, t.field
+	return t
+}}
 
 // field is what routes match on.
 func (t *transfer) field(name string) (string, bool) {
@@ -266,10 +288,10 @@ func (t *transfer) watch(up message.ClientStream) {
 }
 
 func (t *transfer) run() {
-	t.st.OnAbort(func(error) { t.cancel(errCallerGone) })
+	t.st.OnAbort(t.abort)
 	if d := t.route.RequestTimeout; d > 0 {
 		timer := time.AfterFunc(d, func() { t.cancel(errRequestTimeout) })
-		defer timer.Stop()
+		defer func() { t.spoilt = !timer.Stop() }()
 	}
 	a := t.try(false, nil)
 	for a.retry && t.wait(&a) {
@@ -361,7 +383,7 @@ func (t *transfer) try(counts bool, picked func()) attempt {
 	t.triedIDs = append(t.triedIDs, pick.Endpoint.ID)
 	t.rec.tries++
 	a := attempt{pick: pick, started: time.Now()}
-	up, err := t.s.openTo(t.backend.Cluster, pick, &t.out, message.Options{End: t.body == nil, Inform: t.inform})
+	up, err := t.s.openTo(t.backend.Cluster, pick, &t.out, message.Options{End: t.body == nil, Inform: t.informed})
 	if err != nil {
 		t.classify(&a, err)
 		return a
@@ -495,8 +517,10 @@ func (t *transfer) judge(a *attempt) {
 	}
 	fields := a.resp.Fields
 	grpc := fields.Value("grpc-status") // Trailers-Only; with a body the status comes too late to try again
-	if n, err := strconv.Atoi(grpc); err == nil {
-		a.result.GRPC = n
+	if grpc != "" {
+		if n, err := strconv.Atoi(grpc); err == nil {
+			a.result.GRPC = n
+		}
 	}
 	if fields.Value(headerUnprocessed) == "true" {
 		a.safe = true
@@ -549,8 +573,10 @@ func (t *transfer) finish(a *attempt) {
 		rec.out, err = copyBody(t.st, a.up)
 	}
 	rec.noteGRPC(a.resp.Fields, a.up.Trailers())
-	if v, convErr := strconv.Atoi(rec.grpc); convErr == nil {
-		a.result.GRPC = v
+	if rec.grpc != "" {
+		if v, err := strconv.Atoi(rec.grpc); err == nil {
+			a.result.GRPC = v
+		}
 	}
 	if err == nil {
 		return
@@ -574,14 +600,13 @@ func (t *transfer) finish(a *attempt) {
 // refuse answers with a failure of ours.
 func (t *transfer) refuse(f *failure) {
 	var fields message.Fields
-	t.route.Response.Apply(editor{fields: &fields})
+	edit(&t.route.Response, &fields, nil)
 	t.s.refuseWith(t.st, t.rec, f, fields)
 }
 
 func (t *transfer) editResponse(fields *message.Fields) {
-	edit := editor{fields: fields}
-	t.backend.Response.Apply(edit)
-	t.route.Response.Apply(edit)
+	edit(&t.backend.Response, fields, nil)
+	edit(&t.route.Response, fields, nil)
 }
 
 // over lets go of everything once the caller is answered.
@@ -616,7 +641,7 @@ func (s *Sidecar) mirror(to *proxy.Backend, out *message.Request, body *replay) 
 	}
 	req := *out
 	req.Fields = append(message.Fields(nil), out.Fields...)
-	to.Request.Apply(editor{&req.Fields, &req.Authority})
+	edit(&to.Request, &req.Fields, &req.Authority)
 	req.Fields.Set(headerTarget, to.Cluster)
 	req.Length = int64(len(copied))
 	s.background.Go(func() {

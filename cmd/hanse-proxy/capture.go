@@ -103,9 +103,6 @@ const (
 	defaultExempt = 1503
 )
 
-// meshAddresses are those that the sidecar's DNS hands out.
-var meshAddresses = netip.MustParsePrefix("240.0.0.0/4")
-
 func (c *Capture) fill() {
 	c.Table = cmp.Or(c.Table, "hanse")
 	c.OutboundPort = cmp.Or(c.OutboundPort, 15002)
@@ -128,7 +125,8 @@ func (c *Config) rules(bad report, resolve bool) *capture.Config {
 	cc := &c.Capture
 	r := &capture.Config{Table: cc.Table, OutboundPort: cc.OutboundPort, Mark: cc.Mark}
 	if cc.DNS {
-		r.DNSPort, r.Always = cc.DNSPort, meshAddresses
+		r.DNSPort = cc.DNSPort
+		r.Always, _ = netip.ParsePrefix(c.DNS.Addresses) // validateDNS says what is wrong with it
 	}
 	if len(c.Workloads) > 0 { // else nobody is to call it
 		r.InboundPort = cc.InboundPort

@@ -41,6 +41,7 @@ type Config struct {
 	Workloads []Workload `json:"workloads"` // sidecar: what it stands before; at most one
 	Inbound   Inbound    `json:"inbound"`   // sidecar
 	Capture   Capture    `json:"capture"`   // sidecar
+	DNS       DNS        `json:"dns"`       // sidecar
 	Gateway   Gateway    `json:"gateway"`   // gateway
 	Agent     Agent      `json:"agent"`     // agent
 
@@ -221,6 +222,7 @@ func (c *Config) fill(dir string) {
 		}
 	}
 	c.Capture.fill()
+	c.fillDNS()
 	if c.Role == roleSidecar {
 		c.Outbound.Listen = cmp.Or(c.Outbound.Listen, "127.0.0.1:15001")
 	}
@@ -272,8 +274,8 @@ func (c *Config) Validate() error {
 	c.validateControlPlane(bad)
 	if c.Role == roleSidecar {
 		c.validateSidecar(bad)
-	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" || c.Capture.Enabled {
-		bad("role", "%s has no outbound, listeners, workloads or capture", c.Role)
+	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" || c.Capture.Enabled || len(c.DNS.Listen) > 0 {
+		bad("role", "%s has no outbound, listeners, workloads, capture or dns", c.Role)
 	}
 	if c.Role == roleGateway {
 		hostPort(bad, "gateway.listen", c.Gateway.Listen)
@@ -377,6 +379,7 @@ func (c *Config) validateSidecar(bad report) {
 			bad(field+".ports", "%v", err)
 		}
 	}
+	c.validateDNS(bad)
 	if c.Capture.Enabled {
 		c.validateCapture(bad)
 	}

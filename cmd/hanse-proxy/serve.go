@@ -113,6 +113,14 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 			_ = adminListener.Close()
 			return err
 		}
+		resolver, err := p.resolver(reg)
+		if err != nil {
+			_ = adminListener.Close()
+			return err
+		}
+		if resolver != nil {
+			g.Add("dns", resolver.Run)
+		}
 		g.Add("tracing", tracing.run)
 		g.Add("gateway checks", func(ctx context.Context) error { return health.Run(ctx, p.balancer) })
 		g.Add("sidecar", func(ctx context.Context) error {
@@ -166,16 +174,18 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 
 // process is what the parts share.
 type process struct {
-	cfg      *Config
-	log      *slog.Logger
-	dial     sidecar.Dial // of connections that must not be captured
-	ids      *agent.Agent
-	source   *identity.Source
-	xds      *xdsclient.Client
-	hop      *hop.Client
-	balancer *balance.Balancer
-	gateway  atomic.Pointer[gateway.Gateway]
-	serving  atomic.Bool
+	cfg  *Config
+	log  *slog.Logger
+	dial sidecar.Dial // of connections that must not be captured
+
+	addresses proxy.Addresses // set before anything runs
+	ids       *agent.Agent
+	source    *identity.Source
+	xds       *xdsclient.Client
+	hop       *hop.Client
+	balancer  *balance.Balancer
+	gateway   atomic.Pointer[gateway.Gateway]
+	serving   atomic.Bool
 }
 
 // trust loads bundles that the control plane has announced.
@@ -264,7 +274,7 @@ func (p *process) sidecarConfig(ctx context.Context) (sc sidecar.Config, err err
 		if sc.Capture, err = c.captureConfig(open); err != nil {
 			return sc, err
 		}
-		sc.Capture.Addresses = p.xds
+		sc.Capture.Addresses = p.addresses
 	}
 	if c.Outbound.Listen != none {
 		if sc.Outbound, err = open(c.Outbound.Listen); err != nil {

@@ -223,10 +223,11 @@ func (c *Client) Resolve(ctx context.Context, authority string) (*proxy.Listener
 	return lookup(ctx, c, authority, func(t *proxy.Table) *proxy.Listener { return t.Listeners[authority] })
 }
 
-// Service returns what a host name of the mesh stands for, "payments.shop.svc.clusterset.local", as Resolve does a Listener.
+// Service returns what a host name of the mesh stands for, "payments.shop.svc.clusterset.local", as Resolve does a Listener; or an
+// error that is proxy.ErrUnknown, too.
 func (c *Client) Service(ctx context.Context, host string) (*proxy.Service, error) {
 	if host == "" || host == "*" || !isHost(host) || len(host) > maxName || strings.HasPrefix(host, "hanse/") {
-		return nil, fmt.Errorf("look up %q: %w", shorten(host), ErrUnknown)
+		return nil, fmt.Errorf("look up %q: %w: %w", shorten(host), proxy.ErrUnknown, ErrUnknown)
 	}
 	return c.service(ctx, host)
 }
@@ -234,11 +235,7 @@ func (c *Client) Service(ctx context.Context, host string) (*proxy.Service, erro
 // ServiceAt returns the service of this cluster that has an address as a ClusterIP, or whose endpoint has it; or proxy.ErrUnknown.
 // It implements proxy.Addresses.
 func (c *Client) ServiceAt(ctx context.Context, address netip.Addr) (*proxy.Service, error) {
-	s, err := c.service(ctx, addressPrefix+address.Unmap().WithZone("").String())
-	if errors.Is(err, ErrUnknown) {
-		return nil, proxy.ErrUnknown
-	}
-	return s, err
+	return c.service(ctx, addressPrefix+address.Unmap().WithZone("").String())
 }
 
 // service does not wait for a control plane that is gone: an application asks about much that is none of the mesh's.
@@ -246,7 +243,11 @@ func (c *Client) service(ctx context.Context, name string) (*proxy.Service, erro
 	if st := c.Status(); !st.Connected && (st.Kept || !st.Received.IsZero()) {
 		ctx = instantly
 	}
-	return lookup(ctx, c, name, func(t *proxy.Table) *proxy.Service { return t.Services[name] })
+	s, err := lookup(ctx, c, name, func(t *proxy.Table) *proxy.Service { return t.Services[name] })
+	if errors.Is(err, ErrUnknown) {
+		return nil, fmt.Errorf("%w: %w", proxy.ErrUnknown, err)
+	}
+	return s, err
 }
 
 // instantly has ended: what takes it does not wait.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -18,26 +19,40 @@ func In(netns string) *Rules { return &Rules{netns} }
 
 // open returns a connection, and what closes it.
 func (r *Rules) open() (*nftables.Conn, func(), error) {
-	var opts []nftables.ConnOption
-	closeNS := func() {}
-	if r.netns != "" {
-		f, err := os.Open(r.netns)
-		if err != nil {
-			return nil, nil, fmt.Errorf("network namespace: %w", err)
-		}
-		closeNS = func() { _ = f.Close() }
-		opts = append(opts, nftables.WithNetNSFd(int(f.Fd())))
+	if r.netns == "" {
+		return open()
 	}
+	f, err := os.Open(r.netns)
+	if err != nil {
+		return nil, nil, fmt.Errorf("network namespace: %w", err)
+	}
+	defer f.Close()
+	var c *nftables.Conn
+	var done func()
+	entered := make(chan struct{})
+	go func() { // a socket stays where it was opened; the thread is never unlocked, and ends
+		defer close(entered)
+		runtime.LockOSThread()
+		if err = unix.Setns(int(f.Fd()), unix.CLONE_NEWNET); err != nil {
+			err = fmt.Errorf("enter network namespace %s: %w", r.netns, explain(err))
+			return
+		}
+		c, done, err = open()
+	}()
+	<-entered
+	return c, done, err
+}
+
+func open() (*nftables.Conn, func(), error) {
 	// A transaction is one message and many answers, which the socket's buffers must hold.
 	large := nftables.WithSockOptions(func(c *netlink.Conn) error {
 		return errors.Join(c.SetWriteBuffer(1<<20), c.SetReadBuffer(4<<20))
 	})
-	c, err := nftables.New(append(opts, large, nftables.AsLasting())...)
+	c, err := nftables.New(large, nftables.AsLasting())
 	if err != nil {
-		closeNS()
 		return nil, nil, fmt.Errorf("open nftables: %w", explain(err))
 	}
-	return c, func() { _ = c.CloseLasting(); closeNS() }, nil
+	return c, func() { _ = c.CloseLasting() }, nil
 }
 
 // Install makes the table what cfg says, in one transaction. It is false where it was that already.

@@ -40,7 +40,8 @@ func Test(t *testing.T, f func(t *testing.T)) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, exe, "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1", fmt.Sprintf("-test.timeout=%s", limit))
 	cmd.Env = append(os.Environ(), inside+"="+t.Name())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	// As the first process of a PID namespace it takes all that it has started with it, however it ends.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
 	if os.Geteuid() != 0 {
 		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
@@ -79,7 +80,7 @@ func New(t testing.TB) *NS {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			t.Fatalf("network namespace: %v", err)
 		}
-		f, err := os.Open(threadNS())
+		f, err := os.Open("/proc/thread-self/ns/net")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -92,9 +93,13 @@ func New(t testing.TB) *NS {
 }
 
 // Path names the namespace for other programs, while this process runs.
-func (ns *NS) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.f.Fd()) }
-
-func threadNS() string { return fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()) }
+func (ns *NS) Path() string {
+	pid, err := os.Readlink("/proc/self") // as /proc has it, which may be that of another PID namespace
+	if err != nil {
+		pid = "self"
+	}
+	return fmt.Sprintf("/proc/%s/fd/%d", pid, ns.f.Fd())
+}
 
 // inThread runs f in a thread that ends with it, so that no other goroutine finds itself in a namespace that f entered.
 func inThread(f func() error) error {
@@ -144,7 +149,7 @@ func (ns *NS) Dial(ctx context.Context, d *net.Dialer, network, address string) 
 	return c, err
 }
 
-// Start is cmd.Start. The command is not killed with the thread that started it.
+// Start is cmd.Start. cmd must not ask to die with its thread (Pdeathsig), which ends at once.
 func (ns *NS) Start(cmd *exec.Cmd) error { return ns.Do(cmd.Start) }
 
 // Output runs a command, and returns what it wrote to both its outputs.
@@ -192,6 +197,17 @@ func (ns *NS) Route(t testing.TB, to, via string) {
 			return fmt.Errorf("route %s via %s: %w", to, via, err)
 		}
 		return nil
+	})
+}
+
+// Forward lets packets through from one cable to another.
+func (ns *NS) Forward(t testing.TB) {
+	t.Helper()
+	ns.do(t, func() error {
+		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0); err != nil {
+			return err
+		}
+		return os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0)
 	})
 }
 

@@ -18,6 +18,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	xhttp2 "golang.org/x/net/http2"
@@ -874,22 +875,27 @@ func TestStreamsOfABrokenConnection(t *testing.T) {
 	}
 }
 
+// patience is how long either end may take on the fuzzers' clock, which only runs while all goroutines wait: saying goodbye is all that takes time.
+const patience = 2 * lingerTimeout
+
 func FuzzServer(f *testing.F) {
 	f.Add([]byte("\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x05\x01\x05\x00\x00\x00\x01\x82\x86\x84\x41\x00"))
 	f.Add([]byte("\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64\x00\x00\x04\x08\x00\x00\x00\x00\x00\x00\x00\x00\x01"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		c, s := net.Pipe() // sockets would run out of ports
-		sc := NewServerConn(s, Config{Log: slog.New(slog.DiscardHandler)}, echo)
-		ended := make(chan struct{})
-		go func() { _ = sc.Serve(); close(ended) }()
-		go func() { _, _ = io.Copy(io.Discard, c) }()
-		_, _ = c.Write(append([]byte(xhttp2.ClientPreface+"\x00\x00\x00\x04\x00\x00\x00\x00\x00"), b...))
-		_ = c.Close()
-		select {
-		case <-ended:
-		case <-time.After(10 * time.Second):
-			t.Fatal("hangs")
-		}
+		synctest.Test(t, func(t *testing.T) { // a goroutine that waits for ever fails it at once
+			began := time.Now()
+			c, s := net.Pipe()
+			sc := NewServerConn(s, Config{Log: slog.New(slog.DiscardHandler)}, echo)
+			ended := make(chan struct{})
+			go func() { _ = sc.Serve(); close(ended) }()
+			go func() { _, _ = io.Copy(io.Discard, c) }()
+			_, _ = c.Write(append([]byte(xhttp2.ClientPreface+"\x00\x00\x00\x04\x00\x00\x00\x00\x00"), b...))
+			_ = c.Close()
+			<-ended
+			if took := time.Since(began); took > patience {
+				t.Fatalf("took %s", took)
+			}
+		})
 	})
 }
 
@@ -897,22 +903,38 @@ func FuzzClient(f *testing.F) {
 	f.Add([]byte("\x00\x00\x01\x01\x05\x00\x00\x00\x01\x88"))
 	f.Add([]byte("\x00\x00\x01\x01\x04\x00\x00\x00\x01\x88\x00\x00\x03\x00\x01\x00\x00\x00\x01abc"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		c, s := net.Pipe()
-		go func() { _, _ = io.Copy(io.Discard, s) }()
-		cc := NewClientConn(c, Config{})
-		st, err := cc.Open(get("/"), message.Options{End: true})
-		must(t, err)
-		must(t, st.Flush())
-		_, _ = s.Write(append([]byte("\x00\x00\x00\x04\x00\x00\x00\x00\x00"), b...))
-		_ = s.Close()
-		if _, err := st.Response(); err == nil {
-			_, _ = io.Copy(io.Discard, st)
-		}
-		st.Close()
-		select {
-		case <-cc.Done():
-		case <-time.After(10 * time.Second):
-			t.Fatal("hangs")
-		}
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			c, s := net.Pipe()
+			go func() { _, _ = io.Copy(io.Discard, s) }()
+			cc := NewClientConn(c, Config{})
+			get, err := cc.Open(get("/"), message.Options{End: true})
+			must(t, err)
+			must(t, get.Flush())
+			put, err := cc.Open(&message.Request{Method: "PUT", Scheme: "http", Authority: "app.test", Path: "/", Length: 200_000}, message.Options{})
+			must(t, err)
+			var both sync.WaitGroup
+			both.Go(func() { // more than the window: waits for the peer
+				if _, err := put.Write(make([]byte, 200_000)); err == nil {
+					_ = put.End(nil)
+				}
+			})
+			for _, st := range []message.ClientStream{get, put} {
+				both.Go(func() {
+					if _, err := st.Response(); err == nil {
+						_, _ = io.Copy(io.Discard, st)
+					}
+				})
+			}
+			_, _ = s.Write(append([]byte("\x00\x00\x00\x04\x00\x00\x00\x00\x00"), b...))
+			_ = s.Close()
+			both.Wait()
+			get.Close()
+			put.Close()
+			<-cc.Done()
+			if took := time.Since(began); took > patience {
+				t.Fatalf("took %s", took)
+			}
+		})
 	})
 }

@@ -38,6 +38,9 @@ const built = "HANSE_E2E_BIN"
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
 func testMain(m *testing.M) int {
+	if filepath.Base(os.Args[0]) == stampsProgram {
+		return stamps(os.Args[1])
+	}
 	if target := os.Getenv(grpcTarget); target != "" {
 		return grpcClient(target)
 	}

@@ -134,10 +134,10 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 	if err != nil {
 		return admin.Status{}, err
 	}
-	out := admin.Status{Cluster: p.cfg.Cluster, TrustDomain: p.cfg.TrustDomain, Version: p.version, Clusters: p.clusters(s), Proxies: len(p.xds.Proxies()), Services: len(services),
-		Replicas: p.replicas.rows(p.now())}
+	out := admin.Status{Cluster: p.cfg.Cluster, TrustDomain: p.cfg.TrustDomain, Version: p.version, Clusters: p.clusters(s), Proxies: len(p.xds.Proxies()), Services: len(services)}
 	check := func(c admin.Check) { out.Checks = append(out.Checks, c) }
 	if !p.replicas.alone() {
+		out.Replicas = p.replicas.rows(p.now(), p.roots.signs())
 		check(p.replicas.check(p.now()))
 	}
 

@@ -8,9 +8,11 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
@@ -43,6 +45,8 @@ type controlPlane struct {
 	shared    *sharedMemory // nil where this hansed is alone
 	board     *switchboard
 	authority *ca.Authority
+	roots     *roots // nil where this hansed is alone
+	acks      *ackBook
 	bundles   *bundle.Store
 	puller    *bundle.Puller
 	source    *identity.Source // the control plane's own SVID, and all bundles
@@ -91,28 +95,42 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	leader := leaderStore{p.stores.own, p.replicas}
 
 	// Identity.
-	p.authority, err = ca.Open(ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: td, RootLife: cfg.Identity.RootLife.Duration,
-		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: log.With("part", "ca"), Registerer: reg})
-	if err != nil {
-		return nil, err
-	}
 	if p.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(cfg.DataDir, "bundles"), TrustDomain: td, Log: log.With("part", "bundles")}); err != nil {
 		return nil, err
 	}
-	if err := p.bundles.Set(td, p.authority.Bundle(), "own authority"); err != nil && !errors.Is(err, bundle.ErrStale) {
+	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: td, RootLife: cfg.Identity.RootLife.Duration,
+		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: log.With("part", "ca"), Registerer: reg}
+	if !p.replicas.alone() {
+		p.roots, p.acks = newRoots(p, leader), newAckBook(p)
+		authority.Replica, authority.Join, authority.Peers, authority.Until = cfg.Replica, true, p.roots, p.roots.Until
+	}
+	if p.authority, err = ca.Open(authority); err != nil {
+		return nil, err
+	}
+	if p.roots != nil {
+		err = p.roots.enroll(ctx, p.authority)
+	} else if err = p.bundles.Set(td, p.authority.Bundle(), "own authority"); errors.Is(err, bundle.ErrStale) {
+		err = nil
+	}
+	if err != nil {
 		return nil, fmt.Errorf("own bundle: %w", err)
 	}
 	svid, err := p.authority.NewSVID(identity.ControlPlaneID(td), cfg.Identity.X509Life.Duration)
-	if err != nil {
+	switch {
+	case err == nil:
+		p.source.SetSVID(svid)
+	case p.roots == nil:
 		return nil, fmt.Errorf("own SVID: %w", err)
+	default:
+		log.Warn("no SVID yet, and without one nobody can be served: another replica must sign it", "err", err)
 	}
-	p.source.Set(svid, p.bundles.All())
+	p.source.SetBundles(p.bundles.All())
 	if p.puller, err = bundle.NewPuller(bundle.PullerConfig{Store: p.bundles, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
 		return nil, err
 	}
 	p.tokens = attest.New(td, recordsOf(p.stores.own, "identity/tokens/"), time.Now)
-	p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, "identity/records/"),
-		Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
+	p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath),
+		OwnBundle: p.ownBundle, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
 	if err != nil {
 		return nil, err
 	}
@@ -173,7 +191,14 @@ func (p *controlPlane) Run(ctx context.Context) error {
 	run("own SVID", func(ctx context.Context) error {
 		return p.authority.RunSVID(ctx, identity.ControlPlaneID(p.td), p.cfg.Identity.X509Life.Duration, p.source)
 	})
-	run("own bundle", p.publishOwnBundle)
+	if p.roots == nil {
+		run("own bundle", p.publishOwnBundle)
+	} else {
+		run("own bundle", p.roots.Run)
+		run("signing for replicas", p.roots.RunSigning)
+		run("acknowledgements of replicas", p.acks.Run)
+		run("agents and entries", p.followRecords)
+	}
 	run("bundles", func(ctx context.Context) error { return p.bundles.RunSource(ctx, p.source) })
 	run("bundle endpoints", p.puller.Run)
 	run("SPIRE API", p.spire.Run)
@@ -211,24 +236,23 @@ func (p *controlPlane) publishOwnBundle(ctx context.Context) error {
 	}
 }
 
-// publishAddresses tells the mesh where the replicas' federation listeners are. One that goes away stays in the list: it may come back, and
-// a peer that finds nobody there tries the next.
+// publishAddresses tells the mesh where the replicas' federation listeners are. One that goes away stays in the list until its roots have left
+// the bundle: it may come back, and a peer that finds nobody there tries the next.
 func (p *controlPlane) publishAddresses(ctx context.Context) error {
-	known := map[string][]string{}
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var last []string
 	for {
-		for _, x := range *p.replicas.seen.Load() {
-			known[x.ID] = x.Addresses
+		if all := p.roots.addresses(); !slices.Equal(all, last) {
+			p.mesh.SetAddresses(all)
+			last = all
 		}
-		all := slices.Clone(p.cfg.Federation.Advertise)
-		for _, as := range known {
-			all = append(all, as...)
-		}
-		slices.Sort(all)
-		p.mesh.SetAddresses(slices.Compact(all))
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-p.replicas.wake:
+			kick(p.roots.dirty)
+		case <-tick.C:
 		}
 	}
 }
@@ -267,7 +291,46 @@ func names(by map[spiffeid.TrustDomain]uint64) map[string]uint64 {
 	return out
 }
 
-// acknowledge tells the mesh which bundles this control plane and all its proxies have loaded.
+// followRecords takes in the agents and entries that other replicas store, until ctx ends.
+func (p *controlPlane) followRecords(ctx context.Context) error {
+	for ctx.Err() == nil {
+		err := func() error {
+			_, h, err := p.stores.own.Get(ctx, recordsPath, 0)
+			if err != nil {
+				return err
+			}
+			if err := p.spire.Reload(ctx); err != nil {
+				return err
+			}
+			w, err := p.stores.own.Watch(ctx, recordsPath, h.Revision+1)
+			if err != nil {
+				return err
+			}
+			for {
+				r, err := w.Recv()
+				if err != nil {
+					return err
+				}
+				for _, e := range r.Events {
+					value := e.Value
+					if e.Delete {
+						value = nil
+					}
+					if err := p.spire.Changed(strings.TrimPrefix(e.Key, recordsPath), value); err != nil {
+						p.log.Error("a record of another replica is left out", "key", e.Key, "err", err)
+					}
+				}
+			}
+		}()
+		if ctx.Err() == nil {
+			p.log.Warn("agents and entries are read again", "err", err)
+			pause(ctx, time.Second)
+		}
+	}
+	return nil
+}
+
+// acknowledge tells the mesh which bundles this control plane and all its proxies have loaded; all replicas of it, where there are others.
 func (p *controlPlane) acknowledge(ctx context.Context) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -276,6 +339,10 @@ func (p *controlPlane) acknowledge(ctx context.Context) error {
 		proxies := p.xds.TrustAcked()
 		for td, seq := range p.bundles.Sequences() {
 			acked[td] = min(seq, proxies[td.Name()])
+		}
+		if p.acks != nil {
+			p.acks.publish(ctx, acked, func(seq uint64) bool { return len(p.spire.Missing(p.td, seq)) == 0 })
+			acked = p.acks.lowest()
 		}
 		p.mesh.SetAcked(acked)
 		select {
@@ -289,6 +356,12 @@ func (p *controlPlane) acknowledge(ctx context.Context) error {
 // rootAcknowledged says whether everybody who must has loaded the own bundle of that sequence: members, proxies and stock agents.
 func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 	var missing []string
+	if p.roots != nil {
+		if sequence = p.roots.Included(sequence); sequence == 0 {
+			return false, []string{"the bundle of all replicas"}
+		}
+		missing = p.acks.missing(sequence)
+	}
 	for member, seq := range p.mesh.Acked(p.td) {
 		if seq < sequence {
 			missing = append(missing, "cluster "+member)
@@ -301,6 +374,14 @@ func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 		missing = append(missing, "agent "+a)
 	}
 	return len(missing) == 0, missing
+}
+
+// ownBundle is the bundle of the own trust domain, with the roots of every replica.
+func (p *controlPlane) ownBundle() *spiffebundle.Bundle {
+	if b, ok := p.bundles.Get(p.td); ok {
+		return b
+	}
+	return p.authority.Bundle()
 }
 
 // onReport spreads what a proxy reports.

@@ -33,6 +33,30 @@ func leaders(r *http.Request) (only, better bool) {
 	return false, path == "/v1/status" || path == "/v1/clusters"
 }
 
+// betterTime is how long the leader is waited for where this replica can answer as well, if not as fully.
+const betterTime = 3 * time.Second
+
+// whileLeads is a context that ends when another replica leads: the one that was asked has died, or is paused.
+func (p *controlPlane) whileLeads(ctx context.Context, id string) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		tick := time.NewTicker(250 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			if leader, ok := p.replicas.leader(); !ok || leader.ID != id {
+				cancel()
+				return
+			}
+		}
+	}()
+	return ctx, cancel
+}
+
 // viaLeader serves the admin API of a replica: what is the leader's is passed on to it.
 func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 	pass := &httputil.ReverseProxy{
@@ -45,7 +69,7 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 		FlushInterval: -1,
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			if only, _ := leaders(r); !only {
-				local.ServeHTTP(w, r)
+				local.ServeHTTP(w, r.WithContext(context.WithoutCancel(r.Context())))
 				return
 			}
 			leader, _ := p.replicas.leader()
@@ -64,7 +88,14 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 		self := leader.ID == p.replicas.self.ID // elected, and about to lead
 		switch {
 		case ok && !self && len(leader.Addresses) > 0 && r.Header.Get(forwarded) == "":
-			pass.ServeHTTP(w, r)
+			ctx, cancel := p.whileLeads(r.Context(), leader.ID)
+			defer cancel()
+			if !only { // it can be answered here, too
+				var stop context.CancelFunc
+				ctx, stop = context.WithTimeout(ctx, betterTime)
+				defer stop()
+			}
+			pass.ServeHTTP(w, r.WithContext(ctx))
 		case only:
 			admin.Fail(w, r, p.replicas.refuse(), p.log)
 		default:

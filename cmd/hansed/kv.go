@@ -7,6 +7,9 @@ import (
 	"github.com/hanse-mesh/hanse/federation/etcd"
 )
 
+// recordsPath is where agents and entries are.
+const recordsPath = "identity/records/"
+
 // records is a part of the own etcd in the shape that attest.Store, spireapi.KV, drill.Store and the catalog want: keys without
 // the prefix, values compared by content.
 type records struct{ kv *etcd.KV }
@@ -17,6 +20,16 @@ func recordsOf(store etcd.Store, prefix string) records { return records{etcd.Ne
 func (r records) Get(ctx context.Context, key string) ([]byte, error) {
 	v, _, err := r.kv.Get(ctx, key)
 	return v, err
+}
+
+// CompareAndPut stores value under key and returns true if its value still is old; nil: if there is none.
+func (r records) CompareAndPut(ctx context.Context, key string, old, value []byte) (bool, error) {
+	now, rev, err := r.kv.Get(ctx, key)
+	if err != nil || (rev != 0) != (old != nil) || !bytes.Equal(now, old) {
+		return false, err
+	}
+	ok, _, err := r.kv.CompareAndPut(ctx, key, value, rev)
+	return ok, err
 }
 
 // Put stores value under key.

@@ -166,10 +166,10 @@ func (r *replicas) others() []replica {
 }
 
 // rows is what people see. It is empty where there can be no other.
-func (r *replicas) rows(now time.Time) []admin.Replica {
+func (r *replicas) rows(now time.Time, signs map[string]bool) []admin.Replica {
 	var out []admin.Replica
 	for i, x := range *r.seen.Load() {
-		row := admin.Replica{Name: x.Name, ID: x.ID, Leads: i == 0, Self: x.ID == r.self.ID, Addresses: x.Addresses, Version: x.Version, Age: age(now, x.Started)}
+		row := admin.Replica{Name: x.Name, ID: x.ID, Leads: i == 0, Self: x.ID == r.self.ID, Addresses: x.Addresses, Version: x.Version, Age: age(now, x.Started), Signs: signs[x.ID]}
 		if i == 0 {
 			row.LeadingSince = x.Leading
 		}

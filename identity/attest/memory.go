@@ -7,7 +7,7 @@ import (
 	"sync"
 )
 
-// Memory is a Store that lasts as long as the process. With Put and Delete it is also the KV of identity/spireapi.
+// Memory is a Store that lasts as long as the process. With CompareAndPut and Delete it is also the KV of identity/spireapi.
 type Memory struct {
 	mu sync.Mutex
 	m  map[string][]byte // guarded by mu
@@ -58,12 +58,15 @@ func (s *Memory) List(_ context.Context, prefix string) (map[string][]byte, erro
 	return out, nil
 }
 
-// Put stores value under key.
-func (s *Memory) Put(_ context.Context, key string, value []byte) error {
+// CompareAndPut stores value under key and returns true if its value still is old; nil: if there is none.
+func (s *Memory) CompareAndPut(_ context.Context, key string, old, value []byte) (bool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if cur, ok := s.m[key]; ok != (old != nil) || !bytes.Equal(cur, old) {
+		return false, nil
+	}
 	s.m[key] = bytes.Clone(value)
-	return nil
+	return true, nil
 }
 
 // Delete removes key.

@@ -55,6 +55,10 @@ type Config struct {
 
 	// Join is set for a replica that is added to a running cluster: its first root waits to be acknowledged too.
 	Join bool
+	// Peers sign while this replica may not. May be nil.
+	Peers Peers
+	// Until is until when the others know that this replica signs: nothing that it signs ends later. Nil: there are no others.
+	Until func() time.Time
 	// Acked says whether everybody who must has loaded the bundle of that sequence, or who is missing. It is polled by
 	// Run while a root is prepared. Without it Run waits until a quarter of the old root's life remains.
 	Acked func(sequence uint64) (ok bool, missing []string)
@@ -134,6 +138,9 @@ func (a *Authority) start(now time.Time) error {
 	if first && a.cfg.Join {
 		return a.Prepare()
 	}
+	if r := a.state.Load().with(active); r != nil && a.cfg.Join && !now.Before(r.cert.NotAfter) {
+		return a.Rejoin()
+	}
 	return a.replaceExpired(now, first)
 }
 
@@ -178,14 +185,18 @@ type X509Params struct {
 }
 
 // SignX509 returns an X509-SVID, leaf first (X509-SVID §2 to §4). ID must be a member of the trust domain with a path.
-func (a *Authority) SignX509(_ context.Context, p X509Params) ([]*x509.Certificate, error) {
+func (a *Authority) SignX509(ctx context.Context, p X509Params) ([]*x509.Certificate, error) {
 	if err := a.checkID(p.ID); err != nil {
 		return nil, fmt.Errorf("sign X509-SVID: %w", err)
 	}
 	now := a.cfg.Now()
 	r, notAfter, err := a.issuer(now, p.TTL, a.cfg.X509Life)
 	if err != nil {
-		return nil, fmt.Errorf("sign X509-SVID %s: %w", p.ID, err)
+		chain, err := byPeers(ctx, a, err, func(ctx context.Context, peers Peers) ([]*x509.Certificate, error) { return peers.SignX509(ctx, p) })
+		if err != nil {
+			return nil, fmt.Errorf("sign X509-SVID %s: %w", p.ID, err)
+		}
+		return chain, nil
 	}
 	serial, err := newSerial()
 	if err != nil {
@@ -219,11 +230,15 @@ func (a *Authority) SignX509(_ context.Context, p X509Params) ([]*x509.Certifica
 
 // NewSVID makes a P-256 key and signs an X509-SVID for it, for this replica's own use.
 func (a *Authority) NewSVID(id spiffeid.ID, ttl time.Duration) (*x509svid.SVID, error) {
+	return a.newSVID(context.Background(), id, ttl)
+}
+
+func (a *Authority) newSVID(ctx context.Context, id spiffeid.ID, ttl time.Duration) (*x509svid.SVID, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make key of %s: %w", id, err)
 	}
-	chain, err := a.SignX509(context.Background(), X509Params{ID: id, PublicKey: key.Public(), TTL: ttl})
+	chain, err := a.SignX509(ctx, X509Params{ID: id, PublicKey: key.Public(), TTL: ttl})
 	if err != nil {
 		return nil, err
 	}
@@ -241,7 +256,7 @@ type JWTSVID struct {
 func (j JWTSVID) LogValue() slog.Value { return slog.StringValue(j.ID.String()) }
 
 // SignJWT returns a JWT-SVID (JWT-SVID §2, §3). ttl 0 is Config.JWTLife. There must be an audience.
-func (a *Authority) SignJWT(_ context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
+func (a *Authority) SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
 	if err := a.checkID(id); err != nil {
 		return JWTSVID{}, fmt.Errorf("sign JWT-SVID: %w", err)
 	}
@@ -251,7 +266,11 @@ func (a *Authority) SignJWT(_ context.Context, id spiffeid.ID, audience []string
 	now := a.cfg.Now()
 	r, expires, err := a.issuer(now, ttl, a.cfg.JWTLife)
 	if err != nil {
-		return JWTSVID{}, fmt.Errorf("sign JWT-SVID %s: %w", id, err)
+		j, err := byPeers(ctx, a, err, func(ctx context.Context, peers Peers) (JWTSVID, error) { return peers.SignJWT(ctx, id, audience, ttl) })
+		if err != nil {
+			return JWTSVID{}, fmt.Errorf("sign JWT-SVID %s: %w", id, err)
+		}
+		return j, nil
 	}
 	signer, err := jose.NewSigner(jose.SigningKey{
 		Algorithm: jose.ES256,
@@ -296,6 +315,15 @@ func (a *Authority) issuer(now time.Time, ttl, life time.Duration) (*root, time.
 	if end.After(r.cert.NotAfter) {
 		end = r.cert.NotAfter
 	}
+	if a.cfg.Until != nil {
+		until := a.cfg.Until()
+		if end.After(until) {
+			end = until
+		}
+		if !now.Add(time.Second).Before(end) {
+			return nil, time.Time{}, fmt.Errorf("%w: the other replicas were told that it signs until %s", ErrNotActive, until.UTC().Format(time.RFC3339))
+		}
+	}
 	end = end.Truncate(time.Second) // certificates and tokens have whole seconds
 	if !end.After(now) {
 		return nil, time.Time{}, fmt.Errorf("%w at %s", ErrExpired, r.cert.NotAfter.UTC().Format(time.RFC3339))
@@ -333,10 +361,10 @@ func (a *Authority) RunSVID(ctx context.Context, id spiffeid.ID, ttl time.Durati
 	for {
 		changed := a.Changed()
 		wait := time.Second // after an error
-		svid, err := a.NewSVID(id, ttl)
-		if err != nil {
+		svid, err := a.newSVID(ctx, id, ttl)
+		if err != nil && ctx.Err() == nil {
 			a.log.Error("cannot renew own X509-SVID", "id", id.String(), "error", err)
-		} else {
+		} else if err == nil {
 			src.SetSVID(svid)
 			wait = max(svid.Certificates[0].NotAfter.Sub(a.cfg.Now())/2, 50*time.Millisecond)
 		}

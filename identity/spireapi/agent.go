@@ -103,7 +103,7 @@ func (s *agentService) attestAgent(ctx context.Context, p *agentv1.AttestAgentRe
 	if err != nil {
 		return nil, err
 	}
-	_, err = s.reg.updateAgent(ctx, red.AgentID.String(), func(a *agentRecord) error {
+	_, err = s.reg.putAgent(ctx, red.AgentID.String(), func(a *agentRecord) error {
 		a.Type = joinToken
 		a.Serial, a.Expires = chain[0].SerialNumber.String(), chain[0].NotAfter.Unix()
 		a.NewSerial, a.NewExpires = "", 0
@@ -121,9 +121,14 @@ func (s *agentService) attestAgent(ctx context.Context, p *agentv1.AttestAgentRe
 	return &agentv1.AttestAgentResponse_Result{Svid: spiretypes.FromChain(red.AgentID, chain)}, nil
 }
 
+// tokenEntryID is the ID of the entry that came with an agent's token.
+func tokenEntryID(agent spiffeid.ID) string {
+	return "token." + agent.Path()[strings.LastIndexByte(agent.Path(), '/')+1:]
+}
+
 // grantEntry gives an agent the one entry that its token is for.
 func (s *agentService) grantEntry(ctx context.Context, red attest.Redemption) error {
-	entryID := "token." + red.AgentID.Path()[strings.LastIndexByte(red.AgentID.Path(), '/')+1:]
+	entryID := tokenEntryID(red.AgentID)
 	_, err := s.reg.putEntry(ctx, entryID, func(cur *entryRecord) (*entryRecord, error) {
 		if cur != nil {
 			return cur, nil

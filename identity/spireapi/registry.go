@@ -3,6 +3,7 @@ package spireapi
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -17,10 +18,12 @@ import (
 	"github.com/hanse-mesh/hanse/identity"
 )
 
-// KV keeps agents and entries. attest.Memory is one that lasts as long as the process.
+// KV keeps agents and entries. Replicas share it. attest.Memory is one that lasts as long as the process.
 type KV interface {
-	// Put stores value under key.
-	Put(ctx context.Context, key string, value []byte) error
+	// Get returns the value of key, nil if there is none.
+	Get(ctx context.Context, key string) ([]byte, error)
+	// CompareAndPut stores value under key and returns true if its value still is old; nil: if there is none.
+	CompareAndPut(ctx context.Context, key string, old, value []byte) (bool, error)
 	// Delete removes key, if it is there.
 	Delete(ctx context.Context, key string) error
 	// List returns all keys that begin with prefix, and their values.
@@ -160,29 +163,131 @@ func (r *registry) allAgents() []*agentRecord {
 	return slices.SortedFunc(maps.Values(r.agents), func(a, b *agentRecord) int { return strings.Compare(a.ID, b.ID) })
 }
 
-// updateAgent stores what f makes of a copy of the agent, or of a new one.
+// tries is how often a record is written anew because another replica was faster.
+const tries = 10
+
+var (
+	errNoAgent = errors.New("there is no such agent any more")
+	errBusy    = errors.New("other replicas changed it meanwhile, again and again")
+)
+
+// updateAgent stores what f makes of a copy of the agent. Where another replica was faster, f decides again.
 func (r *registry) updateAgent(ctx context.Context, id string, f func(next *agentRecord) error) (*agentRecord, error) {
+	return r.writeAgent(ctx, id, false, f)
+}
+
+// putAgent is updateAgent, or makes a new agent.
+func (r *registry) putAgent(ctx context.Context, id string, f func(next *agentRecord) error) (*agentRecord, error) {
+	return r.writeAgent(ctx, id, true, f)
+}
+
+func (r *registry) writeAgent(ctx context.Context, id string, create bool, f func(next *agentRecord) error) (*agentRecord, error) {
 	r.write.Lock()
 	defer r.write.Unlock()
-	next := &agentRecord{ID: id}
-	if cur := r.agent(id); cur != nil {
-		c := *cur
-		next = &c
+	for range tries {
+		was, err := r.kv.Get(ctx, agentPrefix+id)
+		if err != nil {
+			return nil, fmt.Errorf("read agent %s: %w", id, err)
+		}
+		next := &agentRecord{ID: id}
+		switch {
+		case was != nil:
+			if err := json.Unmarshal(was, next); err != nil {
+				return nil, fmt.Errorf("decode agent %s: %w", id, err)
+			}
+		case !create:
+			return nil, fmt.Errorf("agent %s: %w", id, errNoAgent)
+		}
+		if err := f(next); err != nil {
+			return nil, err
+		}
+		value, err := json.Marshal(next)
+		if err != nil {
+			return nil, err
+		}
+		ok, err := r.kv.CompareAndPut(ctx, agentPrefix+id, was, value)
+		if err != nil {
+			return nil, fmt.Errorf("store agent %s: %w", id, err)
+		}
+		if ok {
+			r.applyAgent(id, next)
+			return next, nil
+		}
 	}
-	if err := f(next); err != nil {
-		return nil, err
-	}
-	value, err := json.Marshal(next)
-	if err != nil {
-		return nil, err
-	}
-	if err := r.kv.Put(ctx, agentPrefix+id, value); err != nil {
-		return nil, fmt.Errorf("store agent %s: %w", id, err)
-	}
+	return nil, fmt.Errorf("store agent %s: %w", id, errBusy)
+}
+
+// applyAgent takes an agent into memory; nil: it is gone.
+func (r *registry) applyAgent(id string, a *agentRecord) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.agents[id] = next
-	return next, nil
+	if a == nil {
+		delete(r.agents, id)
+		return
+	}
+	r.agents[id] = a
+}
+
+// applyEntry takes an entry into memory; nil: it is gone.
+func (r *registry) applyEntry(id string, e *entryRecord) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.unlink(r.entries[id])
+	if e == nil {
+		delete(r.entries, id)
+		return
+	}
+	r.entries[id] = e
+	parent := e.parentID.String()
+	ids := append(slices.Clone(r.byParent[parent]), id)
+	slices.Sort(ids)
+	r.byParent[parent] = ids
+}
+
+// changed takes in what is stored under a key now.
+func (r *registry) changed(key string, value []byte) error {
+	if id, ok := strings.CutPrefix(key, agentPrefix); ok {
+		if value == nil {
+			r.applyAgent(id, nil)
+			return nil
+		}
+		a := new(agentRecord)
+		if err := json.Unmarshal(value, a); err != nil {
+			return fmt.Errorf("decode %s: %w", key, err)
+		}
+		r.applyAgent(id, a)
+	}
+	if id, ok := strings.CutPrefix(key, entryPrefix); ok {
+		if value == nil {
+			r.applyEntry(id, nil)
+			return nil
+		}
+		e, err := decodeEntry(value)
+		if err != nil {
+			return fmt.Errorf("decode %s: %w", key, err)
+		}
+		r.applyEntry(id, e)
+	}
+	return nil
+}
+
+// fetchAgent reads an agent that another replica may have attested or renewed a moment ago, and the entry that came with its token. It is
+// nil if there is none.
+func (r *registry) fetchAgent(ctx context.Context, id spiffeid.ID) (*agentRecord, error) {
+	keys := []string{agentPrefix + id.String()}
+	if entry := tokenEntryID(id); r.entry(entry) == nil {
+		keys = append(keys, entryPrefix+entry)
+	}
+	for _, key := range keys {
+		value, err := r.kv.Get(ctx, key)
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", key, err)
+		}
+		if err := r.changed(key, value); err != nil {
+			return nil, err
+		}
+	}
+	return r.agent(id.String()), nil
 }
 
 func (r *registry) deleteAgent(ctx context.Context, id string) error {
@@ -191,9 +296,7 @@ func (r *registry) deleteAgent(ctx context.Context, id string) error {
 	if err := r.kv.Delete(ctx, agentPrefix+id); err != nil {
 		return fmt.Errorf("delete agent %s: %w", id, err)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.agents, id)
+	r.applyAgent(id, nil)
 	return nil
 }
 
@@ -221,51 +324,61 @@ func (r *registry) similar(e *entryRecord) *entryRecord {
 	return nil
 }
 
-// putEntry stores what f decides on, given the present entry of that ID (nil if there is none). f may refuse.
+// putEntry stores what f decides on, given the present entry of that ID (nil if there is none). f may refuse. Where another replica was
+// faster, f decides again.
 func (r *registry) putEntry(ctx context.Context, id string, f func(cur *entryRecord) (*entryRecord, error)) (*entryRecord, error) {
 	r.write.Lock()
 	defer r.write.Unlock()
-	cur := r.entry(id)
-	next, err := f(cur)
-	if err != nil {
-		return nil, err
+	for range tries {
+		was, err := r.kv.Get(ctx, entryPrefix+id)
+		if err != nil {
+			return nil, fmt.Errorf("read entry %s: %w", id, err)
+		}
+		var cur *entryRecord
+		if was != nil {
+			if cur, err = decodeEntry(was); err != nil {
+				return nil, fmt.Errorf("decode entry %s: %w", id, err)
+			}
+		}
+		next, err := f(cur)
+		if err != nil {
+			return nil, err
+		}
+		p, err := proto.Marshal(next.Entry)
+		if err != nil {
+			return nil, err
+		}
+		value, err := json.Marshal(entryValue{Entry: p, FederateAll: next.federateAll})
+		if err != nil {
+			return nil, err
+		}
+		ok, err := r.kv.CompareAndPut(ctx, entryPrefix+id, was, value)
+		if err != nil {
+			return nil, fmt.Errorf("store entry %s: %w", id, err)
+		}
+		if ok {
+			r.applyEntry(id, next)
+			return next, nil
+		}
 	}
-	p, err := proto.Marshal(next.Entry)
-	if err != nil {
-		return nil, err
-	}
-	value, err := json.Marshal(entryValue{Entry: p, FederateAll: next.federateAll})
-	if err != nil {
-		return nil, err
-	}
-	if err := r.kv.Put(ctx, entryPrefix+id, value); err != nil {
-		return nil, fmt.Errorf("store entry %s: %w", id, err)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.unlink(cur)
-	r.entries[id] = next
-	parent := next.parentID.String()
-	ids := append(slices.Clone(r.byParent[parent]), id)
-	slices.Sort(ids)
-	r.byParent[parent] = ids
-	return next, nil
+	return nil, fmt.Errorf("store entry %s: %w", id, errBusy)
 }
 
 func (r *registry) deleteEntry(ctx context.Context, id string) (bool, error) {
 	r.write.Lock()
 	defer r.write.Unlock()
-	cur := r.entry(id)
+	cur, err := r.kv.Get(ctx, entryPrefix+id)
+	if err != nil {
+		return false, fmt.Errorf("read entry %s: %w", id, err)
+	}
 	if cur == nil {
+		r.applyEntry(id, nil)
 		return false, nil
 	}
 	if err := r.kv.Delete(ctx, entryPrefix+id); err != nil {
 		return false, fmt.Errorf("delete entry %s: %w", id, err)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.unlink(cur)
-	delete(r.entries, id)
+	r.applyEntry(id, nil)
 	return true, nil
 }
 

@@ -181,7 +181,10 @@ func (s *Server) Sweep(ctx context.Context) error {
 	return errors.Join(s.cfg.Tokens.Sweep(ctx), s.sweepAgents(ctx))
 }
 
-// Reload reads all agents and entries again. Call it when another replica has changed the KV.
+// Changed takes in what another replica has stored under a key of the KV; a nil value says that it is gone.
+func (s *Server) Changed(key string, value []byte) error { return s.reg.changed(key, value) }
+
+// Reload reads all agents and entries again.
 func (s *Server) Reload(ctx context.Context) error {
 	if err := s.reg.load(ctx); err != nil {
 		return fmt.Errorf("load agents and entries of %s: %w", s.td, err)
@@ -343,6 +346,11 @@ func (s *service) agent(ctx context.Context) (*agentRecord, error) {
 		return nil, err
 	}
 	a := s.reg.agent(id.String())
+	if serial := cert.SerialNumber.String(); a == nil || serial != a.Serial && serial != a.NewSerial {
+		if a, err = s.reg.fetchAgent(ctx, id); err != nil { // another replica has seen it a moment ago
+			return nil, s.unavailable("find agent", err)
+		}
+	}
 	switch {
 	case a == nil:
 		return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested", id)
@@ -383,6 +391,12 @@ func denied(reason types.PermissionDeniedDetails_Reason, format string, args ...
 func (s *Server) internal(what string, err error) error {
 	s.log.Error("cannot serve the SPIRE Server API", "what", what, "error", err)
 	return status.Errorf(codes.Internal, "%s: internal error, see the server's log", what)
+}
+
+// unavailable is internal, where another replica, or a moment later this one, may serve.
+func (s *Server) unavailable(what string, err error) error {
+	s.log.Warn("cannot serve the SPIRE Server API now", "what", what, "error", err)
+	return status.Errorf(codes.Unavailable, "%s: not now, see the server's log", what)
 }
 
 func invalid(format string, args ...any) error {

@@ -12,29 +12,58 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 )
 
+// etcdServer is an etcd that is not hansed's process: it is the test's.
+type etcdServer struct {
+	l    *lab
+	at   url.URL
+	cfg  *embed.Config
+	stop func()
+}
+
+// etcd plans an etcd for a cluster.
+func (l *lab) etcd(c *cluster) *etcdServer {
+	l.t.Helper()
+	host := strings.TrimSuffix(c.GatewayIP, "9") + "5"
+	e := &etcdServer{l: l, at: url.URL{Scheme: "http", Host: host + ":2379"}, cfg: embed.NewConfig()}
+	peer := url.URL{Scheme: "http", Host: host + ":2380"}
+	e.cfg.Dir, e.cfg.LogLevel, e.cfg.UnsafeNoFsync = filepath.Join(l.dir, "etcd"), "error", true
+	e.cfg.ListenClientUrls, e.cfg.AdvertiseClientUrls = []url.URL{e.at}, []url.URL{e.at}
+	e.cfg.ListenPeerUrls, e.cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
+	e.cfg.InitialCluster = e.cfg.InitialClusterFromName(e.cfg.Name)
+	l.t.Cleanup(func() {
+		if e.stop != nil {
+			e.stop()
+		}
+	})
+	return e
+}
+
+// start starts it, or starts it again on what it has stored.
+func (e *etcdServer) start() {
+	e.l.t.Helper()
+	server, err := embed.StartEtcd(e.cfg)
+	if err != nil {
+		e.l.t.Fatal(err)
+	}
+	e.stop = func() {
+		server.Close()
+		e.stop = nil
+	}
+	select {
+	case <-server.Server.ReadyNotify():
+	case <-time.After(30 * time.Second):
+		e.l.t.Fatal("etcd is not ready within 30s")
+	}
+}
+
 // TestExternalEtcd runs one cluster over an etcd that is not its own process, joins it with one that embeds, and reads with the stock
 // client what it keeps there.
 func TestExternalEtcd(t *testing.T) {
 	l := newLab(t, shortTimers, "west", "east")
 	west := l.cluster("west")
-	at := url.URL{Scheme: "http", Host: strings.TrimSuffix(west.GatewayIP, "9") + "5:2379"}
-	peer := url.URL{Scheme: "http", Host: strings.TrimSuffix(west.GatewayIP, "9") + "5:2380"}
-	cfg := embed.NewConfig()
-	cfg.Dir, cfg.LogLevel, cfg.UnsafeNoFsync = filepath.Join(l.dir, "etcd"), "error", true
-	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{at}, []url.URL{at}
-	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
-	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-	server, err := embed.StartEtcd(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(server.Close)
-	select {
-	case <-server.Server.ReadyNotify():
-	case <-time.After(30 * time.Second):
-		t.Fatal("etcd is not ready within 30s")
-	}
-
+	etcd := l.etcd(west)
+	etcd.start()
+	at := etcd.at
 	l.args["west/hansed"] = []string{"--etcd-endpoints", at.String()}
 	l.up()
 	if n := len(l.state("east")); n != 4 {

@@ -1,0 +1,404 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hanse-mesh/hanse/federation/etcd"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/ca"
+)
+
+// Keys of what replicas tell each other of their roots.
+const (
+	rootsPath   = "authority/replicas/" // + replica's ID: a rootsRecord, by that replica
+	unionKey    = "authority/bundle"    // a union, by the leader
+	rootsPrefix = "authority/"
+)
+
+// rootsRecord is what a replica says of its own roots.
+type rootsRecord struct {
+	Name      string          `json:"name"`
+	Addresses []string        `json:"addresses"`
+	Bundle    json.RawMessage `json:"bundle"` // its own roots, as SPIFFE JSON
+	Active    []byte          `json:"active"` // subject key ID of the root that signs; empty while none does
+	Until     time.Time       `json:"until"`  // nothing that it signs ends later
+}
+
+// union is the trust domain's bundle, and of which replicas' bundles it was made.
+type union struct {
+	Bundle json.RawMessage   `json:"bundle"`
+	From   map[string]uint64 `json:"from"` // sequence by replica's ID
+}
+
+// roots joins the roots of all replicas into the trust domain's one bundle. Each replica keeps its keys to itself and says in etcd what
+// its roots are; the leader makes the bundle, whose sequence grows; all put it in force. The roots of a replica that is away leave the
+// bundle when all that it can have signed has expired.
+type roots struct {
+	// read-only
+	td        spiffeid.TrustDomain
+	store     etcd.Store // for what is this replica's own
+	leader    etcd.Store // for what is the leader's
+	replicas  *replicas
+	bundles   *bundle.Store
+	life      time.Duration // the longest of what it signs
+	now       func() time.Time
+	log       *slog.Logger
+	authority *ca.Authority // set by enroll
+
+	mu       sync.Mutex
+	until    time.Time              // guarded by mu; as the others know it
+	records  map[string]rootsRecord // guarded by mu; by replica's ID
+	union    union                  // guarded by mu
+	unionRev int64                  // guarded by mu
+	included [2]uint64              // guarded by mu: own sequence, and that of the first bundle that has its roots
+
+	dirty chan struct{} // size 1: the leader looks again
+}
+
+func newRoots(p *controlPlane, leader etcd.Store) *roots {
+	life := max(24*time.Hour, p.cfg.Identity.X509Life.Duration) // an agent's SVID, a workload's
+	return &roots{td: p.td, store: p.stores.own, leader: leader, replicas: p.replicas, bundles: p.bundles, now: p.now,
+		life: min(life, p.cfg.Identity.RootLife.Duration), log: p.log.With("part", "roots"), records: map[string]rootsRecord{}, dirty: make(chan struct{}, 1)}
+}
+
+// Until is until when the others know that this replica signs.
+func (r *roots) Until() time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.until
+}
+
+// enroll makes this replica's roots known. The first replica of all begins the bundle and signs at once; any later one waits until its root
+// is acknowledged. One whose root has left the bundle while others sign begins anew.
+func (r *roots) enroll(ctx context.Context, a *ca.Authority) error {
+	r.authority = a
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	own, err := a.Bundle().Marshal()
+	if err != nil {
+		return fmt.Errorf("encode own roots: %w", err)
+	}
+	first, err := json.Marshal(union{Bundle: own, From: map[string]uint64{r.replicas.self.ID: a.Sequence()}})
+	if err != nil {
+		return err
+	}
+	begun, err := etcd.NewKV(r.store, "").PutIfAbsent(ctx, unionKey, first)
+	if err != nil {
+		return fmt.Errorf("begin the bundle: %w", err)
+	}
+	if begun && a.Active() == nil {
+		if err := a.Activate(); err != nil {
+			return err
+		}
+	}
+	all, _, err := etcd.NewKV(r.store, "").List(ctx, rootsPrefix)
+	if err != nil {
+		return err
+	}
+	if err := r.take(all); err != nil {
+		return err
+	}
+	return r.publish(ctx)
+}
+
+// publish says what this replica's roots are, and promises that nothing it signs ends after twice the longest life from now.
+func (r *roots) publish(ctx context.Context) error {
+	own, err := r.authority.Bundle().Marshal()
+	if err != nil {
+		return fmt.Errorf("encode own roots: %w", err)
+	}
+	rec := rootsRecord{Name: r.replicas.self.Name, Addresses: r.replicas.self.Addresses, Bundle: own, Until: r.now().Add(2 * r.life).UTC().Truncate(time.Second)}
+	if c := r.authority.Active(); c != nil {
+		rec.Active = c.SubjectKeyId
+	}
+	b, err := json.Marshal(rec)
+	if err != nil {
+		return err
+	}
+	if _, err := etcd.NewKV(r.store, rootsPath).Put(ctx, r.replicas.self.ID, b); err != nil {
+		return fmt.Errorf("publish own roots: %w", err)
+	}
+	r.mu.Lock()
+	r.until = rec.Until
+	r.mu.Unlock()
+	return nil
+}
+
+// Run keeps the others informed of this replica's roots, puts the bundle in force, and makes it while this replica leads, until ctx ends.
+func (r *roots) Run(ctx context.Context) error {
+	var work sync.WaitGroup
+	defer work.Wait()
+	work.Go(func() { r.follow(ctx) })
+	work.Go(func() { r.merging(ctx) })
+	for {
+		changed := r.authority.Changed()
+		wait := r.life / 2
+		if err := r.publish(ctx); err != nil && ctx.Err() == nil {
+			r.log.Error("own roots are not published; tried again", "err", err)
+			wait = time.Second
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil
+		case <-changed:
+		case <-t.C:
+		}
+		t.Stop()
+	}
+}
+
+func (r *roots) follow(ctx context.Context) {
+	for ctx.Err() == nil {
+		err := etcd.NewKV(r.store, "").Watch(ctx, rootsPrefix, func(all []etcd.KeyValue, _ int64) error { return r.take(all) })
+		if ctx.Err() == nil {
+			r.log.Warn("roots of the replicas are read again", "err", err)
+			pause(ctx, time.Second)
+		}
+	}
+}
+
+// take takes in what is in etcd.
+func (r *roots) take(all []etcd.KeyValue) error {
+	records := map[string]rootsRecord{}
+	var u union
+	var rev int64
+	for _, kv := range all {
+		if id, ok := strings.CutPrefix(kv.Key, rootsPath); ok {
+			var rec rootsRecord
+			if err := json.Unmarshal(kv.Value, &rec); err != nil {
+				r.log.Error("a replica's roots are left out", "key", kv.Key, "err", err)
+				continue
+			}
+			records[id] = rec
+		}
+		if kv.Key == unionKey {
+			rev = kv.ModRevision
+			if err := json.Unmarshal(kv.Value, &u); err != nil {
+				return fmt.Errorf("decode %s: %w", unionKey, err)
+			}
+		}
+	}
+	r.mu.Lock()
+	r.records, r.union, r.unionRev = records, u, rev
+	r.mu.Unlock()
+	kick(r.dirty)
+	if u.Bundle == nil {
+		return nil // gone from etcd: the last good one stays, and the leader writes it again
+	}
+	b, err := bundle.Parse(r.td, u.Bundle)
+	if err != nil {
+		return fmt.Errorf("decode %s: %w", unionKey, err)
+	}
+	if err := r.bundles.Set(r.td, b, "replicas"); err != nil && !errors.Is(err, bundle.ErrStale) {
+		return fmt.Errorf("own bundle: %w", err)
+	}
+	r.include(b)
+	if c := r.authority.Active(); c != nil && !b.HasX509Authority(c) && r.othersSign(b) {
+		return r.authority.Rejoin() // and Run publishes it
+	}
+	return nil
+}
+
+// othersSign reports whether another replica has a root in b that signs.
+func (r *roots) othersSign(b *spiffebundle.Bundle) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, rec := range r.records {
+		if id != r.replicas.self.ID && r.now().Before(rec.Until) && slices.ContainsFunc(b.X509Authorities(), func(c *x509.Certificate) bool {
+			return len(rec.Active) > 0 && bytes.Equal(c.SubjectKeyId, rec.Active)
+		}) {
+			return true
+		}
+	}
+	return false
+}
+
+// include notes the first bundle in which all own roots are.
+func (r *roots) include(b *spiffebundle.Bundle) {
+	own := r.authority.Bundle()
+	sequence, _ := own.SequenceNumber()
+	for _, c := range own.X509Authorities() {
+		if !b.HasX509Authority(c) {
+			return
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.included[0] != sequence {
+		r.included[0] = sequence
+		r.included[1], _ = b.SequenceNumber()
+	}
+}
+
+// Included is the sequence of the first bundle that has all roots of this replica, as of its own sequence; 0 if none has yet.
+func (r *roots) Included(own uint64) uint64 {
+	if b, ok := r.bundles.Get(r.td); ok {
+		r.include(b)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.included[0] != own {
+		return 0
+	}
+	return r.included[1]
+}
+
+// merging makes the bundle while this replica leads.
+func (r *roots) merging(ctx context.Context) {
+	tick := time.NewTicker(min(r.life/20, time.Minute))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.dirty:
+		case <-tick.C:
+		}
+		if !r.replicas.leads() {
+			continue
+		}
+		if err := r.merge(ctx); err != nil && ctx.Err() == nil {
+			r.log.Warn("the bundle of all replicas is not made; tried again", "err", err)
+			pause(ctx, 200*time.Millisecond)
+			kick(r.dirty)
+		}
+	}
+}
+
+// merge writes the bundle if it is not what the replicas' roots make, and forgets replicas that are gone for good.
+func (r *roots) merge(ctx context.Context) error {
+	r.mu.Lock()
+	records, was, rev := maps.Clone(r.records), r.union, r.unionRev
+	r.mu.Unlock()
+	alive := map[string]bool{}
+	for _, x := range *r.replicas.seen.Load() {
+		alive[x.ID] = true
+	}
+	b, from, gone := joinRoots(r.td, records, alive, r.now())
+	kv := etcd.NewKV(r.leader, "")
+	for _, id := range gone {
+		r.log.Info("a replica is gone for good, its roots have left the bundle", "replica", records[id].Name, "id", id)
+		if err := kv.Delete(ctx, rootsPath+id); err != nil {
+			return err
+		}
+		if err := etcd.DeletePrefix(ctx, r.leader, replicasPath+id+"/"); err != nil {
+			return err
+		}
+	}
+	if len(b.X509Authorities()) == 0 {
+		return errors.New("no replica has said what its roots are")
+	}
+	var sequence uint64
+	if was.Bundle != nil {
+		old, err := bundle.Parse(r.td, was.Bundle)
+		if err != nil {
+			return fmt.Errorf("decode %s: %w", unionKey, err)
+		}
+		if old.X509Bundle().Equal(b.X509Bundle()) && old.JWTBundle().Equal(b.JWTBundle()) && maps.Equal(was.From, from) {
+			return nil
+		}
+		sequence, _ = old.SequenceNumber()
+	}
+	if have, ok := r.bundles.Get(r.td); ok { // also where etcd is younger than that
+		n, _ := have.SequenceNumber()
+		sequence = max(sequence, n)
+	}
+	b.SetSequenceNumber(max(sequence+1, uint64(max(r.now().Unix(), 0))))
+	raw, err := b.Marshal()
+	if err != nil {
+		return fmt.Errorf("encode the bundle: %w", err)
+	}
+	value, err := json.Marshal(union{Bundle: raw, From: from})
+	if err != nil {
+		return err
+	}
+	ok, _, err := kv.CompareAndPut(ctx, unionKey, value, rev)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return errors.New("it was changed meanwhile")
+	}
+	n, _ := b.SequenceNumber()
+	r.log.Info("bundle made of the roots of all replicas", "replicas", len(from), "sequence", n)
+	return nil
+}
+
+// joinRoots makes the bundle of what the replicas have said. Roots of one that is not alive are in it until what it signed has expired;
+// one that has none left is gone.
+func joinRoots(td spiffeid.TrustDomain, records map[string]rootsRecord, alive map[string]bool, now time.Time) (b *spiffebundle.Bundle, from map[string]uint64, gone []string) {
+	b, from = spiffebundle.New(td), map[string]uint64{}
+	for _, id := range slices.Sorted(maps.Keys(records)) {
+		rec := records[id]
+		own, err := bundle.Parse(td, rec.Bundle)
+		if err != nil {
+			continue // of a version that this one cannot read: its own business until it expires
+		}
+		if !alive[id] && !now.Before(rec.Until) {
+			gone = append(gone, id)
+			continue
+		}
+		from[id], _ = own.SequenceNumber()
+		for _, c := range own.X509Authorities() {
+			if now.Before(c.NotAfter) {
+				b.AddX509Authority(c)
+			}
+		}
+		for kid, key := range own.JWTAuthorities() {
+			if err := b.AddJWTAuthority(kid, key); err != nil {
+				continue // an empty key ID
+			}
+		}
+		hint, _ := own.RefreshHint()
+		if have, ok := b.RefreshHint(); hint > 0 && (!ok || hint < have) {
+			b.SetRefreshHint(hint)
+		}
+	}
+	return b, from, gone
+}
+
+// signs reports, by replica's ID, which replicas' roots sign.
+func (r *roots) signs() map[string]bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := map[string]bool{}
+	for id, rec := range r.records {
+		out[id] = len(rec.Active) > 0
+	}
+	return out
+}
+
+// addresses are those of the federation listeners of all replicas, also of those that are away.
+func (r *roots) addresses() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := slices.Clone(r.replicas.self.Addresses)
+	for _, rec := range r.records {
+		out = append(out, rec.Addresses...)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+func kick(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,68 @@
+package ca
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Peers are the other replicas of the trust domain, which sign for this one until its own root is acknowledged. Their errors wrap
+// ErrNotActive where none of them signs now.
+type Peers interface {
+	SignX509(ctx context.Context, p X509Params) ([]*x509.Certificate, error)
+	SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error)
+}
+
+// peersTime bounds how long peers are waited for.
+const peersTime = 10 * time.Second
+
+// Signs reports whether this replica signs itself.
+func (a *Authority) Signs() bool {
+	now := a.cfg.Now()
+	r := a.state.Load().with(active)
+	return r != nil && now.Before(r.cert.NotAfter) && (a.cfg.Until == nil || now.Before(a.cfg.Until()))
+}
+
+// Active is the root that signs, or nil.
+func (a *Authority) Active() *x509.Certificate {
+	if r := a.state.Load().with(active); r != nil {
+		return r.cert
+	}
+	return nil
+}
+
+// Rejoin forgets all roots and prepares a fresh one: for a replica that was away for so long that its roots have left the trust domain's
+// bundle. Until the new root is acknowledged its Peers sign.
+func (a *Authority) Rejoin() error {
+	next, err := newRoot(a.cfg, a.cfg.Now())
+	if err == nil {
+		err = a.change(func(n *state) bool {
+			n.roots = []*root{next}
+			return true
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("begin anew as a replica of %s: %w", a.cfg.TrustDomain, err)
+	}
+	a.log.Warn("this replica's roots have left the bundle; a fresh one is prepared", "root", next)
+	return nil
+}
+
+// byPeers lets the Peers sign where this replica may not.
+func byPeers[T any](ctx context.Context, a *Authority, err error, sign func(context.Context, Peers) (T, error)) (T, error) {
+	var none T
+	if a.cfg.Peers == nil || !errors.Is(err, ErrNotActive) && !errors.Is(err, ErrExpired) {
+		return none, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, peersTime)
+	defer cancel()
+	out, perr := sign(ctx, a.cfg.Peers)
+	if perr != nil {
+		return none, fmt.Errorf("%w; another replica: %w", err, perr)
+	}
+	return out, nil
+}

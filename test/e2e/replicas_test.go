@@ -1,0 +1,200 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// replicaRow is a replica as hanse status -o json shows it.
+type replicaRow struct {
+	Name               string
+	Leads, Self, Signs bool
+	LeadingSince       time.Time
+}
+
+// replicas is what a control plane says of itself and the others of its cluster, whether or not all is well.
+func (l *lab) replicas(c string) (rows []replicaRow, err error) {
+	out, err := l.hanse(c, "", "status", "-o", "json")
+	var s struct{ Replicas []replicaRow }
+	if jerr := json.Unmarshal([]byte(out), &s); jerr != nil {
+		return nil, fmt.Errorf("%w: %w", jerr, err)
+	}
+	return s.Replicas, nil
+}
+
+// leads waits until a control plane says that this replica leads, and how many there are.
+func (l *lab) leads(c, leader string, count int) {
+	l.t.Helper()
+	l.eventually(30*time.Second, fmt.Sprintf("%s says that %s leads %d replicas", c, leader, count), func() error {
+		rows, err := l.replicas(c)
+		if err != nil {
+			return err
+		}
+		if len(rows) != count || rows[0].Name != leader || !rows[0].Leads || rows[0].LeadingSince.IsZero() {
+			return fmt.Errorf("%+v", rows)
+		}
+		return nil
+	})
+}
+
+// second writes the configuration of another replica of a cluster, with addresses of its own, and tells the cluster's proxies of it.
+func (l *lab) second(c *cluster) *cluster {
+	l.t.Helper()
+	other := func(addr string) string { return strings.Replace(addr, ".1:", ".2:", 1) }
+	two := *c
+	two.Dir, two.Workloads = filepath.Join(l.dir, c.Name+"-2"), nil
+	two.Federation, two.Identity, two.XDS, two.BundleEndpoint, two.Admin = other(c.Federation), other(c.Identity), other(c.XDS), other(c.BundleEndpoint), other(c.Admin)
+	l.write(&two, replicaTimers)
+	proxies := []string{"gateway"}
+	for _, w := range c.Workloads {
+		proxies = append(proxies, w.Name)
+	}
+	for i, name := range proxies {
+		path := filepath.Join(c.Dir, name+".yaml")
+		b, err := os.ReadFile(path)
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		identity, xds := fmt.Sprintf("%q, %q", c.Identity, two.Identity), fmt.Sprintf("%q, %q", c.XDS, two.XDS)
+		if i%2 == 1 {
+			identity, xds = fmt.Sprintf("%q, %q", two.Identity, c.Identity), fmt.Sprintf("%q, %q", two.XDS, c.XDS)
+		}
+		s := strings.NewReplacer(fmt.Sprintf("[%q]", c.Identity), "["+identity+"]", fmt.Sprintf("[%q]", c.XDS), "["+xds+"]").Replace(string(b))
+		l.save(path, s)
+	}
+	return &two
+}
+
+const replicaTimers = "timers: {suspect: 3s, recover: 2s, probe: 1s, leader: 2s}\n"
+
+// TestReplicas runs one cluster by two hansed over one etcd, beside a cluster by one, and takes the leader away in every way, under load.
+func TestReplicas(t *testing.T) {
+	l := newLab(t, replicaTimers, "west", "east")
+	west := l.cluster("west")
+	two := l.second(west)
+	etcd := l.etcd(west)
+	etcd.start()
+	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
+	l.up()
+	l.leads("west", "one", 1)
+
+	// A second one joins: its root is acknowledged before it signs, and it does what it is asked, or passes it on.
+	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--etcd-endpoints", etcd.at.String(), "--replica", "two")
+	l.ready("west-2/hansed", two.Admin)
+	l.leads("west-2", "one", 2)
+	l.eventually(time.Minute, "both replicas sign", func() error {
+		rows, err := l.replicas("west-2")
+		if err == nil && (len(rows) != 2 || !rows[0].Signs || !rows[1].Signs) {
+			err = fmt.Errorf("%+v", rows)
+		}
+		return err
+	})
+	l.green()
+	before := map[string][]endpoint{"west": l.state("west"), "east": l.state("east")}
+	if len(before["west"]) != 4 || len(before["east"]) != 4 {
+		t.Fatalf("west sees %d endpoints and east %d, want 4 and 4", len(before["west"]), len(before["east"]))
+	}
+	asBefore := func(what string, west ...string) {
+		t.Helper()
+		for _, c := range append(west, "east") {
+			want := before["west"]
+			if c == "east" {
+				want = before["east"]
+			}
+			l.eventually(30*time.Second, what+": "+c+" sees what it saw before", func() error {
+				if got := l.state(c); !reflect.DeepEqual(got, want) {
+					return fmt.Errorf("\n%+v\nbefore\n%+v", got, want)
+				}
+				return nil
+			})
+		}
+	}
+	asBefore("at the follower", "west-2")
+	if out := l.must("west-2", "", "apply", "-f", filepath.Join(west.Dir, "mesh.yaml")); !strings.Contains(out, "unchanged") {
+		t.Errorf("apply at the follower: %s", out)
+	}
+
+	ld := l.load("west", payments, 4)
+	far := l.load("east", payments, 1)
+	settled := func(what string) {
+		t.Helper()
+		ld.none(l, what)
+		far.none(l, what)
+	}
+
+	// kill -9 of the leader.
+	killed := time.Now()
+	l.kill("west/hansed")
+	l.leads("west-2", "two", 1)
+	t.Logf("another replica led %s after kill -9 of the leader (lease of 2s)", time.Since(killed).Round(10*time.Millisecond))
+	l.eventually(30*time.Second, "all proxies of west speak to the other replica", func() error {
+		if n := len(get[[]struct{ ID string }](l, "west-2", "proxies")); n != 5 {
+			return fmt.Errorf("%d", n)
+		}
+		return nil
+	})
+	asBefore("after kill -9 of the leader", "west-2")
+	l.save(filepath.Join(two.Dir, "more.yaml"), "apiVersion: v1\nkind: Service\nmetadata: {namespace: shop, name: more}\nspec:\n  ports: [{name: http, port: 80}]\n")
+	l.must("west-2", "", "apply", "-f", filepath.Join(two.Dir, "more.yaml"))
+	settled("kill -9 of the leader")
+
+	// It comes back, and follows.
+	l.start("west/hansed")
+	l.ready("west/hansed", west.Admin)
+	l.leads("west", "two", 2)
+	if out := l.must("west", "", "get", "service", "more", "-n", "shop"); !strings.Contains(out, "more") {
+		t.Errorf("what was applied meanwhile: %s", out)
+	}
+	asBefore("after the old leader is back", "west", "west-2")
+	l.green()
+
+	// The leader is paused past its lease: another leads; when it goes on it follows.
+	l.signal("west-2/hansed", syscall.SIGSTOP)
+	l.leads("west", "one", 1)
+	l.signal("west-2/hansed", syscall.SIGCONT)
+	l.leads("west-2", "one", 2)
+	asBefore("after the leader was paused", "west", "west-2")
+	settled("leader paused")
+
+	// A leader that ends in order is followed at once.
+	ended := time.Now()
+	l.signal("west/hansed", syscall.SIGTERM)
+	<-l.proc("west/hansed").done
+	l.leads("west-2", "two", 1)
+	t.Logf("another replica led %s after SIGTERM to the leader, which then took its time to end", time.Since(ended).Round(10*time.Millisecond))
+	l.start("west/hansed")
+	l.ready("west/hansed", west.Admin)
+	l.leads("west", "two", 2)
+	asBefore("after a restart of the leader", "west", "west-2")
+	settled("leader restarted")
+
+	// Without etcd calls, identities and xDS go on with what is known.
+	etcd.stop()
+	time.Sleep(5 * time.Second)
+	l.kill("west/frontend")
+	l.start("west/frontend")
+	l.ready("west/frontend", west.workload("frontend").Admin)
+	if a, err := call(l.client("west", "frontend"), payments); err != nil {
+		t.Errorf("a sidecar that was restarted while etcd is away: %+v %v", a, err)
+	}
+	etcd.start()
+	l.eventually(30*time.Second, "one of them leads again", func() error {
+		rows, err := l.replicas("west")
+		if err == nil && (len(rows) != 2 || !rows[0].Leads || rows[0].LeadingSince.Before(ended)) {
+			err = fmt.Errorf("%+v", rows)
+		}
+		return err
+	})
+	l.green()
+	asBefore("after etcd was away", "west", "west-2")
+	far.none(l, "etcd away")
+	far.stop()
+	ld.stop()
+}

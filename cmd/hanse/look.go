@@ -52,6 +52,19 @@ func (c *cli) printStatus(s admin.Status) {
 	}
 	fmt.Fprintf(c.out, "cluster %s, trust domain %s, hansed %s, %s, %s\n", s.Cluster, s.TrustDomain, s.Version, counted(s.Services, "service"), strings.Replace(counted(s.Proxies, "proxy"), "proxys", "proxies", 1))
 	c.checks(c.out, p, s.Checks)
+	if len(s.Replicas) == 0 {
+		return
+	}
+	fmt.Fprintln(c.out)
+	t := newTable("REPLICA", "LEADS", "SIGNS", "UP", "VERSION", "ADDRESS")
+	for _, r := range s.Replicas {
+		leads := "-"
+		if r.Leads {
+			leads = "since " + r.LeadingSince.Local().Format("2006-01-02 15:04:05")
+		}
+		t.row(plain(r.Name), plain(leads), plain(map[bool]string{true: "yes", false: "not yet"}[r.Signs]), plain(age(r.Age)), plain(dash(r.Version)), plain(dash(strings.Join(r.Addresses, ","))))
+	}
+	c.table(t)
 }
 
 func (c *cli) servicesCommand() *cobra.Command {

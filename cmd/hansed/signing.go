@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -94,9 +95,7 @@ func (r *roots) ask(ctx context.Context, a ask) (*askAnswer, error) {
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
-		if err := kv.Delete(ctx, asksPath+key); err == nil {
-			err = kv.Delete(ctx, answersPath+key)
-		} else {
+		if err := errors.Join(kv.Delete(ctx, asksPath+key), kv.Delete(ctx, answersPath+key)); err != nil {
 			r.log.Debug("what was asked stays until it is swept", "err", err)
 		}
 	}()

@@ -2,6 +2,7 @@ package federation_test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -60,9 +61,36 @@ func policy(td string) federation.Policy {
 	return federation.Policy{Member: "west", TrustDomain: spiffeid.RequireTrustDomainFromString(td), Admitted: epoch.Add(-time.Hour), Match: identity.MatchPattern}
 }
 
+// values encodes all that e exports.
+func values(e *federation.Exports) map[string]map[string][]byte {
+	out := map[string]map[string][]byte{}
+	for scope, sums := range e.Scopes {
+		out[scope] = map[string][]byte{}
+		for key, sum := range sums {
+			v, err := e.Value(scope, key)
+			if h := sha256.Sum256(v); err != nil || !bytes.Equal(h[:16], sum[:]) {
+				panic(fmt.Sprintf("%s of %s: %v, or another sum", key, scope, err))
+			}
+			out[scope][key] = v
+		}
+	}
+	return out
+}
+
+// restored is what a restart makes of e.
+func restored(e *federation.Exports) *federation.Exports {
+	r := federation.NewExports()
+	for scope, keys := range values(e) {
+		for k, v := range keys {
+			r.Restore(scope, k, v)
+		}
+	}
+	return r
+}
+
 func all(e *federation.Exports) []federation.Change {
 	var out []federation.Change
-	for scope, keys := range e.Scopes {
+	for scope, keys := range values(e) {
 		for k, v := range keys {
 			out = append(out, federation.Change{Scope: scope, Key: k, Value: v, Revision: 7})
 		}
@@ -99,10 +127,10 @@ func TestSlotsAreHalfFullAndStable(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	svc := service("west.demo", "payments", 1000)
 	e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
-	for k := range e.Scopes[federation.AllScope] {
+	for k, v := range values(e)[federation.AllScope] {
 		if strings.HasPrefix(k, "ep/") {
 			pb := &federationpb.Slot{}
-			if err := proto.Unmarshal(e.Scopes[federation.AllScope][k], pb); err != nil || len(pb.Endpoints) < 32 || len(pb.Endpoints) > 64 {
+			if err := proto.Unmarshal(v, pb); err != nil || len(pb.Endpoints) < 32 || len(pb.Endpoints) > 64 {
 				t.Fatalf("%s holds %d endpoints (%v), want 32 to 64", k, len(pb.Endpoints), err)
 			}
 		}
@@ -123,7 +151,7 @@ func TestSlotsAreHalfFullAndStable(t *testing.T) {
 		}
 		prev := e
 		if round%10 == 9 { // as after a restart
-			prev = federation.Restore(e.Scopes)
+			prev = restored(e)
 		}
 		e2, faults := federation.Encode(snapshot("west.demo", &next), prev, epoch.Add(time.Hour))
 		if len(faults) > 0 {
@@ -136,15 +164,15 @@ func TestSlotsAreHalfFullAndStable(t *testing.T) {
 	}
 }
 
-func differences(a, b map[string][]byte) int {
+func differences(a, b map[string]federation.Sum) int {
 	n := 0
 	for k := range a {
-		if !bytes.Equal(a[k], b[k]) {
+		if a[k] != b[k] {
 			n++
 		}
 	}
 	for k := range b {
-		if a[k] == nil {
+		if _, ok := a[k]; !ok {
 			n++
 		}
 	}
@@ -169,7 +197,7 @@ func TestExportTimeIsSetOnce(t *testing.T) {
 	svc.Export.Created = time.Time{}
 	e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
 	again := *svc
-	e, _ = federation.Encode(snapshot("west.demo", &again), federation.Restore(e.Scopes), epoch.Add(time.Hour))
+	e, _ = federation.Encode(snapshot("west.demo", &again), restored(e), epoch.Add(time.Hour))
 	if got := e.Since(svc.Name); !got.Equal(epoch) {
 		t.Fatalf("export time is %s, want %s", got, epoch)
 	}
@@ -307,7 +335,7 @@ func TestBadObjectIsAFaultOfThatObjectOnly(t *testing.T) {
 	if got := len(p.Exports[svc.Name].Endpoints); got != 100 || len(p.Faults) != 1 {
 		t.Fatalf("%d endpoints, want the last good 100; faults %v", got, p.Faults)
 	}
-	d.Apply([]federation.Change{{Scope: "all", Key: "ep/shop/payments/0", Value: e.Scopes["all"]["ep/shop/payments/0"]}}, epoch)
+	d.Apply([]federation.Change{{Scope: "all", Key: "ep/shop/payments/0", Value: values(e)["all"]["ep/shop/payments/0"]}}, epoch)
 	if p := d.Part(); len(p.Faults) != 0 {
 		t.Fatalf("faults %v stay after the object is good again", p.Faults)
 	}
@@ -377,7 +405,7 @@ func TestServiceInTwoScopesIsOne(t *testing.T) {
 func FuzzDecode(f *testing.F) {
 	e, _ := federation.Encode(snapshot("west.demo", service("west.demo", "payments", 5)), nil, epoch)
 	seeds := 0
-	for k, v := range e.Scopes[federation.AllScope] {
+	for k, v := range values(e)[federation.AllScope] {
 		f.Add(k, v)
 		seeds++
 	}
@@ -387,7 +415,10 @@ func FuzzDecode(f *testing.F) {
 	td := spiffeid.RequireTrustDomainFromString("west.demo")
 	f.Fuzz(func(t *testing.T, key string, value []byte) {
 		d := federation.NewDecoder(policy("west.demo"))
-		svc, _ := e.Scopes[federation.AllScope]["svc/shop/payments"]
+		svc, err := e.Value(federation.AllScope, "svc/shop/payments")
+		if err != nil {
+			t.Fatal(err)
+		}
 		d.Apply([]federation.Change{{Scope: "all", Key: "svc/shop/payments", Value: svc}, {Scope: "all", Key: key, Value: value}}, epoch)
 		for _, x := range d.Part().Exports {
 			for _, ep := range x.Endpoints {
@@ -431,4 +462,108 @@ func TestAudienceByLabel(t *testing.T) {
 			t.Errorf("Readable(%q, %v) = %s, want %s", c.member, c.labels, got, c.want)
 		}
 	}
+}
+
+// TestManyServicesEncodeAsOne has enough to be encoded by several goroutines.
+func TestManyServicesEncodeAsOne(t *testing.T) {
+	var services []*discovery.Service
+	for i := range 500 {
+		svc := service("west.demo", fmt.Sprint("s", i), i%150)
+		if i == 77 {
+			svc.Endpoints[3].SPIFFEID = "spiffe://east.demo/x"
+		}
+		services = append(services, svc)
+	}
+	e, faults := federation.Encode(snapshot("west.demo", services...), nil, epoch)
+	if len(faults) != 1 || faults[0].Key != "svc/shop/s77" || e.Services != 499 {
+		t.Fatalf("%d services, faults %v", e.Services, faults)
+	}
+	d := federation.NewDecoder(policy("west.demo"))
+	d.Apply(all(e), epoch)
+	for i, svc := range services {
+		if got := d.Part().Exports[svc.Name]; i != 77 && (got == nil || cmp.Diff(svc.Endpoints, got.Endpoints, equate) != "") {
+			t.Fatalf("%s came back otherwise", svc.Name)
+		}
+	}
+}
+
+// TestFreshEndpointsGoToTheEmptiestSlot compares with the obvious way.
+func TestFreshEndpointsGoToTheEmptiestSlot(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(3, 4))
+	svc := service("west.demo", "payments", 0)
+	var e *federation.Exports
+	want := map[string]int{}
+	for round := range 60 {
+		next := *svc
+		next.Endpoints = slices.DeleteFunc(slices.Clone(svc.Endpoints), func(*discovery.Endpoint) bool { return rnd.IntN(3) == 0 })
+		for i := range rnd.IntN(80) {
+			next.Endpoints = append(next.Endpoints, endpoint("west.demo", 1000*round+i+1))
+		}
+		slices.SortFunc(next.Endpoints, func(a, b *discovery.Endpoint) int { return strings.Compare(a.ID, b.ID) })
+		e, _ = federation.Encode(snapshot("west.demo", &next), e, epoch)
+		filled := make([]int, (len(next.Endpoints)+47)/48)
+		is := map[string]int{}
+		for _, ep := range next.Endpoints {
+			if slot, ok := want[ep.ID]; ok {
+				for slot >= len(filled) {
+					filled = append(filled, 0)
+				}
+				filled[slot]++
+				is[ep.ID] = slot
+			}
+		}
+		for _, ep := range next.Endpoints {
+			if _, ok := is[ep.ID]; !ok {
+				is[ep.ID] = slices.Index(filled, slices.Min(filled))
+				filled[is[ep.ID]]++
+			}
+		}
+		got := map[string]int{}
+		for k, v := range values(e)[federation.AllScope] {
+			if _, slot, _ := federation.ParseKey(k); slot >= 0 {
+				pb := &federationpb.Slot{}
+				if err := proto.Unmarshal(v, pb); err != nil {
+					t.Fatal(err)
+				}
+				for _, ep := range pb.Endpoints {
+					got[fmt.Sprintf("%x", ep.Id)] = slot
+				}
+			}
+		}
+		if !maps.Equal(is, got) {
+			t.Fatalf("round %d: slots differ:\n%s", round, cmp.Diff(is, got))
+		}
+		svc, want = &next, is
+	}
+}
+
+func BenchmarkEncode(b *testing.B) {
+	var services []*discovery.Service
+	for i := range 1000 {
+		services = append(services, service("west.demo", fmt.Sprint("s", i), 100))
+	}
+	s := snapshot("west.demo", services...)
+	b.ReportAllocs()
+	for b.Loop() {
+		federation.Encode(s, nil, epoch)
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/100_000, "ns/endpoint")
+}
+
+func BenchmarkDecode(b *testing.B) {
+	var services []*discovery.Service
+	for i := range 1000 {
+		services = append(services, service("west.demo", fmt.Sprint("s", i), 100))
+	}
+	e, _ := federation.Encode(snapshot("west.demo", services...), nil, epoch)
+	changes := all(e)
+	b.ReportAllocs()
+	for b.Loop() {
+		d := federation.NewDecoder(policy("west.demo"))
+		for part := range slices.Chunk(changes, 127) {
+			d.Apply(part, epoch)
+			d.Part()
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/100_000, "ns/endpoint")
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -159,12 +160,9 @@ func (d *Decoder) Part() *Part {
 // and of each endpoint, counts. Slots whose service record is not there yet are not visible.
 func join(objects map[location]*object) *Export {
 	var svc *object
-	newer := func(a, b *object, scopeA, scopeB string) bool {
-		return b == nil || a.revision > b.revision || a.revision == b.revision && scopeA < scopeB
-	}
 	var at location
 	for l, o := range objects {
-		if o.service != nil && newer(o, svc, l.scope, at.scope) {
+		if o.service != nil && (svc == nil || o.newer(l, svc, at)) {
 			svc, at = o, l
 		}
 	}
@@ -174,6 +172,29 @@ func join(objects map[location]*object) *Export {
 	export := *svc.service
 	e := &export
 	e.Revision = svc.revision
+	n := 0
+	for _, o := range objects {
+		e.Revision = max(e.Revision, o.revision)
+		n += len(o.endpoints)
+	}
+	e.Endpoints = make([]*discovery.Endpoint, 0, n)
+	for _, o := range objects {
+		e.Endpoints = append(e.Endpoints, o.endpoints...)
+	}
+	byID := func(a, b *discovery.Endpoint) int { return strings.Compare(a.ID, b.ID) }
+	slices.SortFunc(e.Endpoints, byID)
+	for i := 1; i < n; i++ {
+		if e.Endpoints[i].ID == e.Endpoints[i-1].ID { // it is in two slots
+			e.Endpoints = newest(objects)
+			slices.SortFunc(e.Endpoints, byID)
+			break
+		}
+	}
+	return e
+}
+
+// newest returns each endpoint once, as the newest object has it.
+func newest(objects map[location]*object) []*discovery.Endpoint {
 	type found struct {
 		ep *discovery.Endpoint
 		o  *object
@@ -181,20 +202,26 @@ func join(objects map[location]*object) *Export {
 	}
 	byID := map[string]found{}
 	for l, o := range objects {
-		e.Revision = max(e.Revision, o.revision)
 		for _, ep := range o.endpoints {
 			f, ok := byID[ep.ID]
-			if !ok || newer(o, f.o, l.scope+"/"+l.key, f.at.scope+"/"+f.at.key) {
+			if !ok || o.newer(l, f.o, f.at) {
 				byID[ep.ID] = found{ep, o, l}
 			}
 		}
 	}
-	e.Endpoints = make([]*discovery.Endpoint, 0, len(byID))
+	endpoints := make([]*discovery.Endpoint, 0, len(byID))
 	for _, f := range byID {
-		e.Endpoints = append(e.Endpoints, f.ep)
+		endpoints = append(endpoints, f.ep)
 	}
-	slices.SortFunc(e.Endpoints, func(a, b *discovery.Endpoint) int { return cmp.Compare(a.ID, b.ID) })
-	return e
+	return endpoints
+}
+
+// newer reports whether o, at l, counts before other. Ties are broken by where they are, so that the order of events does not matter.
+func (o *object) newer(l location, other *object, at location) bool {
+	if o.revision != other.revision {
+		return o.revision > other.revision
+	}
+	return l.scope+"/"+l.key < at.scope+"/"+at.key
 }
 
 // decode returns an object, a fault, or both: an object without the endpoints that the fault is about.
@@ -274,9 +301,21 @@ func (d *Decoder) decodeSlot(value []byte) (*object, error) {
 	for i, p := range pb.Profiles {
 		profiles[i] = d.profile(p)
 	}
-	o := &object{}
+	o := &object{endpoints: make([]*discovery.Endpoint, 0, len(pb.Endpoints))}
 	var refused []error
+	all := make([]discovery.Endpoint, len(pb.Endpoints)) // they live and die together, and so do their IDs
+	ids := make([]byte, 0, 32*len(pb.Endpoints))
 	for _, e := range pb.Endpoints {
+		if len(e.Id) == 16 {
+			ids = hex.AppendEncode(ids, e.Id)
+		}
+	}
+	id := string(ids)
+	for i, e := range pb.Endpoints {
+		ep := &all[i]
+		if len(e.Id) == 16 {
+			ep.ID, id = id[:32], id[32:]
+		}
 		if int(e.Profile) >= len(profiles) {
 			refused = append(refused, fmt.Errorf("endpoint %x names profile %d of %d", e.Id, e.Profile, len(profiles)))
 			continue
@@ -286,8 +325,7 @@ func (d *Decoder) decodeSlot(value []byte) (*object, error) {
 			refused = append(refused, fmt.Errorf("endpoint %.16x: %w", e.Id, p.err))
 			continue
 		}
-		ep, err := decodeEndpoint(p, e)
-		if err != nil {
+		if err := decodeEndpoint(ep, p, e); err != nil {
 			refused = append(refused, err)
 			continue
 		}
@@ -361,22 +399,24 @@ func (d *Decoder) wanted(id spiffeid.ID) bool {
 	return slices.ContainsFunc(p.SPIFFEIDs, func(pattern string) bool { return d.policy.Match(pattern, id) })
 }
 
-func decodeEndpoint(p *profile, pb *federationpb.Endpoint) (*discovery.Endpoint, error) {
+// decodeEndpoint fills in ep, which has its ID.
+func decodeEndpoint(ep *discovery.Endpoint, p *profile, pb *federationpb.Endpoint) error {
 	if len(pb.Id) != 16 {
-		return nil, fmt.Errorf("endpoint ID of %d bytes, want 16", len(pb.Id))
+		return fmt.Errorf("endpoint ID of %d bytes, want 16", len(pb.Id))
 	}
 	addr, ok := netip.AddrFromSlice(pb.Address)
 	if !ok || addr.IsUnspecified() || addr.IsMulticast() {
-		return nil, fmt.Errorf("endpoint %x: address %x cannot be dialled", pb.Id, pb.Address[:min(len(pb.Address), 16)])
+		return fmt.Errorf("endpoint %x: address %x cannot be dialled", pb.Id, pb.Address[:min(len(pb.Address), 16)])
 	}
 	if pb.Weight > maxWeight {
-		return nil, fmt.Errorf("endpoint %x: weight %d, at most %d is accepted", pb.Id, pb.Weight, maxWeight)
+		return fmt.Errorf("endpoint %x: weight %d, at most %d is accepted", pb.Id, pb.Weight, maxWeight)
 	}
 	if pb.Hostname != "" && !dnsLabel.MatchString(pb.Hostname) {
-		return nil, fmt.Errorf("endpoint %x: hostname %.80q is not a DNS label", pb.Id, pb.Hostname)
+		return fmt.Errorf("endpoint %x: hostname %.80q is not a DNS label", pb.Id, pb.Hostname)
 	}
-	ep := p.endpoint
-	ep.ID, ep.Address, ep.Hostname, ep.Weight = hex.EncodeToString(pb.Id), addr.Unmap(), pb.Hostname, pb.Weight
+	id := ep.ID
+	*ep = p.endpoint
+	ep.ID, ep.Address, ep.Hostname, ep.Weight = id, addr.Unmap(), pb.Hostname, pb.Weight
 	ep.Ready, ep.Draining = !pb.NotReady, pb.Draining
-	return &ep, nil
+	return nil
 }

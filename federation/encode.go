@@ -2,11 +2,15 @@ package federation
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -41,25 +45,29 @@ func (f Fault) Error() string {
 	return fmt.Sprintf("import %s in scope %s from cluster %s: %s", f.Key, f.Scope, f.Member, f.Reason)
 }
 
-// Exports is what a cluster exports, as keys and values. It is immutable.
+// Sum tells values apart: half of their SHA-256.
+type Sum = [16]byte
+
+// Exports is what a cluster exports, as keys and the sums of their values: a value is encoded again when it is needed. It is immutable.
 type Exports struct {
-	Scopes    map[string]map[string][]byte // values by scope and key
-	Audience  map[string][]string          // member names and labels by scope; empty is every member
+	Scopes    map[string]map[string]Sum // by scope and key
+	Audience  map[string][]string       // member names and labels by scope; empty is every member
 	Services  int
 	Endpoints int
 
-	services map[discovery.Name]*exported
+	trustDomain string
+	services    map[discovery.Name]*exported
 }
 
 // exported is one service as it was last encoded.
 type exported struct {
-	source    *discovery.Service // from which it was encoded; nil after Restore
-	scope     string
-	audience  []string
-	since     time.Time
-	slots     map[string]int // by endpoint ID
-	endpoints int
-	values    map[string][]byte // by key
+	source   *discovery.Service // from which it was encoded; nil after Restore
+	scope    string
+	audience []string
+	since    time.Time
+	ids      []string       // of endpoints; sorted, unless this is from Restore
+	slots    []uint16       // of these
+	sums     map[string]Sum // of values, by key
 }
 
 // Since returns the export time of a service, which was set when it was first exported.
@@ -92,7 +100,7 @@ func (e *Exports) In(scope string) int {
 // Each calls f for every service.
 func (e *Exports) Each(f func(n discovery.Name, scope string, endpoints int)) {
 	for n, x := range e.services {
-		f(n, x.scope, x.endpoints)
+		f(n, x.scope, len(x.ids))
 	}
 }
 
@@ -113,90 +121,197 @@ func (e *Exports) Readable(member string, labels map[string]string) []string {
 	return scopes
 }
 
-// Restore reads a cluster's own exports back from its store, so that the next Encode keeps slots and export times. What does not
-// decode is left out and encoded anew.
-func Restore(scopes map[string]map[string][]byte) *Exports {
-	e := &Exports{Scopes: map[string]map[string][]byte{}, services: map[discovery.Name]*exported{}}
-	for scope, keys := range scopes {
-		e.Scopes[scope] = keys
-		for key, value := range keys {
-			n, slot, err := ParseKey(key)
-			if err != nil {
-				continue
-			}
-			x := e.services[n]
-			if x == nil {
-				x = &exported{scope: scope, slots: map[string]int{}, values: map[string][]byte{}}
-				e.services[n] = x
-			}
-			if x.scope == scope {
-				x.values[key] = value
-			}
-			if slot < 0 {
-				var pb federationpb.Service
-				if proto.Unmarshal(value, &pb) == nil {
-					x.since = fromMillis(pb.ExportedUnixMs)
-				}
-				continue
-			}
-			var pb federationpb.Slot
-			if proto.Unmarshal(value, &pb) == nil {
-				for _, ep := range pb.Endpoints {
-					x.slots[hex.EncodeToString(ep.Id)] = slot
-					x.endpoints = len(x.slots)
-				}
+// Value encodes what a key of a scope holds. It has the sum that Scopes says.
+func (e *Exports) Value(scope, key string) ([]byte, error) {
+	n, slot, err := ParseKey(key)
+	if err != nil {
+		return nil, err
+	}
+	x := e.services[n]
+	if x == nil || x.scope != scope {
+		return nil, fmt.Errorf("key %s is not exported in scope %s", key, scope)
+	}
+	if x.source == nil {
+		return nil, fmt.Errorf("key %s is from before the last start, and its service cannot be encoded now", key)
+	}
+	enc := &encoder{trustDomain: e.trustDomain}
+	if slot < 0 {
+		err = enc.service(x.source, x.since)
+	} else {
+		known := x.known()
+		in := make([]*discovery.Endpoint, 0, MaxSlot)
+		for _, ep := range x.source.Endpoints {
+			if at, ok := known(ep.ID); ok && at == slot {
+				in = append(in, ep)
 			}
 		}
+		err = enc.slot(in)
 	}
-	return e
+	return enc.buf, err
 }
 
-// Encode turns the exported services of a Snapshot into keys and values. prev (may be nil) is the result before: an endpoint keeps
-// its slot, a service its export time (now, if the source gives none), and a service that cannot be encoded its last good state,
+// NewExports returns Exports of nothing, to Restore into.
+func NewExports() *Exports {
+	return &Exports{Scopes: map[string]map[string]Sum{}, services: map[discovery.Name]*exported{}}
+}
+
+// Restore reads one key of a cluster's own exports back from its store, so that the next Encode keeps slots and export times. What does not
+// decode is left out and encoded anew.
+func (e *Exports) Restore(scope, key string, value []byte) {
+	if e.Scopes[scope] == nil {
+		e.Scopes[scope] = map[string]Sum{}
+	}
+	e.Scopes[scope][key] = sumOf(value)
+	n, slot, err := ParseKey(key)
+	if err != nil {
+		return
+	}
+	x := e.services[n]
+	if x == nil {
+		x = &exported{scope: scope, sums: map[string]Sum{}}
+		e.services[n] = x
+	}
+	if x.scope == scope {
+		x.sums[key] = sumOf(value)
+	}
+	if slot < 0 {
+		var pb federationpb.Service
+		if proto.Unmarshal(value, &pb) == nil {
+			x.since = fromMillis(pb.ExportedUnixMs)
+		}
+		return
+	}
+	var pb federationpb.Slot
+	if proto.Unmarshal(value, &pb) == nil {
+		for _, ep := range pb.Endpoints {
+			x.ids, x.slots = append(x.ids, hex.EncodeToString(ep.Id)), append(x.slots, uint16(slot))
+		}
+	}
+}
+
+func sumOf(value []byte) Sum {
+	h := sha256.Sum256(value)
+	return Sum(h[:16])
+}
+
+// known returns where an endpoint was before.
+func (x *exported) known() func(id string) (slot int, ok bool) {
+	if x == nil {
+		return func(string) (int, bool) { return 0, false }
+	}
+	if x.source == nil {
+		slots := make(map[string]int, len(x.ids))
+		for i, id := range x.ids {
+			slots[id] = int(x.slots[i])
+		}
+		return func(id string) (int, bool) { slot, ok := slots[id]; return slot, ok }
+	}
+	next := 0 // mostly they are asked for in order
+	return func(id string) (int, bool) {
+		if next >= len(x.ids) || x.ids[next] != id {
+			var ok bool
+			if next, ok = slices.BinarySearch(x.ids, id); !ok {
+				return 0, false
+			}
+		}
+		next++
+		return int(x.slots[next-1]), true
+	}
+}
+
+// Encode turns the exported services of a Snapshot into keys and the sums of values. prev (may be nil) is the result before: an endpoint
+// keeps its slot, a service its export time (now, if the source gives none), and a service that cannot be encoded its last good state,
 // with a Fault. Endpoints without mTLS are of no use elsewhere and are left out.
 func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fault) {
 	if prev == nil {
-		prev = &Exports{}
+		prev = NewExports()
 	}
 	next := &Exports{
-		Scopes:   map[string]map[string][]byte{AllScope: {}},
-		Audience: map[string][]string{AllScope: nil},
-		services: map[discovery.Name]*exported{},
+		Scopes:      map[string]map[string]Sum{AllScope: {}},
+		Audience:    map[string][]string{AllScope: nil},
+		trustDomain: s.Self.TrustDomain,
+		services:    make(map[discovery.Name]*exported, len(prev.services)),
 	}
-	var faults []Fault
+	var changed []*discovery.Service
 	for name, svc := range s.Services {
 		if svc.Export == nil {
 			continue
 		}
-		old := prev.services[name]
-		x := old
-		if old == nil || old.source != svc {
-			var err error
-			if x, err = encodeService(s.Self.TrustDomain, svc, old, now); err != nil {
-				faults = append(faults, Fault{Scope: AudienceScope(svc.Export.Audience), Key: ServiceKey(name), Reason: err.Error()})
-				if x = old; x == nil {
-					continue
-				}
+		if old := prev.services[name]; old != nil && old.source == svc {
+			next.services[name] = old
+		} else {
+			changed = append(changed, svc)
+		}
+	}
+	var faults []Fault
+	for i, done := range encodeServices(s.Self.TrustDomain, changed, prev, now) {
+		name := changed[i].Name
+		if done.err != nil {
+			faults = append(faults, Fault{Scope: AudienceScope(changed[i].Export.Audience), Key: ServiceKey(name), Reason: done.err.Error()})
+			if done.exported = prev.services[name]; done.exported == nil {
+				continue
 			}
 		}
-		next.services[name] = x
+		next.services[name] = done.exported
+	}
+	for _, x := range next.services {
 		next.Services++
-		next.Endpoints += x.endpoints
+		next.Endpoints += len(x.ids)
 		if next.Scopes[x.scope] == nil {
-			next.Scopes[x.scope], next.Audience[x.scope] = map[string][]byte{}, x.audience
+			next.Scopes[x.scope], next.Audience[x.scope] = map[string]Sum{}, x.audience
 		}
-		for k, v := range x.values {
-			next.Scopes[x.scope][k] = v
-		}
+	}
+	for _, x := range next.services {
+		maps.Copy(next.Scopes[x.scope], x.sums)
 	}
 	slices.SortFunc(faults, func(a, b Fault) int { return cmp.Compare(a.Key, b.Key) })
 	return next, faults
 }
 
-func encodeService(trustDomain string, svc *discovery.Service, old *exported, now time.Time) (*exported, error) {
+// encoded is what became of one service.
+type encoded struct {
+	*exported
+	err error
+}
+
+// encodeServices encodes many on all processors.
+func encodeServices(trustDomain string, services []*discovery.Service, prev *Exports, now time.Time) []encoded {
+	out := make([]encoded, len(services))
+	var next atomic.Int64
+	work := func() {
+		e := &encoder{trustDomain: trustDomain}
+		for {
+			i := int(next.Add(1)) - 1
+			if i >= len(services) {
+				return
+			}
+			out[i].exported, out[i].err = e.encode(services[i], prev.services[services[i].Name], now)
+		}
+	}
+	const few = 32 // not worth a goroutine
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(services)/few) - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
+	return out
+}
+
+// encoder encodes values one after another, in memory that it uses again.
+type encoder struct {
+	trustDomain string
+	buf         []byte // the last value
+
+	pb        federationpb.Slot
+	endpoints []*federationpb.Endpoint
+	bytes     []byte // of their IDs and addresses
+}
+
+func (e *encoder) encode(svc *discovery.Service, old *exported, now time.Time) (*exported, error) {
 	x := &exported{
 		source: svc, scope: AudienceScope(svc.Export.Audience), audience: svc.Export.Audience,
-		since: Stamp(svc.Export.Created), slots: map[string]int{}, values: map[string][]byte{},
+		since: Stamp(svc.Export.Created), sums: map[string]Sum{},
 	}
 	if x.since.IsZero() {
 		if x.since = Stamp(now); old != nil && !old.since.IsZero() {
@@ -206,20 +321,66 @@ func encodeService(trustDomain string, svc *discovery.Service, old *exported, no
 	if _, _, err := ParseKey(ServiceKey(svc.Name)); err != nil {
 		return nil, err
 	}
+	if err := e.service(svc, x.since); err != nil {
+		return nil, err
+	}
+	x.sums[ServiceKey(svc.Name)] = sumOf(e.buf)
+
+	endpoints := make([]*discovery.Endpoint, 0, len(svc.Endpoints))
+	for _, ep := range svc.Endpoints {
+		if ep.Transport == discovery.Plaintext {
+			continue
+		}
+		if !e.own(ep.SPIFFEID) {
+			return nil, fmt.Errorf("endpoint %s has SPIFFE ID %q: only IDs of trust domain %s can be exported", ep.ID, ep.SPIFFEID, e.trustDomain)
+		}
+		endpoints = append(endpoints, ep)
+	}
+	if len(endpoints) > MaxEndpoints {
+		return nil, fmt.Errorf("%d endpoints, at most %d can be exported", len(endpoints), MaxEndpoints)
+	}
+	byID := func(a, b *discovery.Endpoint) int { return cmp.Compare(a.ID, b.ID) }
+	if !slices.IsSortedFunc(endpoints, byID) {
+		slices.SortFunc(endpoints, byID)
+	}
+	slots := assign(endpoints, old)
+	x.ids, x.slots = make([]string, len(endpoints)), slots
+	members := map[uint16][]*discovery.Endpoint{}
+	for i, ep := range endpoints {
+		x.ids[i] = ep.ID
+		members[slots[i]] = append(members[slots[i]], ep)
+	}
+	for slot, eps := range members {
+		if err := e.slot(eps); err != nil {
+			return nil, err
+		}
+		x.sums[SlotKey(svc.Name, int(slot))] = sumOf(e.buf)
+	}
+	return x, nil
+}
+
+// own reports whether an ID is of this cluster's trust domain.
+func (e *encoder) own(id string) bool {
+	rest, ok := strings.CutPrefix(id, "spiffe://")
+	return ok && len(rest) > len(e.trustDomain) && rest[len(e.trustDomain)] == '/' && rest[:len(e.trustDomain)] == e.trustDomain
+}
+
+// service encodes what is not of endpoints.
+func (e *encoder) service(svc *discovery.Service, since time.Time) error {
 	if len(svc.Ports) > MaxPorts {
-		return nil, fmt.Errorf("%d ports, at most %d can be exported", len(svc.Ports), MaxPorts)
+		return fmt.Errorf("%d ports, at most %d can be exported", len(svc.Ports), MaxPorts)
 	}
 	traits := svc.Traits.Normal()
 	if err := checkTraits(traits); err != nil {
-		return nil, err
+		return err
 	}
 	if err := checkMetadata(svc.Export.Labels, svc.Export.Annotations); err != nil {
-		return nil, err
+		return err
 	}
 	pb := &federationpb.Service{
 		Headless: traits.Headless, SessionAffinity: traits.Affinity, SessionAffinitySeconds: traits.AffinityTimeout,
 		InternalTrafficPolicy: traits.InternalTrafficPolicy, TrafficDistribution: traits.TrafficDistribution,
-		Labels: svc.Export.Labels, Annotations: svc.Export.Annotations, ExportedUnixMs: toMillis(x.since),
+		Labels: svc.Export.Labels, Annotations: svc.Export.Annotations, ExportedUnixMs: toMillis(since),
 	}
 	for _, f := range traits.IPFamilies {
 		pb.IpFamilies = append(pb.IpFamilies, string(f))
@@ -227,111 +388,97 @@ func encodeService(trustDomain string, svc *discovery.Service, old *exported, no
 	for _, p := range svc.Ports {
 		pb.Ports = append(pb.Ports, &federationpb.Port{Name: p.Name, Number: uint32(p.Number), Protocol: string(p.Protocol), Udp: p.UDP})
 	}
-	if err := x.put(ServiceKey(svc.Name), pb); err != nil {
-		return nil, err
-	}
-
-	var endpoints []*discovery.Endpoint
-	for _, ep := range svc.Endpoints {
-		if ep.Transport == discovery.Plaintext {
-			continue
-		}
-		if !strings.HasPrefix(ep.SPIFFEID, "spiffe://"+trustDomain+"/") {
-			return nil, fmt.Errorf("endpoint %s has SPIFFE ID %q: only IDs of trust domain %s can be exported", ep.ID, ep.SPIFFEID, trustDomain)
-		}
-		endpoints = append(endpoints, ep)
-	}
-	if len(endpoints) > MaxEndpoints {
-		return nil, fmt.Errorf("%d endpoints, at most %d can be exported", len(endpoints), MaxEndpoints)
-	}
-	slots := assign(endpoints, old)
-	for slot, eps := range slots {
-		if len(eps) == 0 {
-			continue
-		}
-		pb, err := encodeSlot(eps)
-		if err != nil {
-			return nil, err
-		}
-		if err := x.put(SlotKey(svc.Name, slot), pb); err != nil {
-			return nil, err
-		}
-		for _, ep := range eps {
-			x.slots[ep.ID] = slot
-		}
-	}
-	x.endpoints = len(endpoints)
-	return x, nil
+	return e.marshal(pb)
 }
 
-func (x *exported) put(key string, m proto.Message) error {
-	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
-	if err != nil {
-		return fmt.Errorf("encode %s: %w", key, err)
+func (e *encoder) marshal(m proto.Message) (err error) {
+	if e.buf, err = (proto.MarshalOptions{Deterministic: true}).MarshalAppend(e.buf[:0], m); err != nil {
+		return fmt.Errorf("encode: %w", err)
 	}
-	if len(b) > MaxValue {
-		return fmt.Errorf("%s is %d bytes, at most %d can be exported", key, len(b), MaxValue)
+	if len(e.buf) > MaxValue {
+		return fmt.Errorf("a value of %d bytes, at most %d can be exported", len(e.buf), MaxValue)
 	}
-	x.values[key] = b
 	return nil
 }
 
-// assign puts every endpoint into a slot: the one it had, else the emptiest of as many as are needed.
-func assign(endpoints []*discovery.Endpoint, old *exported) [][]*discovery.Endpoint {
-	slots := make([][]*discovery.Endpoint, (len(endpoints)+slotTarget-1)/slotTarget)
-	var fresh []*discovery.Endpoint
-	for _, ep := range endpoints {
-		slot, known := 0, false
-		if old != nil {
-			slot, known = old.slots[ep.ID]
-		}
-		if !known || slot >= MaxSlots {
-			fresh = append(fresh, ep)
+// assign gives every endpoint a slot: the one it had, else the emptiest of as many as are needed.
+func assign(endpoints []*discovery.Endpoint, old *exported) []uint16 {
+	slots := make([]uint16, len(endpoints))
+	filled := make([]int, (len(endpoints)+slotTarget-1)/slotTarget)
+	var fresh []int
+	known := old.known()
+	for i, ep := range endpoints {
+		slot, ok := known(ep.ID)
+		if !ok || slot >= MaxSlots {
+			fresh = append(fresh, i)
 			continue
 		}
-		for slot >= len(slots) {
-			slots = append(slots, nil)
+		for slot >= len(filled) {
+			filled = append(filled, 0)
 		}
-		slots[slot] = append(slots[slot], ep)
+		filled[slot]++
+		slots[i] = uint16(slot)
 	}
-	for _, ep := range fresh {
-		emptiest := 0
-		for i := range slots {
-			if len(slots[i]) < len(slots[emptiest]) {
-				emptiest = i
+	if len(fresh) == 0 {
+		return slots
+	}
+	// the emptiest is the first below a level that rises, so all slots are looked at once for each level
+	level, at := slices.Min(filled), 0
+	for _, i := range fresh {
+		for filled[at] > level {
+			if at++; at == len(filled) {
+				level, at = level+1, 0
 			}
 		}
-		slots[emptiest] = append(slots[emptiest], ep)
-	}
-	for _, eps := range slots {
-		slices.SortFunc(eps, func(a, b *discovery.Endpoint) int { return cmp.Compare(a.ID, b.ID) })
+		filled[at]++
+		slots[i] = uint16(at)
+		if at++; at == len(filled) {
+			level, at = level+1, 0
+		}
 	}
 	return slots
 }
 
-func encodeSlot(endpoints []*discovery.Endpoint) (*federationpb.Slot, error) {
-	pb := &federationpb.Slot{Endpoints: make([]*federationpb.Endpoint, 0, len(endpoints))}
-	var likes []*discovery.Endpoint // one of each profile
-	for _, ep := range endpoints {
-		id, err := hex.DecodeString(ep.ID)
-		if err != nil || len(id) != 16 {
-			return nil, fmt.Errorf("endpoint ID %q is not 32 hex digits", ep.ID)
+// slot encodes endpoints that are sorted by ID.
+func (e *encoder) slot(endpoints []*discovery.Endpoint) error {
+	for len(e.endpoints) < len(endpoints) {
+		e.endpoints = append(e.endpoints, &federationpb.Endpoint{})
+	}
+	e.pb.Profiles, e.pb.Endpoints, e.bytes = e.pb.Profiles[:0], e.endpoints[:len(endpoints)], e.bytes[:0]
+	e.bytes = slices.Grow(e.bytes, 32*len(endpoints)) // which keeps what is cut from it in place
+	var likes []*discovery.Endpoint                   // one of each profile
+	for i, ep := range endpoints {
+		var id [16]byte
+		if n, err := hex.Decode(id[:], []byte(ep.ID)[:min(len(ep.ID), 34)]); len(ep.ID) != 32 || err != nil || n != 16 {
+			return fmt.Errorf("endpoint ID %q is not 32 hex digits", ep.ID)
 		}
 		if ep.Hostname != "" && !dnsLabel.MatchString(ep.Hostname) {
-			return nil, fmt.Errorf("endpoint %s: hostname %.80q is not a DNS label", ep.ID, ep.Hostname)
+			return fmt.Errorf("endpoint %s: hostname %.80q is not a DNS label", ep.ID, ep.Hostname)
 		}
-		i := slices.IndexFunc(likes, func(like *discovery.Endpoint) bool { return sameProfile(like, ep) })
-		if i < 0 {
-			i = len(likes)
+		like := slices.IndexFunc(likes, func(like *discovery.Endpoint) bool { return sameProfile(like, ep) })
+		if like < 0 {
+			like = len(likes)
 			likes = append(likes, ep)
-			pb.Profiles = append(pb.Profiles, encodeProfile(ep))
+			e.pb.Profiles = append(e.pb.Profiles, encodeProfile(ep))
 		}
-		pb.Endpoints = append(pb.Endpoints, &federationpb.Endpoint{
-			Id: id, Address: ep.Address.Unmap().AsSlice(), Profile: uint32(i), Hostname: ep.Hostname,
-			Weight: ep.Weight, NotReady: !ep.Ready, Draining: ep.Draining,
-		})
+		pb := e.endpoints[i]
+		pb.Id, pb.Address = e.keep(id[:]), nil
+		if a := ep.Address.Unmap(); a.Is4() {
+			b := a.As4()
+			pb.Address = e.keep(b[:])
+		} else if a.Is6() {
+			b := a.As16()
+			pb.Address = e.keep(b[:])
+		}
+		pb.Profile, pb.Hostname, pb.Weight, pb.NotReady, pb.Draining = uint32(like), ep.Hostname, ep.Weight, !ep.Ready, ep.Draining
 	}
-	return pb, nil
+	return e.marshal(&e.pb)
+}
+
+// keep appends b to bytes, and returns it there.
+func (e *encoder) keep(b []byte) []byte {
+	e.bytes = append(e.bytes, b...)
+	return e.bytes[len(e.bytes)-len(b):]
 }
 
 func sameProfile(a, b *discovery.Endpoint) bool {

@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -28,6 +29,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/hanse-mesh/hanse/federation"
 	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/identity"
 )
@@ -65,7 +67,6 @@ type benchSide struct {
 	dir      string
 	etcd     *etcd.Embedded
 	exporter *etcd.Exporter
-	values   map[string][]byte
 	keys     []string
 	profile  *os.File
 
@@ -94,17 +95,22 @@ func (b *benchSide) source(name string) *identity.Source {
 	return s
 }
 
-func slot(n int) []byte {
+// slot returns what stands for n endpoints; what is not random in real slots does not matter here.
+func slot(n int, seed uint64) []byte {
+	rnd := rand.NewPCG(seed, seed)
 	v := make([]byte, 0, n*endpointSize)
 	for len(v) < n*endpointSize {
-		v = binary.NativeEndian.AppendUint64(v, rand.Uint64())
+		v = binary.NativeEndian.AppendUint64(v, rnd.Uint64())
 	}
-	stamp(v)
 	return v
 }
 
-// stamp notes when a value was made, by the clock that both sides share.
-func stamp(v []byte) { binary.BigEndian.PutUint64(v, uint64(time.Now().UnixNano())) }
+// flapped is a slot that says when it was made, by the clock that both sides share.
+func flapped(n int) []byte {
+	v := slot(n, rand.Uint64())
+	binary.BigEndian.PutUint64(v, uint64(time.Now().UnixNano()))
+	return v
+}
 
 func (b *benchSide) obey(verb string, n []int, s []string) string {
 	ctx := context.Background()
@@ -116,16 +122,25 @@ func (b *benchSide) obey(verb string, n []int, s []string) string {
 	case "export": // services, slots of each, endpoints of a slot, milliseconds to linger
 		b.exporter = etcd.NewExporter(etcd.ExporterConfig{Store: b.etcd.Store(), Linger: time.Duration(n[3]) * time.Millisecond})
 		go b.exporter.Run(ctx)
-		b.values = map[string][]byte{}
+		sums := map[string]etcd.Sum{}
+		value := func(k string) ([]byte, error) { // as hansed does, values are encoded again where they are needed
+			h := fnv.New64a()
+			h.Write([]byte(k))
+			if strings.HasPrefix(k, "svc/") {
+				return slot(1, h.Sum64()), nil
+			}
+			return slot(n[2], h.Sum64()), nil
+		}
 		for i := range n[0] {
-			b.values[fmt.Sprintf("svc/shop/s%05d", i)] = slot(1)
+			k := fmt.Sprintf("svc/shop/s%05d", i)
+			sums[k] = etcd.SumOf(must(value(k)))
 			for j := range n[1] {
 				k := fmt.Sprintf("ep/shop/s%05d/%d", i, j)
-				b.values[k] = slot(n[2])
+				sums[k] = etcd.SumOf(must(value(k)))
 				b.keys = append(b.keys, k)
 			}
 		}
-		b.exporter.Set("all", etcd.Scope{Keys: b.values, Endpoints: n[0] * n[1] * n[2], Complete: true})
+		b.exporter.Set("all", etcd.Scope{Sums: sums, Value: value, Endpoints: n[0] * n[1] * n[2], Complete: true})
 		b.exporter.Set("members", etcd.Scope{Complete: true})
 		b.exporter.Set("acks", etcd.Scope{Complete: true})
 		b.exporter.Set("peers/"+self, scopeList("all"))
@@ -149,7 +164,7 @@ func (b *benchSide) obey(verb string, n []int, s []string) string {
 		count := 0
 		for next := time.Now(); time.Now().Before(end); {
 			for range n[3] {
-				b.exporter.Update("all", map[string][]byte{b.keys[rand.IntN(len(b.keys))]: slot(n[2])}, len(b.keys)*n[2], 0)
+				b.exporter.Update("all", map[string][]byte{b.keys[rand.IntN(len(b.keys))]: flapped(n[2])}, len(b.keys)*n[2], 0)
 				count++
 			}
 			if n[0] > 0 {
@@ -166,14 +181,7 @@ func (b *benchSide) obey(verb string, n []int, s []string) string {
 		b.seen = map[string]bool{}
 		m := etcd.NewMirror(etcd.MirrorConfig{Peer: "west", Self: self, Local: b.etcd.Store(), QuotaBytes: 4 << 30, Dial: b.dial(src, s[0])})
 		go m.Run(ctx)
-		r := etcd.NewImportsReader(etcd.ImportsConfig{Store: b.etcd.Store()})
-		go r.Run(ctx)
-		go func() {
-			for range r.Updated() {
-				changes, _ := r.Changes()
-				b.observe(changes)
-			}
-		}()
+		go etcd.FollowImports(ctx, b.etcd.Store(), "west", func(changes []federation.Change, _ bool) { b.observe(changes) })
 		return "ok"
 	case "wait": // keys of the scope
 		for {
@@ -240,7 +248,7 @@ func (b *benchSide) dial(src *identity.Source, addr string) func(context.Context
 	}
 }
 
-func (b *benchSide) observe(changes []etcd.Change) {
+func (b *benchSide) observe(changes []federation.Change) {
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -300,6 +308,9 @@ type use struct {
 	anon      float64 // MB of rss that are not pages of the database file
 	written   float64 // bytes that reached the disk
 }
+
+// memory takes over what later holds of memory.
+func (u *use) memory(later use) { u.rss, u.peak, u.anon = later.rss, later.peak, later.anon }
 
 func (p *process) use() use {
 	pid := strconv.Itoa(p.cmd.Process.Pid)
@@ -379,6 +390,9 @@ func BenchmarkSync(b *testing.B) {
 		})
 		b.Log("exporter's database, KB (file, in use): " + west.say("sizes") + "; mirror's: " + east.say("sizes"))
 		w, e := west.use(), east.use()
+		time.Sleep(45 * time.Second) // until what the sync has left behind is given back; the peak is a figure of its own
+		w.memory(west.use())
+		e.memory(east.use())
 		b.ReportMetric(wall.Seconds(), "wall-s")
 		b.ReportMetric((w.cpu - w0.cpu).Seconds(), "exporter-cpu-s")
 		b.ReportMetric((e.cpu - e0.cpu).Seconds(), "mirror-cpu-s")
@@ -414,7 +428,7 @@ func BenchmarkFlap(b *testing.B) {
 	}
 }
 
-// BenchmarkLatency is from an Update in one cluster to the ImportsReader of another, without the debounce.
+// BenchmarkLatency is from an Update in one cluster to the follower of another's imports, without the debounce.
 func BenchmarkLatency(b *testing.B) {
 	for _, rate := range []int{20, 1000} {
 		b.Run(fmt.Sprintf("%d-per-s", rate), func(b *testing.B) {

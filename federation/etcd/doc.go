@@ -1,7 +1,7 @@
 // Package etcd moves a cluster's exports to its peers and the peers' exports here, as bytes under keys of etcd.
 //
 //	Exporter ─► own etcd: exports/v1/<scope>/… ─► Guard ═ SPIFFE mTLS, read-only etcd API ═► Mirror of each peer
-//	Mirror ─► imports etcd: imports/<peer>/<scope>/{data/…, checkpoint} ─► ImportsReader ─► changed keys
+//	Mirror ─► imports etcd: imports/<peer>/<scope>/{data/…, checkpoint} ─► FollowImports ─► changed keys
 //
 // It knows scopes, epochs, ticks and counts, and nothing of what a value means. Embedded is one etcd inside the process, without any
 // listening socket; DialExternal reaches an external one, and then an Election names the replica that writes: each of its

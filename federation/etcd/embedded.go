@@ -216,8 +216,10 @@ func (e *Embedded) settings() *embed.Config {
 	c.QuotaBackendBytes = e.cfg.QuotaBytes
 	c.MaxTxnOps = txnOps
 	c.MaxRequestBytes = 2 << 20
-	c.SnapshotCount, c.SnapshotCatchUpEntries = 100, 10 // entries kept in memory; there is no follower to catch up
-	c.TickMs, c.ElectionMs = 50, 250                    // nobody to elect against; the first election is what a start waits for
+	c.SnapshotCount, c.SnapshotCatchUpEntries = 25, 5 // entries of up to MaxBytes kept in memory; there is no follower to catch up
+	c.BackendBatchInterval = time.Second              // of commits to the database; the log is written at once, and replayed after a crash
+	c.BackendBatchLimit = 500                         // operations that may wait for that, in memory
+	c.TickMs, c.ElectionMs = 50, 250                  // nobody to elect against; the first election is what a start waits for
 	c.WatchProgressNotifyInterval = 10 * time.Second
 	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModePeriodic, "0" // compactLoop does it
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(e.cfg.Log, e.fail))

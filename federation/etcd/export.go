@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -37,12 +38,35 @@ type ExporterConfig struct {
 	Rand   io.Reader        // of epochs and ticks; nil is crypto/rand
 }
 
-// Scope is what a scope shall be.
+// Scope is what a scope shall be: all of it. What it refers to may not be changed later.
 type Scope struct {
-	Keys      map[string][]byte // all of it; neither map nor values may be changed later. A value that is the same slice as before costs nothing
-	Endpoints int               // in these keys
-	Complete  bool              // all sources have been read. Without that nothing is deleted
-	Explained int               // endpoints that are gone since the Set before because their object was deleted, or moved to another scope
+	Keys      map[string][]byte // values by key; or, where they would be a burden to hold, the two below
+	Sums      map[string]Sum    // of the values, by key
+	Value     func(key string) ([]byte, error)
+	Endpoints int  // in these keys
+	Complete  bool // all sources have been read. Without that nothing is deleted
+	Explained int  // endpoints that are gone since the Set before because their object was deleted, or moved to another scope
+}
+
+// Sum tells values apart: half of their SHA-256.
+type Sum = [16]byte
+
+// SumOf returns the Sum of a value.
+func SumOf(value []byte) Sum {
+	h := sha256.Sum256(value)
+	return Sum(h[:16])
+}
+
+// digested returns the scope by its sums, and where its values come from.
+func (w *Scope) digested() (map[string]Sum, func(string) ([]byte, error)) {
+	if w.Value != nil {
+		return w.Sums, w.Value
+	}
+	sums := make(map[string]Sum, len(w.Keys))
+	for key, v := range w.Keys {
+		sums[key] = SumOf(v)
+	}
+	return sums, func(key string) ([]byte, error) { return w.Keys[key], nil }
 }
 
 // ScopeStatus is the state of an exported scope.
@@ -55,6 +79,7 @@ type ScopeStatus struct {
 }
 
 // Exporter writes a cluster's exports into its own etcd: differences only, in batches, each with the count of keys that it leaves.
+// It knows values by their sums and holds none.
 type Exporter struct {
 	cfg    ExporterConfig
 	dirty  chan struct{} // something is to be written
@@ -70,15 +95,16 @@ type Exporter struct {
 
 // exportScope is one scope as it shall be and as it is stored.
 type exportScope struct {
-	want      map[string][]byte // nil: unknown, what is stored stays
+	want      map[string]Sum // nil: unknown, what is stored stays
+	value     func(key string) ([]byte, error)
+	patched   map[string][]byte // values of Update, before those of value; nil if want is not ours to change
 	complete  bool
 	endpoints int
-	explained int  // of the Set before the load
-	owned     bool // want is ours to change
+	explained int // of the Set before the load
 	held      *Scope
 	remove    bool
 
-	stored map[string][]byte
+	stored map[string]Sum
 	epoch  []byte
 	meta   []byte
 	last   *etcdpb.Meta // meta decoded
@@ -112,17 +138,20 @@ func NewExporter(cfg ExporterConfig) *Exporter {
 	return &Exporter{cfg: cfg, dirty: make(chan struct{}, 1), urgent: make(chan struct{}, 1), scopes: map[string]*exportScope{}, settled: make(chan struct{})}
 }
 
-// ReadExports returns what is stored under an export prefix ("" is ExportPrefix), by scope and key, without bookkeeping.
-func ReadExports(ctx context.Context, store Store, prefix string) (map[string]map[string][]byte, error) {
-	e := NewExporter(ExporterConfig{Store: store, Prefix: prefix})
-	if err := e.load(ctx); err != nil {
-		return nil, err
+// ReadExports calls each with what is stored under an export prefix ("" is ExportPrefix), without bookkeeping, in the order of the keys.
+func ReadExports(ctx context.Context, store Store, prefix string, each func(scope, key string, value []byte) error) error {
+	prefix = cmp.Or(prefix, ExportPrefix)
+	_, err := store.List(ctx, prefix, 0, func(kv KeyValue) error {
+		scope, key, ok := splitScope(kv.Key[len(prefix):])
+		if !ok || key == epochKey || key == tickKey || key == metaKey {
+			return nil
+		}
+		return each(scope, key, kv.Value)
+	})
+	if err != nil {
+		return fmt.Errorf("read own exports: %w", err)
 	}
-	out := map[string]map[string][]byte{}
-	for name, s := range e.scopes {
-		out[name] = s.stored
-	}
-	return out, nil
+	return nil
 }
 
 // splitScope cuts "<scope>/<key>". A scope is one segment, or two if the first is "peers".
@@ -157,7 +186,7 @@ func (e *Exporter) load(ctx context.Context) error {
 				s.meta = nil // written anew
 			}
 		default:
-			s.stored[key] = kv.Value
+			s.stored[key] = SumOf(kv.Value)
 		}
 		return nil
 	})
@@ -173,15 +202,16 @@ func (e *Exporter) load(ctx context.Context) error {
 			s = newExportScope()
 			stored[name] = s
 		}
-		s.want, s.owned, s.complete, s.endpoints, s.explained = old.want, old.owned, old.complete, old.endpoints, old.explained
+		s.want, s.value, s.patched = old.want, old.value, old.patched
+		s.complete, s.endpoints, s.explained = old.complete, old.endpoints, old.explained
 		s.held, s.remove, s.due = old.held, old.remove, old.due
 	}
 	e.scopes, e.loaded = stored, true
 	for name, s := range stored {
 		if first && s.want != nil && s.complete && s.epoch != nil { // Set came before this
 			if lost := unexplained(int(s.last.Endpoints), s.endpoints, s.explained); lost > 0 {
-				s.hold(e, name, &Scope{Keys: s.want, Endpoints: s.endpoints, Complete: true, Explained: s.explained}, lost)
-				s.want = nil
+				s.hold(e, name, &Scope{Sums: s.want, Value: s.lookup(), Endpoints: s.endpoints, Complete: true, Explained: s.explained}, lost)
+				s.want, s.value, s.patched = nil, nil, nil
 			}
 		}
 		s.compare()
@@ -191,7 +221,7 @@ func (e *Exporter) load(ctx context.Context) error {
 }
 
 func newExportScope() *exportScope {
-	return &exportScope{stored: map[string][]byte{}, last: &etcdpb.Meta{}, check: map[string]bool{}, due: map[string]time.Time{}}
+	return &exportScope{stored: map[string]Sum{}, last: &etcdpb.Meta{}, check: map[string]bool{}, due: map[string]time.Time{}}
 }
 
 // unexplained returns how many endpoints are lost beyond what may happen without a person, or 0.
@@ -214,10 +244,8 @@ func (s *exportScope) hold(e *Exporter, name string, want *Scope, lost int) {
 // compare marks every key that may differ.
 func (s *exportScope) compare() {
 	for key, v := range s.want {
-		if old, ok := s.stored[key]; !ok || !same(old, v) {
+		if old, ok := s.stored[key]; !ok || old != v {
 			s.check[key] = true
-		} else {
-			s.stored[key] = v // share memory with the caller
 		}
 	}
 	if s.want == nil && !s.remove {
@@ -230,9 +258,15 @@ func (s *exportScope) compare() {
 	}
 }
 
-// same is bytes.Equal, and free for one and the same slice.
-func same(a, b []byte) bool {
-	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0] || bytes.Equal(a, b))
+// lookup returns where the values of want come from.
+func (s *exportScope) lookup() func(string) ([]byte, error) {
+	value, patched := s.value, s.patched
+	return func(key string) ([]byte, error) {
+		if v, ok := patched[key]; ok || value == nil {
+			return v, nil
+		}
+		return value(key)
+	}
 }
 
 func (e *Exporter) scope(name string) *exportScope {
@@ -267,9 +301,10 @@ func (e *Exporter) set(scope string, s *exportScope, want Scope) {
 
 func (e *Exporter) take(s *exportScope, want Scope) {
 	s.held = nil
-	s.want, s.owned, s.endpoints, s.explained = want.Keys, false, want.Endpoints, want.Explained
+	s.want, s.value = want.digested()
+	s.patched, s.endpoints, s.explained = nil, want.Endpoints, want.Explained
 	if s.want == nil {
-		s.want = map[string][]byte{}
+		s.want = map[string]Sum{}
 	}
 	s.complete = want.Complete
 	if e.loaded {
@@ -284,34 +319,34 @@ func (e *Exporter) Update(scope string, changed map[string][]byte, endpoints, ex
 	defer e.mu.Unlock()
 	s := e.scope(scope)
 	if s.want == nil || s.held != nil || unexplained(int(s.last.Endpoints), endpoints, explained) > 0 {
-		want := Scope{Keys: map[string][]byte{}, Endpoints: endpoints, Explained: explained, Complete: s.complete}
+		was := exportScope{want: s.want, value: s.lookup()}
 		if s.held != nil {
-			maps.Copy(want.Keys, s.held.Keys)
-		} else {
-			maps.Copy(want.Keys, s.want)
+			was.want, was.value = s.held.digested()
 		}
-		patch(want.Keys, changed, nil)
-		e.set(scope, s, want)
+		was.patch(changed, map[string]bool{})
+		e.set(scope, s, Scope{Sums: was.want, Value: was.lookup(), Endpoints: endpoints, Explained: explained, Complete: s.complete})
 		return
 	}
-	if !s.owned {
-		s.want, s.owned = maps.Clone(s.want), true
-	}
-	patch(s.want, changed, s.check)
+	s.patch(changed, s.check)
 	s.endpoints = endpoints
 	wake(e.dirty)
 }
 
-func patch(keys, changed map[string][]byte, mark map[string]bool) {
+// patch changes some of want, and marks them.
+func (s *exportScope) patch(changed map[string][]byte, mark map[string]bool) {
+	if s.patched == nil {
+		if s.want, s.patched = maps.Clone(s.want), map[string][]byte{}; s.want == nil {
+			s.want = map[string]Sum{}
+		}
+	}
 	for k, v := range changed {
 		if v == nil {
-			delete(keys, k)
+			delete(s.want, k)
+			delete(s.patched, k)
 		} else {
-			keys[k] = v
+			s.want[k], s.patched[k] = SumOf(v), v
 		}
-		if mark != nil {
-			mark[k] = true
-		}
+		mark[k] = true
 	}
 }
 
@@ -321,7 +356,7 @@ func (e *Exporter) Retain(scopes ...string) {
 	defer e.mu.Unlock()
 	for name, s := range e.scopes {
 		if !slices.Contains(scopes, name) && !s.remove {
-			s.remove, s.want, s.held = true, nil, nil
+			s.remove, s.want, s.value, s.patched, s.held = true, nil, nil, nil, nil
 			s.compare()
 			wake(e.dirty)
 		}
@@ -534,7 +569,7 @@ func (e *Exporter) next() (string, []Op, func()) {
 
 // batch returns the scope's next Txn, with keys relative to it.
 func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func()) {
-	ops := s.differences(e, name, now)
+	ops, sums := s.differences(e, name, now)
 	left := len(s.stored)
 	for _, op := range ops {
 		_, exists := s.stored[op.Key]
@@ -546,7 +581,7 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 		}
 	}
 	if s.remove && left == 0 {
-		return s.bury(e, name, ops)
+		return s.bury(e, name, ops, sums)
 	}
 	last := len(s.check)-len(ops) <= len(s.due) // nothing more to write, except what waits
 	meta := &etcdpb.Meta{Keys: int64(left), Endpoints: s.last.Endpoints, Complete: s.last.Complete, RestartSeconds: int64(e.restart / time.Second)}
@@ -561,7 +596,7 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 	if err != nil { // not of a valid message
 		return nil, nil
 	}
-	fresh := !same(raw, s.meta) && (s.meta != nil || s.want != nil)
+	fresh := !bytes.Equal(raw, s.meta) && (s.meta != nil || s.want != nil)
 	if len(ops) == 0 && !fresh && epoch == nil {
 		return nil, nil
 	}
@@ -573,7 +608,7 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 		all = append(all, Op{Key: epochKey, Value: epoch}, Op{Key: tickKey, Value: tick})
 	}
 	return all, func() {
-		s.applied(ops)
+		s.applied(ops, sums)
 		s.meta, s.last = raw, meta
 		if epoch != nil {
 			s.epoch = epoch
@@ -581,25 +616,36 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 	}
 }
 
-// differences returns up to one Txn of writes and deletions. Keys of one service go together where they fit.
-func (s *exportScope) differences(e *Exporter, name string, now time.Time) []Op {
+// differences returns up to one Txn of writes and deletions, and the sums of what is written. Keys of one service go together where they fit.
+func (s *exportScope) differences(e *Exporter, name string, now time.Time) ([]Op, []Sum) {
 	if len(s.queue) == 0 && len(s.check) > 0 {
 		s.queue = slices.SortedFunc(maps.Keys(s.check), func(a, b string) int {
 			return cmp.Or(strings.Compare(owner(a), owner(b)), strings.Compare(a, b))
 		})
 	}
 	var ops []Op
-	size := 0
+	var sums []Sum
+	size, lookup := 0, s.lookup()
 	for ; len(s.queue) > 0; s.queue = s.queue[1:] {
 		key := s.queue[0]
-		value, wanted := s.want[key]
+		var value []byte
+		sum, wanted := s.want[key]
 		old, exists := s.stored[key]
 		switch {
-		case wanted && exists && same(old, value), !wanted && !exists:
+		case wanted && exists && old == sum, !wanted && !exists:
 			s.agree(key)
 			continue
 		case wanted:
 			delete(s.due, key)
+			var err error
+			if value, err = lookup(key); err == nil && SumOf(value) != sum {
+				err = errors.New("it is not what was announced")
+			}
+			if err != nil {
+				e.cfg.Log.Error("key is not exported, its last good state stays", "scope", name, "key", key, "error", err)
+				s.agree(key)
+				continue
+			}
 		case !s.remove && (s.want == nil || !s.complete):
 			s.agree(key) // absence means nothing yet
 			continue
@@ -607,12 +653,12 @@ func (s *exportScope) differences(e *Exporter, name string, now time.Time) []Op 
 			continue
 		}
 		if len(ops) >= MaxOps-3 || (len(ops) > 0 && size+len(key)+len(value) > MaxBytes) {
-			return ops
+			return ops, sums
 		}
-		ops = append(ops, Op{Key: key, Value: value, Delete: !wanted})
+		ops, sums = append(ops, Op{Key: key, Value: value, Delete: !wanted}), append(sums, sum)
 		size += len(key) + len(value) + overhead
 	}
-	return ops
+	return ops, sums
 }
 
 func (s *exportScope) agree(key string) {
@@ -672,13 +718,13 @@ func (e *Exporter) birth() (epoch, tick []byte) {
 }
 
 // bury deletes the last keys of a removed scope, its epoch last of all.
-func (s *exportScope) bury(e *Exporter, name string, ops []Op) ([]Op, func()) {
+func (s *exportScope) bury(e *Exporter, name string, ops []Op, sums []Sum) ([]Op, func()) {
 	gone := func() {
 		if e.scopes[name] == s && s.remove {
 			delete(e.scopes, name)
 			return
 		}
-		s.applied(ops) // it was Set again meanwhile
+		s.applied(ops, sums) // it was Set again meanwhile
 		s.epoch, s.meta, s.last = nil, nil, &etcdpb.Meta{}
 		s.compare()
 	}
@@ -694,15 +740,15 @@ func (s *exportScope) bury(e *Exporter, name string, ops []Op) ([]Op, func()) {
 }
 
 // applied notes what a Txn has written.
-func (s *exportScope) applied(ops []Op) {
-	for _, op := range ops {
+func (s *exportScope) applied(ops []Op, sums []Sum) {
+	for i, op := range ops {
 		if op.Delete {
 			delete(s.stored, op.Key)
 		} else {
-			s.stored[op.Key] = op.Value
+			s.stored[op.Key] = sums[i]
 		}
-		value, wanted := s.want[op.Key]
-		if wanted != op.Delete && (!wanted || same(value, op.Value)) {
+		sum, wanted := s.want[op.Key]
+		if wanted != op.Delete && (!wanted || sum == sums[i]) {
 			s.agree(op.Key)
 		}
 	}

@@ -445,11 +445,15 @@ func TestReadExports(t *testing.T) {
 		e.Set("all", services(5, "v1"))
 		e.Set("peers/"+self, scopeList("all"))
 		_ = e.Flush(t.Context())
-		got, err := etcd.ReadExports(t.Context(), store, "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(got) != 2 || len(got["all"]) != 10 || !bytes.Equal(got["peers/"+self]["scopes"], scopeList("all").Keys["scopes"]) {
+		got := map[string]map[string][]byte{}
+		err := etcd.ReadExports(t.Context(), store, "", func(scope, key string, value []byte) error {
+			if got[scope] == nil {
+				got[scope] = map[string][]byte{}
+			}
+			got[scope][key] = value
+			return nil
+		})
+		if err != nil || len(got) != 2 || len(got["all"]) != 10 || !bytes.Equal(got["peers/"+self]["scopes"], scopeList("all").Keys["scopes"]) {
 			t.Errorf("got %v", got)
 		}
 	})

@@ -2,220 +2,98 @@ package etcd
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
-	"sync"
-	"time"
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/hanse-mesh/hanse/federation"
 	"github.com/hanse-mesh/hanse/federation/etcd/etcdpb"
 )
 
-// ImportsConfig says where imports are read.
-type ImportsConfig struct {
-	Store  Store
-	Prefix string // "" is ImportPrefix
-	Log    *slog.Logger
-}
-
-// Change is one imported key that was written, or deleted (Value is nil). Revision is the peer's, at or after the change.
-type Change struct {
-	Peer     string
-	Scope    string
-	Key      string
-	Value    []byte
-	Revision int64
-}
-
-// ImportsReader follows all imports and hands on what has changed. It keeps no values.
-type ImportsReader struct {
-	cfg     ImportsConfig
-	updated chan struct{}
-
-	mu      sync.Mutex
-	listed  bool
-	pending map[string]Change // by full key
-
-	// owned by Run
-	seen      map[string]int64 // ModRevision by full key
-	revisions map[string]int64 // of the peer, by "<peer>/<scope>/"
-}
-
-// NewImportsReader returns an ImportsReader.
-func NewImportsReader(cfg ImportsConfig) *ImportsReader {
-	if cfg.Prefix == "" {
-		cfg.Prefix = ImportPrefix
-	}
-	cfg.Log = orDiscard(cfg.Log)
-	return &ImportsReader{cfg: cfg, updated: make(chan struct{}, 1), pending: map[string]Change{}, seen: map[string]int64{}, revisions: map[string]int64{}}
-}
-
-// Updated receives when there are Changes.
-func (r *ImportsReader) Updated() <-chan struct{} { return r.updated }
-
-// Changes returns what has changed since the call before, each key once and in no order; at first, everything. listed is false
-// until everything that is stored has been seen.
-func (r *ImportsReader) Changes() (changes []Change, listed bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	changes = make([]Change, 0, len(r.pending))
-	for _, c := range r.pending {
-		changes = append(changes, c)
-	}
-	r.pending = map[string]Change{}
-	return changes, r.listed
-}
-
-// Snapshot reads all imports, by peer, scope and key, and the revision of the store that they are read at.
-func (r *ImportsReader) Snapshot(ctx context.Context) (map[string]map[string]map[string][]byte, int64, error) {
-	out := map[string]map[string]map[string][]byte{}
-	h, err := r.cfg.Store.List(ctx, r.cfg.Prefix, 0, func(kv KeyValue) error {
-		l, ok := r.locate(kv.Key)
-		if !ok || l.key == "" {
-			return nil
-		}
-		if out[l.peer] == nil {
-			out[l.peer] = map[string]map[string][]byte{}
-		}
-		if out[l.peer][l.scope] == nil {
-			out[l.peer][l.scope] = map[string][]byte{}
-		}
-		out[l.peer][l.scope][l.key] = kv.Value
-		return nil
-	})
-	if err != nil {
-		return nil, 0, fmt.Errorf("read imports: %w", err)
-	}
-	return out, h.Revision, nil
-}
-
-// location is a key of the imports; key is empty for a checkpoint.
-type location struct{ peer, scope, key string }
-
-func (r *ImportsReader) locate(full string) (l location, ok bool) {
-	var rest string
-	if l.peer, rest, ok = strings.Cut(full[len(r.cfg.Prefix):], "/"); !ok {
-		return l, false
-	}
-	if l.scope, rest, ok = splitScope(rest); !ok {
-		return l, false
-	}
-	if rest == checkpointKey {
-		return l, true
-	}
-	l.key, ok = strings.CutPrefix(rest, dataPart)
-	return l, ok && l.key != ""
-}
-
-// Run follows the imports until ctx ends.
-func (r *ImportsReader) Run(ctx context.Context) error {
-	const minWait, maxWait = 100 * time.Millisecond, 5 * time.Second
-	wait := minWait
-	for {
-		rev, err := r.list(ctx)
-		if err == nil {
-			wait = minWait
-			err = r.watch(ctx, rev)
-		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		if !errors.Is(err, ErrCompacted) {
-			r.cfg.Log.Warn("imports are read again", "error", err)
-		}
-		if !sleep(ctx, wait) {
-			return nil
-		}
-		wait = min(wait*2, maxWait)
-	}
-}
-
-// list compares all keys with those seen.
-func (r *ImportsReader) list(ctx context.Context) (int64, error) {
-	now := make(map[string]int64, len(r.seen))
-	h, err := r.cfg.Store.List(ctx, r.cfg.Prefix, 0, func(kv KeyValue) error {
-		now[kv.Key] = kv.ModRevision
-		if r.seen[kv.Key] != kv.ModRevision {
-			r.apply(Event{KeyValue: kv})
-		}
-		return nil
-	})
-	if err != nil {
-		return 0, fmt.Errorf("list imports: %w", err)
-	}
-	for key := range r.seen {
-		if _, ok := now[key]; !ok {
-			r.apply(Event{KeyValue: KeyValue{Key: key}, Delete: true})
-		}
-	}
-	r.seen = now
-	r.mu.Lock()
-	r.listed = true
-	r.mu.Unlock()
-	wake(r.updated)
-	return h.Revision, nil
-}
-
-func (r *ImportsReader) watch(ctx context.Context, rev int64) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	w, err := r.cfg.Store.Watch(ctx, r.cfg.Prefix, rev+1)
-	if err != nil {
-		return fmt.Errorf("watch imports: %w", err)
-	}
-	for {
-		resp, err := w.Recv()
-		if err != nil {
-			return fmt.Errorf("watch imports: %w", err)
-		}
-		for _, checkpoints := range []bool{true, false} { // the revision first, then what it is of
-			for _, e := range resp.Events {
-				if strings.HasSuffix(e.Key, "/"+checkpointKey) != checkpoints {
-					continue
-				}
-				if e.Delete {
-					delete(r.seen, e.Key)
-				} else {
-					r.seen[e.Key] = e.ModRevision
-				}
-				r.apply(e)
+// FollowImports calls f with all that is there of a peer, in parts, of which only the last is complete, and then with each change (which is
+// complete, too), until ctx ends or the store fails. Whoever calls again begins anew: what is not named again until the first complete call is gone.
+func FollowImports(ctx context.Context, store Store, peer string, f func(changes []federation.Change, complete bool)) error {
+	prefix := ImportPrefix + peer + "/"
+	revisions := map[string]int64{} // of the peer's etcd, by scope: its checkpoint comes before its data
+	decode := func(changes []federation.Change, kv KeyValue, deleted bool) []federation.Change {
+		scope, key, ok := splitImport(kv.Key[len(prefix):])
+		switch {
+		case !ok:
+		case key != "":
+			c := federation.Change{Scope: scope, Key: key, Revision: revisions[scope]}
+			if !deleted {
+				c.Value = present(kv.Value)
+			}
+			return append(changes, c)
+		case !deleted:
+			var cp etcdpb.Checkpoint
+			if proto.Unmarshal(kv.Value, &cp) == nil { // else the Mirror lists anew, and writes another
+				revisions[scope] = cp.Revision
 			}
 		}
-		if len(resp.Events) > 0 {
-			wake(r.updated)
+		return changes
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	const part = 1000 // changes: what is there is not held as a whole
+	changes := make([]federation.Change, 0, part)
+	h, err := store.List(ctx, prefix, 0, func(kv KeyValue) error {
+		if changes = decode(changes, kv, false); len(changes) == part {
+			f(changes, false)
+			changes = changes[:0]
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("read imports of %s: %w", peer, err)
+	}
+	f(changes, true)
+	w, err := store.Watch(ctx, prefix, h.Revision+1)
+	for err == nil {
+		var r *WatchResponse
+		if r, err = w.Recv(); err != nil {
+			break
+		}
+		changes = changes[:0]
+		for _, checkpoints := range []bool{true, false} { // the revision first, then what it is of
+			for _, e := range r.Events {
+				if strings.HasSuffix(e.Key, "/"+checkpointKey) == checkpoints {
+					changes = decode(changes, e.KeyValue, e.Delete)
+				}
+			}
+		}
+		if len(changes) > 0 {
+			f(changes, true)
 		}
 	}
+	return fmt.Errorf("watch imports of %s: %w", peer, err)
 }
 
-// apply notes one change.
-func (r *ImportsReader) apply(e Event) {
-	l, ok := r.locate(e.Key)
-	if !ok {
-		return
+// splitImport cuts "<scope>/data/<key>", or "<scope>/checkpoint", whose key is empty.
+func splitImport(path string) (scope, key string, ok bool) {
+	scope, rest, ok := splitScope(path)
+	if !ok || rest == checkpointKey {
+		return scope, "", ok
 	}
-	at := l.peer + "/" + l.scope + "/"
-	if l.key == "" {
-		var cp etcdpb.Checkpoint
-		switch {
-		case e.Delete:
-			delete(r.revisions, at)
-		case proto.Unmarshal(e.Value, &cp) == nil:
-			r.revisions[at] = cp.Revision
+	key, ok = strings.CutPrefix(rest, dataPart)
+	return scope, key, ok && key != ""
+}
+
+// ImportedPeers lists the peers of which anything is there.
+func ImportedPeers(ctx context.Context, store Store) ([]string, error) {
+	var peers []string
+	_, err := store.List(ctx, ImportPrefix, 0, func(kv KeyValue) error {
+		peer, _, ok := strings.Cut(kv.Key[len(ImportPrefix):], "/")
+		if ok && (len(peers) == 0 || peers[len(peers)-1] != peer) {
+			peers = append(peers, peer)
 		}
-		return
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list imports: %w", err)
 	}
-	c := Change{Peer: l.peer, Scope: l.scope, Key: l.key, Revision: r.revisions[at]}
-	if !e.Delete {
-		if c.Value = e.Value; c.Value == nil {
-			c.Value = []byte{}
-		}
-	}
-	r.mu.Lock()
-	r.pending[e.Key] = c
-	r.mu.Unlock()
+	return peers, nil
 }
 
 // RemoveImports deletes all imports of a peer that has left. Its Mirror must have ended.

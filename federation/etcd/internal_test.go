@@ -112,19 +112,15 @@ func FuzzMeta(f *testing.F) {
 	})
 }
 
-func FuzzLocate(f *testing.F) {
-	f.Add("imports/west/all/data/svc/shop/x")
-	f.Add("imports/west/peers/0001/checkpoint")
-	f.Add("imports/west/all/checkpoint")
-	f.Add("imports/x")
+func FuzzSplitImport(f *testing.F) {
+	f.Add("all/data/svc/shop/x")
+	f.Add("peers/0001/checkpoint")
+	f.Add("all/checkpoint")
+	f.Add("x")
 	f.Fuzz(func(t *testing.T, key string) {
-		r := NewImportsReader(ImportsConfig{})
-		if !strings.HasPrefix(key, r.cfg.Prefix) {
-			return
-		}
-		l, ok := r.locate(key)
-		if ok && l.key != "" && r.cfg.Prefix+l.peer+"/"+l.scope+"/"+dataPart+l.key != key {
-			t.Fatalf("%q became %+v", key, l)
+		scope, rest, ok := splitImport(key)
+		if ok && rest != "" && scope+"/"+dataPart+rest != key || ok && rest == "" && scope+"/"+checkpointKey != key {
+			t.Fatalf("%q became %q and %q", key, scope, rest)
 		}
 	})
 }

@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/hanse-mesh/hanse/federation"
 	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/storetest"
 )
@@ -233,57 +235,84 @@ func TestPlannedRestartIsSeen(t *testing.T) {
 	})
 }
 
-func TestImportsReader(t *testing.T) {
+func TestFollowImports(t *testing.T) {
 	inBubble(t, func(t *testing.T, b *bubble) {
-		r := etcd.NewImportsReader(etcd.ImportsConfig{Store: b.east})
-		if changes, listed := r.Changes(); listed || len(changes) != 0 {
-			t.Errorf("before it runs: %v %v", changes, listed)
+		type call struct {
+			changes  []federation.Change
+			complete bool
 		}
-		stop := b.run(r.Run)
-		<-r.Updated()
+		calls := make(chan call, 100)
+		follow := func(ctx context.Context) error {
+			err := etcd.FollowImports(ctx, b.east, "west", func(changes []federation.Change, complete bool) {
+				calls <- call{slices.Clone(changes), complete}
+			})
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
 		view := map[string]string{}
-		apply := func() int {
-			changes, listed := r.Changes()
-			if !listed {
-				t.Error("not listed")
+		apply := func() (n int, complete bool) {
+			time.Sleep(time.Second)
+			for {
+				select {
+				case c := <-calls:
+					n, complete = n+len(c.changes), c.complete
+					for _, c := range c.changes {
+						if c.Revision == 0 {
+							t.Errorf("change %+v", c)
+						}
+						if c.Scope != "all" {
+							continue
+						}
+						if delete(view, c.Key); c.Value != nil {
+							view[c.Key] = string(c.Value)
+						}
+					}
+				default:
+					return n, complete
+				}
 			}
-			for _, c := range changes {
-				if c.Peer != "west" || c.Revision == 0 {
-					t.Errorf("change %+v", c)
-				}
-				if c.Scope != "all" {
-					continue
-				}
-				if c.Value == nil {
-					delete(view, c.Key)
-				} else {
-					view[c.Key] = string(c.Value)
-				}
-			}
-			return len(changes)
 		}
-		if n := apply(); n != 101 || !maps.Equal(view, b.imported()) {
-			t.Errorf("%d changes at first, %d keys", n, len(view))
+		stop := b.run(follow)
+		if n, complete := apply(); n != 101 || !complete || !maps.Equal(view, b.imported()) {
+			t.Errorf("%d changes at first, %d keys, complete %t", n, len(view), complete)
 		}
 		b.exporter.Update("all", map[string][]byte{"svc/shop/s0001": nil, "svc/shop/s0002": []byte("x")}, 50, 0)
 		time.Sleep(time.Second)
-		<-r.Updated()
-		if n := apply(); n != 2 || !maps.Equal(view, b.imported()) {
-			t.Errorf("%d changes of 2", n)
+		if n, complete := apply(); n != 2 || !complete || !maps.Equal(view, b.imported()) {
+			t.Errorf("%d changes of 2, complete %t", n, complete)
 		}
-		// after a compaction and a broken stream only differences are handed on
-		b.exporter.Update("all", map[string][]byte{"svc/shop/s0003": nil}, 50, 0)
-		time.Sleep(time.Second)
+		many := map[string][]byte{}
+		for i := range 2500 {
+			many[fmt.Sprintf("ep/shop/s0005/%d", i)] = []byte("x")
+		}
+		b.exporter.Update("all", many, 50, 0)
+		time.Sleep(5 * time.Second)
 		apply()
-		b.east.Restore(b.east.Backup())
-		b.exporter.Update("all", map[string][]byte{"svc/shop/s0004": nil}, 50, 0)
-		time.Sleep(10 * time.Second)
-		if n := apply(); n != 1 || !maps.Equal(view, b.imported()) {
-			t.Errorf("%d changes of 1 after a broken stream", n)
+		stop()
+		clear(view) // as whoever calls again
+		stop = b.run(follow)
+		parts := 0
+		time.Sleep(time.Second)
+		for len(calls) > 0 {
+			c := <-calls
+			parts++
+			if c.complete != (parts == 3) {
+				t.Errorf("part %d: complete %t", parts, c.complete)
+			}
+			for _, c := range c.changes {
+				if c.Scope == "all" {
+					view[c.Key] = string(c.Value)
+				}
+			}
 		}
-		snap, rev, err := r.Snapshot(t.Context())
-		if err != nil || rev == 0 || len(snap["west"]["all"]) != 97 || len(snap["west"]["peers/"+self]) != 1 {
-			t.Errorf("snapshot %d %v %v", len(snap["west"]["all"]), rev, err)
+		if parts != 3 || !maps.Equal(view, b.imported()) {
+			t.Errorf("%d parts, %d keys; want 3 and %d", parts, len(view), len(b.imported()))
+		}
+		peers, err := etcd.ImportedPeers(t.Context(), b.east)
+		if err != nil || !slices.Equal(peers, []string{"west"}) {
+			t.Errorf("peers %v, %v", peers, err)
 		}
 		stop()
 	})

@@ -17,7 +17,7 @@ var (
 // Limits of one Txn (etcd's own defaults, less what the Store adds itself: a checkpoint and a fence).
 const (
 	MaxOps   = 127           // data operations of one Txn
-	MaxBytes = 1 << 17       // of keys and values of one Txn that are batched together; etcd keeps about 100 Txns in memory
+	MaxBytes = 1 << 18       // of keys and values of one Txn that are batched together; etcd keeps about 30 Txns in memory
 	MaxValue = 1<<20 + 1<<18 // bytes of one value
 	overhead = 64            // of one operation, estimated
 	maxKey   = 4096          // bytes of a key
@@ -83,7 +83,7 @@ type Reader interface {
 	Watch(ctx context.Context, prefix string, from int64) (Watcher, error)
 }
 
-// Store is what Exporter, Mirror, ImportsReader and KV need of one's own etcd. storetest has its contract.
+// Store is what Exporter, Mirror, FollowImports and KV need of one's own etcd. storetest has its contract.
 type Store interface {
 	Reader
 	// Txn applies all ops if all compares hold, else none. No key may occur twice in ops. After an error the outcome is unknown,

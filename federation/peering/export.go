@@ -24,23 +24,23 @@ func encode(m proto.Message) []byte {
 
 // loadExports reads what the last run exported: slots, export times and scope lists go on from there.
 func (m *Mesh) loadExports(ctx context.Context) error {
-	scopes, err := etcd.ReadExports(ctx, m.cfg.Own, "")
-	if err != nil {
-		return fmt.Errorf("read own exports: %w", err)
-	}
-	services, restored := map[string]map[string][]byte{}, map[string][]string{}
-	for scope, keys := range scopes {
+	exports, restored := federation.NewExports(), map[string][]string{}
+	err := etcd.ReadExports(ctx, m.cfg.Own, "", func(scope, key string, value []byte) error {
 		if isServiceScope(scope) {
-			services[scope] = keys
+			exports.Restore(scope, key, value)
 		}
 		id, isPeer := strings.CutPrefix(scope, federation.PeerScope(""))
 		list := &federationpb.Scopes{}
-		if isPeer && proto.Unmarshal(keys[federation.ScopesKey], list) == nil {
+		if isPeer && key == federation.ScopesKey && proto.Unmarshal(value, list) == nil {
 			restored[id] = list.Scopes
 		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	m.restored.Store(&restored)
-	m.exports.Store(federation.Restore(services))
+	m.exports.Store(exports)
 	return nil
 }
 
@@ -68,8 +68,11 @@ func (m *Mesh) exportServices() {
 		}
 	}
 	exporter := m.term.Load().exporter
-	for scope, keys := range next.Scopes {
-		exporter.Set(scope, etcd.Scope{Keys: keys, Endpoints: next.In(scope), Complete: true, Explained: explained(prev, next, scope)})
+	for scope, sums := range next.Scopes {
+		exporter.Set(scope, etcd.Scope{
+			Sums: sums, Value: func(key string) ([]byte, error) { return next.Value(scope, key) },
+			Endpoints: next.In(scope), Complete: true, Explained: explained(prev, next, scope),
+		})
 	}
 	m.exports.Store(next)
 	m.exportedFrom = s

@@ -101,7 +101,6 @@ type Mesh struct {
 	replicas   *handoff
 	store      writer // the own one
 	kv         join.KV
-	imports    imports
 	guard      *etcd.Guard   // nil without Servers
 	loaded     chan struct{} // closed when the stores have been read
 	loadedOnce sync.Once
@@ -194,7 +193,7 @@ func New(cfg Config) (*Mesh, error) {
 		Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{},
 	}, make(chan struct{})})
 	m.store = writer{cfg.Own, &m.term}
-	m.kv, m.imports = kv{etcd.NewKV(m.store, "")}, imports{cfg.Imports}
+	m.kv = kv{etcd.NewKV(m.store, "")}
 	if cfg.Servers != nil {
 		kvServer, watchServer := cfg.Servers()
 		m.guard = etcd.NewGuard(etcd.GuardConfig{

@@ -502,7 +502,11 @@ func TestAHostileMemberIsRefusedAndNamed(t *testing.T) {
 		if len(faults) > 0 {
 			t.Fatal(faults)
 		}
-		for k, v := range ex.Scopes[federation.AllScope] {
+		for k := range ex.Scopes[federation.AllScope] {
+			v, err := ex.Value(federation.AllScope, k)
+			if err != nil {
+				t.Fatal(err)
+			}
 			put("all/"+k, v)
 		}
 		settle(10 * time.Second)

@@ -159,9 +159,9 @@ func (m *Mesh) startPeers(ctx context.Context, running *sync.WaitGroup) error {
 	}
 	peers := m.currentPeers()
 	if m.term.Load().leads {
-		stored, err := m.imports.members(ctx)
+		stored, err := etcd.ImportedPeers(ctx, m.cfg.Imports)
 		if err != nil {
-			return fmt.Errorf("list imports: %w", err)
+			return err
 		}
 		for _, id := range stored {
 			if peers[id] == nil {
@@ -277,9 +277,13 @@ func (m *Mesh) follow(ctx context.Context, p *peer) {
 	started := false
 	for ctx.Err() == nil {
 		r := newReader(m, p, log)
-		err := m.imports.follow(ctx, p.record.ID, func(first bool, changes []federation.Change) {
-			r.take(first, changes)
-			if first && !started {
+		err := etcd.FollowImports(ctx, m.cfg.Imports, p.record.ID, func(changes []federation.Change, complete bool) {
+			r.take(changes)
+			if !complete {
+				return // what was known stays in force until all is known anew
+			}
+			r.publish()
+			if !started {
 				started = true
 				close(p.read)
 			}
@@ -292,7 +296,7 @@ func (m *Mesh) follow(ctx context.Context, p *peer) {
 	}
 }
 
-// reader turns changes of one member's imports into its Part and seen. Follow's callback owns it.
+// reader turns changes of one member's imports into its Part and seen. The callback of FollowImports owns it.
 type reader struct {
 	m       *Mesh
 	p       *peer
@@ -301,6 +305,7 @@ type reader struct {
 	records map[string]federation.Record
 	acks    map[string]uint64
 	faults  map[string]federation.Fault // of records and acks, by key
+	news    bool                        // in records or acks, or nothing was published yet
 }
 
 func newReader(m *Mesh, p *peer, log *slog.Logger) *reader {
@@ -311,24 +316,26 @@ func newReader(m *Mesh, p *peer, log *slog.Logger) *reader {
 		policy.Peer = s.Peers[p.record.Name]
 	}
 	return &reader{
-		m: m, p: p, log: log, decoder: federation.NewDecoder(policy),
+		m: m, p: p, log: log, decoder: federation.NewDecoder(policy), news: true,
 		records: map[string]federation.Record{}, acks: map[string]uint64{}, faults: map[string]federation.Fault{},
 	}
 }
 
-func (r *reader) take(first bool, changes []federation.Change) {
-	membership := first
+func (r *reader) take(changes []federation.Change) {
 	for _, c := range changes {
 		switch {
 		case c.Scope == federation.MembersScope:
-			membership = true
+			r.news = true
 			r.bookkeeping(c, r.record)
 		case c.Scope == federation.AcksScope:
-			membership = true
+			r.news = true
 			r.bookkeeping(c, r.ack)
 		}
 	}
 	r.decoder.Apply(changes, r.m.cfg.Now())
+}
+
+func (r *reader) publish() {
 	old := r.p.part.Load()
 	next := r.decoder.Part()
 	for _, f := range next.Faults {
@@ -337,7 +344,8 @@ func (r *reader) take(first bool, changes []federation.Change) {
 		}
 	}
 	r.p.part.Store(next)
-	if membership {
+	if r.news {
+		r.news = false
 		s := &seen{acks: maps.Clone(r.acks), faults: slices.Collect(maps.Values(r.faults))}
 		for _, id := range slices.Sorted(maps.Keys(r.records)) {
 			s.records = append(s.records, r.records[id])

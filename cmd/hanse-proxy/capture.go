@@ -126,7 +126,11 @@ func (c *Config) rules(bad report, resolve bool) *capture.Config {
 	r := &capture.Config{Table: cc.Table, OutboundPort: cc.OutboundPort, Mark: cc.Mark}
 	if cc.DNS {
 		r.DNSPort = cc.DNSPort
-		r.Always, _ = netip.ParsePrefix(c.DNS.Addresses) // validateDNS says what is wrong with it
+		for _, s := range []string{c.DNS.Addresses, c.DNS.Addresses6} {
+			if p, err := netip.ParsePrefix(s); err == nil { // else it is none, or validateDNS says what is wrong with it
+				r.Always = append(r.Always, p)
+			}
+		}
 	}
 	if len(c.Workloads) > 0 { // else nobody is to call it
 		r.InboundPort = cc.InboundPort

@@ -73,7 +73,7 @@ func TestCaptureConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{`"Table":"hanse"`, `"OutboundPort":15002`, `"InboundPort":15006`, `"DNSPort":15053`, `"Mark":1503`, `"UIDs":[1503,0]`, `"OwnPorts":[15008,15020]`,
-		`"ExcludePorts":[{"First":25,"Last":25},{"First":9000,"Last":9010}]`, `"Exclude":["192.0.2.0/24","2001:db8::1/128"]`, `"Always":"240.0.0.0/4"`, `"ExcludePorts":[{"First":22,"Last":22}]`} {
+		`"ExcludePorts":[{"First":25,"Last":25},{"First":9000,"Last":9010}]`, `"Exclude":["192.0.2.0/24","2001:db8::1/128"]`, `"Always":["240.0.0.0/4","fd68:616e:7365::/64"]`, `"ExcludePorts":[{"First":22,"Last":22}]`} {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("no %s in %s", want, b)
 		}

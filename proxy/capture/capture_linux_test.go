@@ -128,7 +128,7 @@ func TestInstall(t *testing.T) {
 
 		other := config()
 		other.Outbound = capture.Selection{IncludePorts: []capture.PortRange{{First: 80, Last: 80}, {First: 443, Last: 444}}, Include: prefixes("10.0.0.0/8", "fd00::/8")}
-		other.Always = netip.MustParsePrefix("240.0.0.0/4")
+		other.Always = prefixes("240.0.0.0/4", "fd77::/64")
 		other.Inbound.Include = prefixes("10.0.0.0/8")
 		other.OnlyUIDs = []uint32{1000}
 		if s := show(other); s.Matches || len(s.Missing) == 0 || len(s.Surplus) == 0 {
@@ -179,7 +179,7 @@ func TestPlan(t *testing.T) {
 	cfg := config()
 	cfg.Outbound.Include = prefixes("10.0.0.0/8")
 	cfg.Outbound.IncludePorts = []capture.PortRange{{First: 80, Last: 80}}
-	cfg.Always = netip.MustParsePrefix("240.0.0.0/4")
+	cfg.Always = prefixes("240.0.0.0/4", "fd77::/64")
 	var b strings.Builder
 	for _, c := range capture.Plan(cfg).Chains {
 		b.WriteString(strings.TrimSpace("chain "+c.Name+" { "+c.Hook) + "\n")
@@ -390,7 +390,7 @@ func TestInclusions(t *testing.T) {
 		cfg.UIDs = nil
 		cfg.OnlyUIDs = []uint32{0} // in this namespace
 		cfg.Outbound = capture.Selection{Include: prefixes("10.0.0.0/24"), IncludePorts: []capture.PortRange{{First: 80, Last: 81}}}
-		cfg.Always = netip.MustParsePrefix("240.0.0.0/4")
+		cfg.Always = prefixes("240.0.0.0/4", "fd77::/64")
 		cfg.Inbound = capture.Selection{IncludePorts: []capture.PortRange{{First: 80, Last: 80}}, Exclude: prefixes("fd00::2/128")}
 		p := newPod(t, cfg)
 		for _, tc := range []struct {
@@ -401,6 +401,7 @@ func TestInclusions(t *testing.T) {
 			{p.ns, "10.0.0.2:22", "world"},
 			{p.ns, "[fd00::2]:80", "world"},
 			{p.ns, "240.0.0.1:5432", "captured 240.0.0.1:5432"},
+			{p.ns, "[fd77::1]:5432", "captured [fd77::1]:5432"},
 			{p.world, "10.0.0.1:80", "captured 10.0.0.1:80"},
 			{p.world, "10.0.0.1:9005", "pod"},
 			{p.world, "[fd00::1]:80", "pod"},

@@ -24,10 +24,10 @@ type Config struct {
 	UIDs     []uint32 // users whose connections are not captured: the sidecar's own, if it sets no mark
 	OnlyUIDs []uint32 // not empty: only these users' connections are captured
 
-	Outbound Selection    // addresses are destinations
-	Always   netip.Prefix // destinations captured whatever Outbound includes: the mesh's own addresses; zero: none
-	Inbound  Selection    // addresses are sources
-	OwnPorts []uint16     // of the sidecar, never captured inbound: the hop, admin
+	Outbound Selection      // addresses are destinations
+	Always   []netip.Prefix // destinations captured whatever Outbound includes: the mesh's own addresses
+	Inbound  Selection      // addresses are sources
+	OwnPorts []uint16       // of the sidecar, never captured inbound: the hop, admin
 }
 
 // Selection is what of a direction is captured: what is included, which is all where nothing is listed, less what is excluded.

@@ -80,19 +80,21 @@ func (c *Config) prerouting() []chain {
 	for _, p := range append([]uint16{c.InboundPort}, c.OwnPorts...) {
 		in.add(rule(port(p), verdict(expr.VerdictReturn, ""))...)
 	}
-	return append(c.Inbound.capture(&in, chainTakeIn, saddr, netip.Prefix{}, c.InboundPort), in)
+	return append(c.Inbound.capture(&in, chainTakeIn, saddr, nil, c.InboundPort), in)
 }
 
 // capture adds the rules of a selection to a chain that only first TCP packets reach.
-func (s *Selection) capture(c *chain, take string, address func(netip.Prefix) []expr.Any, always netip.Prefix, to uint16) []chain {
+func (s *Selection) capture(c *chain, take string, address func(netip.Prefix) []expr.Any, always []netip.Prefix, to uint16) []chain {
 	for _, p := range s.ExcludePorts {
 		c.add(rule(ports(p), verdict(expr.VerdictReturn, ""))...)
 	}
 	for _, p := range s.Exclude {
 		c.add(rule(address(p), verdict(expr.VerdictReturn, ""))...)
 	}
-	if always.IsValid() && (len(s.Include) > 0 || len(s.IncludePorts) > 0) {
-		c.add(rule(address(always), protocol(unix.IPPROTO_TCP), redirect(to))...)
+	if len(s.Include) > 0 || len(s.IncludePorts) > 0 {
+		for _, p := range always {
+			c.add(rule(address(p), protocol(unix.IPPROTO_TCP), redirect(to))...)
+		}
 	}
 	final := func(c *chain) {
 		for _, p := range s.IncludePorts {

@@ -37,7 +37,7 @@ zone: eu-1
 namespace: shop
 controlPlane: {identity: ["IP:7444"], xds: ["IP:7445"], trustBundle: bundle.json, tokenFile: sidecar.token}
 stateDir: sidecar
-capture: {enabled: true}
+capture: {enabled: true, dns: true}
 log: {access: sidecar.access.log}
 drainTimeout: 1s
 `
@@ -98,10 +98,11 @@ func newPods(t *testing.T) *pods {
 	p.core.Address(t, "10.9.0.1/32,10.9.0.2/32")
 	p.core.Forward(t)
 	for i, name := range []string{"west", "east"} {
-		net := fmt.Sprintf("10.%d.0.", i+1)
+		net, net6 := fmt.Sprintf("10.%d.0.", i+1), fmt.Sprintf("fd0%d::", i+1)
 		p.pod[name] = netns.New(t)
-		netns.Join(t, p.core, p.pod[name], net+"1/24", net+"2/24")
+		netns.Join(t, p.core, p.pod[name], net+"1/24,"+net6+"1/64", net+"2/24,"+net6+"2/64")
 		p.pod[name].Route(t, "default", net+"1")
+		p.pod[name].Route(t, "default", net6+"1")
 		ip := fmt.Sprintf("10.9.0.%d", i+1)
 		p.config(name, "hansed.yaml", captureHansed, "IP", ip, "ADMIN", fmt.Sprintf("127.0.0.1:%d", 7440+100*i))
 		p.run(p.core, name+"/hansed", "hansed", "--config", filepath.Join(p.dir, name, "hansed.yaml"))
@@ -206,7 +207,7 @@ workloads:
 		if redis {
 			p.run(p.pod["east"], "east/redis", "redis-server", "--port", "6379", "--bind", "127.0.0.1", "--save", "", "--dir", p.dir)
 		}
-		const at = "10.96.0.7"
+		const at, name = "10.96.0.7", "payments.shop.svc.clusterset.local"
 		p.eventually(20*time.Second, "west calls east", func() error {
 			out, err := p.output("west", "curl", "-sS", "--fail-with-body", "--max-time", "5", "http://"+at+":8080/")
 			if err != nil {
@@ -215,15 +216,18 @@ workloads:
 			return nil
 		})
 		calls := func(t *testing.T) {
-			for _, version := range []string{"--http1.1", "--http2-prior-knowledge"} {
-				out, err := p.output("west", "curl", "-sS", "--max-time", "10", version, "-H", "Host: pay.example", "http://"+at+":8080/x")
+			for _, c := range [][]string{
+				{"--http1.1", "http://" + at + ":8080/x"}, {"--http2-prior-knowledge", "http://" + at + ":8080/x"},
+				{"--http1.1", "http://" + name + ":8080/x"}, {"--http2-prior-knowledge", "http://payments.shop:8080/x"}, {"-4", "http://payments:8080/x"}, {"-6", "http://payments:8080/x"},
+			} {
+				out, err := p.output("west", "curl", "-sS", "--max-time", "10", c[0], c[1])
 				var a struct{ Caller, Cluster, Host string }
 				if jerr := json.Unmarshal([]byte(out), &a); err != nil || jerr != nil || a.Caller != "spiffe://west.test/ns/shop/sa/frontend" || a.Cluster != "east" {
-					t.Errorf("curl %s: %s %v %v", version, out, err, jerr)
+					t.Errorf("curl %s: %s %v %v", c, out, err, jerr)
 				}
 			}
 			for _, c := range [][]string{
-				{"ws://" + at + ":8080/ws"}, {"grpc://" + at + ":8082"}, {"grpc://" + at + ":8082", "--stream", "bidi"}, {"tcp://" + at + ":8083"},
+				{"ws://" + name + ":8080/ws"}, {"grpc://" + name + ":8082"}, {"grpc://" + at + ":8082", "--stream", "bidi"}, {"tcp://" + name + ":8083"},
 			} {
 				args := append([]string{"echo", "call", "--proxy", "", "--body", "ping pong"}, c[1:]...)
 				if out, err := p.output("west", append(args, c[0])...); err != nil {
@@ -234,7 +238,7 @@ workloads:
 				if out, err := p.output("west", "redis-cli", "-h", at, "SET", "key", "value"); err != nil || out != "OK" {
 					t.Errorf("redis-cli SET: %q, %v", out, err)
 				}
-				if out, err := p.output("west", "redis-cli", "-h", at, "GET", "key"); err != nil || out != "value" {
+				if out, err := p.output("west", "redis-cli", "-h", name, "GET", "key"); err != nil || out != "value" {
 					t.Errorf("redis-cli GET: %q, %v", out, err)
 				}
 			}

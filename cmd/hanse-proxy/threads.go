@@ -19,6 +19,9 @@ type threads struct {
 const (
 	lookEvery = 100 * time.Millisecond
 	quietFor  = 50 // looks
+
+	idle    = 0.02 // of a CPU
+	idleFor = 50   // looks, before memory is trimmed
 )
 
 // newThreads takes over from Go, unless the environment has decided.
@@ -28,7 +31,7 @@ func newThreads() *threads {
 		t.n = 1
 		runtime.GOMAXPROCS(1)
 	} else {
-		t.limit = 0
+		t.limit = t.n // nothing to decide
 	}
 	return t
 }
@@ -48,24 +51,30 @@ func (t *threads) next(busy float64) int {
 	return t.n
 }
 
+// run looks at the load until ctx ends. It also trims memory when the load is over.
 func (t *threads) run(ctx context.Context, log *slog.Logger) error {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
-	if t.limit < 2 {
-		tick.Stop() // nothing to decide
-	}
 	used, at := cpuTime(), time.Now()
-	for {
+	for rest := 0; ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
 		usedNow, now := cpuTime(), time.Now()
-		before := t.n
-		if n := t.next((usedNow - used).Seconds() / now.Sub(at).Seconds()); n != before {
+		before, busy := t.n, (usedNow-used).Seconds()/now.Sub(at).Seconds()
+		if n := t.next(busy); n != before {
 			runtime.GOMAXPROCS(n)
 			log.Debug("threads", "from", before, "to", n, "limit", t.limit)
+		}
+		if busy > idle {
+			rest = 0
+		} else if rest++; rest == idleFor { // once after each busy time
+			if err := trim(); err != nil {
+				log.Debug("memory is not trimmed", "error", err)
+			}
+			usedNow, now = cpuTime(), time.Now() // that was no work
 		}
 		used, at = usedNow, now
 	}

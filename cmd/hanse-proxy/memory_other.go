@@ -1,0 +1,11 @@
+//go:build !linux
+
+package main
+
+import "runtime/debug"
+
+// trim gives free heap back.
+func trim() error {
+	debug.FreeOSMemory()
+	return nil
+}

@@ -42,7 +42,7 @@ type ClientConfig struct {
 	PingAfter      time.Duration                                                        // silence with open streams before a PING; default 1 s
 	DeadAfter      time.Duration                                                        // silence that ends a connection; default 2 s
 	IdleClose      time.Duration                                                        // default 90 s
-	MaxConns       int                                                                  // per peer; default GOMAXPROCS, at most 4
+	MaxConns       int                                                                  // per peer; default: one per thread in use, at most 4, and a few more for bulk or where all are full
 	Log            *slog.Logger
 	Metrics        prometheus.Registerer
 }
@@ -55,6 +55,8 @@ type Client struct {
 	ctx    context.Context // ends with Run
 	cancel context.CancelFunc
 	dials  sync.WaitGroup
+
+	share atomic.Int32 // connections for small streams
 
 	mu     sync.Mutex // held to change pools
 	closed bool       // guarded by mu
@@ -96,20 +98,20 @@ type dial struct {
 }
 
 type clientConn struct {
-	session  *http2.ClientConn
-	meter    *meteredConn
-	tls      *tls.Conn
-	key      poolKey
-	pool     *pool // set when it joins
-	expires  time.Time
-	opened   time.Time
-	active   atomic.Int64 // streams that are in use
-	bulk     atomic.Int64 // of these: such as carry many bytes
-	busyFrom atomic.Int64 // Unix nanoseconds: when streams went from none to some
-	pinging  atomic.Bool
-	draining atomic.Bool
-	cause    atomic.Pointer[error] // why it was ended by us
-	requests atomic.Uint64
+	session   *http2.ClientConn
+	meter     *meteredConn
+	tls       *tls.Conn
+	key       poolKey
+	pool      *pool // set when it joins
+	expires   time.Time
+	opened    time.Time
+	active    atomic.Int64 // streams that are in use
+	bulkUntil atomic.Int64 // Unix nanoseconds: it is left to streams that carry many bytes
+	busyFrom  atomic.Int64 // Unix nanoseconds: when streams went from none to some
+	pinging   atomic.Bool
+	draining  atomic.Bool
+	cause     atomic.Pointer[error] // why it was ended by us
+	requests  atomic.Uint64
 
 	idleFrom time.Time // owned by Run
 }
@@ -123,9 +125,6 @@ func NewClient(cfg ClientConfig) *Client {
 	setDefault(&cfg.PingAfter, time.Second)
 	setDefault(&cfg.DeadAfter, 2*time.Second)
 	setDefault(&cfg.IdleClose, 90*time.Second)
-	if cfg.MaxConns == 0 {
-		cfg.MaxConns = min(runtime.GOMAXPROCS(0), 4)
-	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -141,6 +140,7 @@ func NewClient(cfg ClientConfig) *Client {
 		},
 	}
 	c.pools.Store(&map[poolKey]*pool{})
+	c.countThreads()
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if cfg.Metrics != nil {
 		cfg.Metrics.MustRegister(c.metrics.open, c.metrics.dials, c.metrics.ended)
@@ -218,8 +218,32 @@ func (c *Client) reverify() {
 	}
 }
 
+// maxConns is how many connections there are to one peer at most, where the configuration does not say; maxBulk of them may be left to bulk.
+const (
+	maxConns = 16
+	maxBulk  = 4
+)
+
+// countThreads finds out how many connections small streams share: on fewer, more of them share a write, but connections are read and written by
+// one thread each.
+func (c *Client) countThreads() {
+	n := c.cfg.MaxConns
+	if n == 0 {
+		n = min(runtime.GOMAXPROCS(0), 4)
+	}
+	c.share.Store(int32(n))
+}
+
+func (c *Client) limit() int {
+	if c.cfg.MaxConns > 0 {
+		return c.cfg.MaxConns
+	}
+	return maxConns
+}
+
 // sweep pings, retires and forgets connections.
 func (c *Client) sweep(pings *sync.WaitGroup) {
+	c.countThreads()
 	conns := c.all()
 	now := time.Now()
 	for _, cc := range conns {
@@ -334,11 +358,12 @@ func (c *Client) tidy(key poolKey, p *pool) {
 func (c *Client) Open(ctx context.Context, peer Peer, r *message.Request, o message.Options) (message.ClientStream, error) {
 	var patience *time.Timer
 	for {
-		cc, err := c.get(ctx, &peer)
+		cc, now, err := c.get(ctx, &peer)
 		if err != nil {
 			return nil, err
 		}
 		s := &stream{cc: cc, peer: peer.SPIFFEID}
+		s.from.Store(now.UnixNano())
 		err = cc.session.Begin(&s.ClientStream, r, o)
 		if err == nil {
 			cc.requests.Add(1)
@@ -353,7 +378,7 @@ func (c *Client) Open(ctx context.Context, peer Peer, r *message.Request, o mess
 				patience = time.NewTimer(c.timeout(&peer))
 				defer patience.Stop()
 			}
-			if _, _, usable := leastBusy(cc.pool.all(), time.Now()); usable < c.cfg.MaxConns {
+			if ch := c.choose(cc.pool.all(), time.Now()); ch.usable < c.limit() {
 				c.more(cc.key, cc.pool, &peer)
 			}
 			if !cc.await(ctx, patience) {
@@ -432,15 +457,23 @@ type stream struct {
 	cc        *clientConn
 	peer      string
 	bytes     atomic.Int64
+	from      atomic.Int64 // Unix nanoseconds: when the current bulky bytes began
 	cancelled atomic.Pointer[error]
 }
 
-// bulky is how many bytes make a stream one that small requests should not share a connection with.
-const bulky = 1 << 20
+// bulky is how many bytes within bulkTime make a stream one that small ones should not share a connection with, for as long again.
+const (
+	bulky    = 1 << 20
+	bulkTime = 2 * time.Second
+)
 
 func (s *stream) count(n int) {
-	if sum := s.bytes.Add(int64(n)); sum >= bulky && sum-int64(n) < bulky {
-		s.cc.bulk.Add(1)
+	if sum := s.bytes.Add(int64(n)); sum/bulky == (sum-int64(n))/bulky {
+		return
+	}
+	now := time.Now().UnixNano()
+	if now-s.from.Swap(now) < int64(bulkTime) {
+		s.cc.bulkUntil.Store(now + int64(bulkTime))
 	}
 }
 
@@ -484,15 +517,12 @@ func (s *stream) Cancel(err error) {
 
 func (s *stream) Close() {
 	s.ClientStream.Close()
-	if s.bytes.Load() >= bulky {
-		s.cc.bulk.Add(-1)
-	}
 	s.cc.release()
 }
 
 // Ping opens a connection to peer if there is none, and waits for one PING's answer.
 func (c *Client) Ping(ctx context.Context, peer Peer) error {
-	cc, err := c.get(ctx, &peer)
+	cc, _, err := c.get(ctx, &peer)
 	if err != nil {
 		return err
 	}
@@ -503,49 +533,105 @@ func (c *Client) Ping(ctx context.Context, peer Peer) error {
 	return nil
 }
 
-// busyConn is how many streams a connection has before another is opened beside it, and how many one bulk stream counts for.
+// busyConn is how many streams a connection has before another is opened beside it.
 const busyConn = 24
 
-// get returns the least busy usable connection to peer, for one use, and opens one where there is none. Where all are busy it opens
-// another for those who come later; where all are full it waits for that.
-func (c *Client) get(ctx context.Context, peer *Peer) (*clientConn, error) {
+// choice is what there is for a new stream.
+type choice struct {
+	best   *clientConn // nil: nothing
+	full   bool        // the peer allows it no more streams at present
+	wanted bool        // another connection, for those who come later
+	usable int
+}
+
+// choose takes the least busy connection: of those that small streams share, and no more of these than are wanted; where they are full, of the others; one
+// that bulk has to itself only where there is no other.
+func (c *Client) choose(conns []*clientConn, now time.Time) (ch choice) {
+	var best, spare, bulk *clientConn
+	share, shared, bulked, at := int(c.share.Load()), 0, 0, now.UnixNano()
+	less := func(than *clientConn, cc *clientConn) *clientConn {
+		if than == nil || cc.active.Load() < than.active.Load() {
+			return cc
+		}
+		return than
+	}
+	for _, cc := range conns {
+		if cc.draining.Load() || !now.Before(cc.expires) {
+			continue
+		}
+		ch.usable++
+		switch {
+		case cc.bulkUntil.Load() > at:
+			bulk = less(bulk, cc)
+			bulked++
+		case shared < share:
+			best = less(best, cc)
+			shared++
+		default:
+			spare = less(spare, cc)
+		}
+	}
+	ch.best = best
+	if best != nil && best.full() && spare != nil {
+		ch.best = spare
+	}
+	if ch.best == nil && bulk != nil {
+		ch.best = bulk
+		ch.wanted = bulked < maxBulk
+	}
+	if ch.best == nil {
+		return ch
+	}
+	ch.full = ch.best.full()
+	if ch.full || best != nil && shared < share && best.active.Load() >= busyConn {
+		ch.wanted = true
+	}
+	ch.wanted = ch.wanted && ch.usable < c.limit()
+	return ch
+}
+
+// full reports whether the peer allows no more streams at present.
+func (cc *clientConn) full() bool {
+	if cc.active.Load() < busyConn {
+		return false
+	}
+	open, limit := cc.session.Streams()
+	return open >= limit
+}
+
+// get returns a connection to peer for one use, and opens one where there is none. Where all are busy it opens another for those who come
+// later; where all are full it waits for that.
+func (c *Client) get(ctx context.Context, peer *Peer) (*clientConn, time.Time, error) {
 	fail := func(stage Stage, err error) error {
 		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: peer.Gateway, Stage: stage, Err: err}
 	}
-	svid, err := c.cfg.Source.GetX509SVID()
-	if err != nil {
-		return nil, fail(StageHandshake, err)
-	}
-	key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, gateway: peer.Gateway, sni: peer.SNI}
 	for {
 		now := time.Now()
+		svid, err := c.cfg.Source.GetX509SVID()
+		if err != nil {
+			return nil, now, fail(StageHandshake, err)
+		}
+		key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, gateway: peer.Gateway, sni: peer.SNI}
 		p := (*c.pools.Load())[key]
 		if p != nil {
-			best, load, usable := leastBusy(p.all(), now)
-			if best != nil {
-				full := false
-				if load >= busyConn {
-					open, limit := best.session.Streams()
-					full = open >= limit
+			ch := c.choose(p.all(), now)
+			if ch.wanted {
+				c.more(key, p, peer)
+			}
+			if ch.best != nil && (!ch.full || ch.usable >= c.limit()) {
+				if ch.best.active.Add(1) == 1 {
+					ch.best.busyFrom.Store(now.UnixNano())
 				}
-				if load >= busyConn && usable < c.cfg.MaxConns {
-					c.more(key, p, peer)
-				}
-				if !full || usable >= c.cfg.MaxConns {
-					if best.active.Add(1) == 1 {
-						best.busyFrom.Store(now.UnixNano())
-					}
-					return best, nil
-				}
+				return ch.best, now, nil
 			}
 		}
 		c.mu.Lock()
 		if c.closed {
 			c.mu.Unlock()
-			return nil, fail(StageConnect, ErrClosed)
+			return nil, now, fail(StageConnect, ErrClosed)
 		}
 		p = c.pool(key)
-		if best, load, _ := leastBusy(p.all(), now); p.dialing == nil && best != nil && load < busyConn {
+		if ch := c.choose(p.all(), now); p.dialing == nil && ch.best != nil && !ch.full {
 			c.mu.Unlock()
 			continue // it was opened meanwhile
 		}
@@ -557,10 +643,10 @@ func (c *Client) get(ctx context.Context, peer *Peer) (*clientConn, error) {
 		select {
 		case <-d.done:
 			if d.err != nil {
-				return nil, d.err
+				return nil, now, d.err
 			}
 		case <-ctx.Done():
-			return nil, fail(StageConnect, context.Cause(ctx))
+			return nil, now, fail(StageConnect, context.Cause(ctx))
 		}
 	}
 }
@@ -596,19 +682,6 @@ func (c *Client) startDial(key poolKey, p *pool, peer *Peer) *dial {
 	c.dials.Add(1)
 	go c.dial(d, key, *peer)
 	return d
-}
-
-func leastBusy(conns []*clientConn, now time.Time) (best *clientConn, least int64, usable int) {
-	for _, cc := range conns {
-		if cc.draining.Load() || !now.Before(cc.expires) {
-			continue
-		}
-		usable++
-		if load := cc.active.Load() + busyConn*cc.bulk.Load(); best == nil || load < least {
-			best, least = cc, load
-		}
-	}
-	return best, least, usable
 }
 
 // dial opens one connection for everyone who waits. It outlives the request that wanted it, within its timeout.

@@ -543,3 +543,115 @@ func TestHeaderLimit(t *testing.T) {
 	}
 	_ = resp.Body.Close()
 }
+
+// TestBulkHasItsOwn: while a stream carries many bytes, small ones use another connection, and once it is over they come back.
+func TestBulkHasItsOwn(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	stop := make(chan struct{})
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for r.URL.Path == "/bulk" {
+			select {
+			case <-stop:
+				return
+			default:
+				_, _ = w.Write(make([]byte, 64<<10))
+			}
+		}
+	}))
+	c := client(t, d.Source("/ns/shop/sa/frontend"))
+	bulk, err := roundTrip(c, peer, request(t, "GET", "/bulk", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		_, _ = io.Copy(io.Discard, bulk.Body)
+		_ = bulk.Body.Close()
+	}()
+	small := func(n int) {
+		for range n {
+			resp, err := roundTrip(c, peer, request(t, "GET", "/small", nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = resp.Body.Close()
+		}
+	}
+	apart := func() (n uint64) {
+		conns := c.Connections()
+		if len(conns) > 2 {
+			t.Fatalf("%d connections for one bulk stream and small ones", len(conns))
+		}
+		for _, conn := range conns {
+			if conn.Read < 1<<20 {
+				n += conn.Requests
+			}
+		}
+		return n
+	}
+	for end := time.Now().Add(10 * time.Second); apart() < 50; {
+		if time.Now().After(end) {
+			t.Fatalf("%+v", c.Connections())
+		}
+		small(10)
+	}
+	close(stop)
+	<-read
+}
+
+// TestManyLongStreams: where the peer allows no more on one connection, others are opened beyond what threads want.
+func TestManyLongStreams(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	leave := make(chan struct{})
+	var served sync.WaitGroup
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		served.Done()
+		<-leave
+	}), func(c *hop.ServerConfig) { c.MaxStreams = 30 })
+	c := client(t, d.Source("/ns/shop/sa/frontend"))
+	served.Add(300)
+	var calls sync.WaitGroup
+	for range 300 {
+		calls.Go(func() {
+			resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
+			if err != nil {
+				t.Error(err)
+				served.Done()
+				return
+			}
+			_ = resp.Body.Close()
+		})
+	}
+	served.Wait()
+	if n := len(c.Connections()); n < 10 || n > 16 {
+		t.Errorf("%d connections for 300 streams of 30 each", n)
+	}
+	close(leave)
+	calls.Wait()
+}
+
+// TestLeavingCallersDoNotWait for a connection that is being made.
+func TestLeavingCallersDoNotWait(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(whoCalls))
+	dialling, never := make(chan struct{}), make(chan struct{})
+	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) {
+		c.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			close(dialling)
+			<-never
+			return nil, net.ErrClosed
+		}
+	})
+	defer close(never)
+	ctx, leave := context.WithCancel(context.Background())
+	go func() {
+		<-dialling
+		leave()
+	}()
+	_, err := c.Open(ctx, peer, &message.Request{Method: "GET", Scheme: "https", Authority: "a", Path: "/"}, message.Options{End: true})
+	var e *hop.Error
+	if !errors.As(err, &e) || e.Sent || !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}

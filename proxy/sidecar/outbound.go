@@ -215,7 +215,7 @@ type transfer struct {
 	abort    func(error) // these three are made once, of methods
 	informed func(status int, fields message.Fields)
 	header   func(name string) (string, bool)
-	spoilt   bool // a timer may still call cancel: this one is not used again
+	spoilt   bool // somebody may still call cancel, or look at this as a context: it is not used again
 
 	mu      sync.Mutex
 	ended   error                // guarded by mu: why the whole request has ended early
@@ -291,7 +291,7 @@ func (t *transfer) run() {
 	t.st.OnAbort(t.abort)
 	if d := t.route.RequestTimeout; d > 0 {
 		timer := time.AfterFunc(d, func() { t.cancel(errRequestTimeout) })
-		defer func() { t.spoilt = !timer.Stop() }()
+		defer func() { t.spoilt = !timer.Stop() || t.spoilt }()
 	}
 	a := t.try(false, nil)
 	for a.retry && t.wait(&a) {
@@ -316,22 +316,42 @@ func (t *transfer) wait(a *attempt) bool {
 	// Full jitter, doubling.
 	timer := time.NewTimer(rand.N(t.route.Retry.Backoff << min(t.retries, 6)))
 	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-t.Done():
+		return false
+	}
+}
+
+// A transfer is the context of its own connecting: it ends with cancel.
+var _ context.Context = (*transfer)(nil)
+
+// Done implements context.Context, as do the others.
+func (t *transfer) Done() <-chan struct{} {
 	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.spoilt {
+		t.spoilt = true // somebody may still look
+	}
 	if t.expired == nil {
 		t.expired = make(chan struct{})
 		if t.ended != nil {
 			close(t.expired)
 		}
 	}
-	expired := t.expired
-	t.mu.Unlock()
-	select {
-	case <-timer.C:
-		return true
-	case <-expired:
-		return false
-	}
+	return t.expired
 }
+
+func (t *transfer) Err() error {
+	if t.why() != nil {
+		return context.Canceled
+	}
+	return nil
+}
+
+func (t *transfer) Deadline() (time.Time, bool) { return time.Time{}, false }
+func (t *transfer) Value(any) any               { return nil }
 
 // again makes a further try. It is false if the retry budget or the endpoints are used up: the answer of before stands then.
 func (t *transfer) again(before *attempt) (attempt, bool) {
@@ -383,7 +403,7 @@ func (t *transfer) try(counts bool, picked func()) attempt {
 	t.triedIDs = append(t.triedIDs, pick.Endpoint.ID)
 	t.rec.tries++
 	a := attempt{pick: pick, started: time.Now()}
-	up, err := t.s.openTo(t.backend.Cluster, pick, &t.out, message.Options{End: t.body == nil, Inform: t.informed})
+	up, err := t.s.openTo(t, t.backend.Cluster, pick, &t.out, message.Options{End: t.body == nil, Inform: t.informed})
 	if err != nil {
 		t.classify(&a, err)
 		return a
@@ -428,11 +448,11 @@ func (s *Sidecar) pick(cluster string, info balance.PickInfo) (balance.Pick, *fa
 	}
 }
 
-// openTo begins an exchange with the picked endpoint.
-func (s *Sidecar) openTo(cluster string, pick balance.Pick, r *message.Request, o message.Options) (message.ClientStream, error) {
+// openTo begins an exchange with the picked endpoint. ctx bounds connecting only.
+func (s *Sidecar) openTo(ctx context.Context, cluster string, pick balance.Pick, r *message.Request, o message.Options) (message.ClientStream, error) {
 	c := s.cfg.Control.Table().Clusters[cluster]
 	if pick.Endpoint.Transport == proxy.TransportPlaintext {
-		return s.plaintext.open(s.coreCtx, pick.Endpoint, c, r, o)
+		return s.plaintext.open(ctx, pick.Endpoint, c, r, o)
 	}
 	if pick.Endpoint.Transport != proxy.TransportHop && len(r.Fields) > 0 { // somebody else's sidecar: our fields mean nothing there
 		out := *r
@@ -448,7 +468,7 @@ func (s *Sidecar) openTo(cluster string, pick balance.Pick, r *message.Request, 
 	if c != nil {
 		peer.ConnectTimeout = c.ConnectTimeout
 	}
-	return s.hop.Open(s.coreCtx, peer, r, o)
+	return s.hop.Open(ctx, peer, r, o)
 }
 
 // peerOf refuses endpoints without mTLS.
@@ -653,7 +673,7 @@ func (s *Sidecar) mirror(to *proxy.Backend, out *message.Request, body *replay) 
 		started := time.Now()
 		result := balance.Result{Outcome: balance.Responded}
 		defer func() { pick.Done(result) }()
-		up, err := s.openTo(to.Cluster, pick, &req, message.Options{End: len(copied) == 0})
+		up, err := s.openTo(s.coreCtx, to.Cluster, pick, &req, message.Options{End: len(copied) == 0})
 		if err == nil {
 			defer up.Close()
 			timer := time.AfterFunc(10*time.Second, func() { up.Cancel(errRequestTimeout) })

@@ -40,7 +40,7 @@ func (s *Sidecar) open(rec *record, cluster string, r *message.Request, abort fu
 		rec.setEndpoint(pick)
 		rec.tries++
 		tried = append(tried, pick.Endpoint.ID)
-		up, err := s.openTo(cluster, pick, r, message.Options{})
+		up, err := s.openTo(t, cluster, pick, r, message.Options{})
 		var resp *message.Response
 		if err == nil {
 			t.watch(up)

@@ -71,7 +71,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 	})
 	p.hop = client
 	health := sidecar.NewHealth(client, dialer.DialContext)
-	p.balancer = balance.New(balance.Config{Log: log, Registerer: reg, Probe: health.Probe, SuspectGateway: health.Suspect})
+	p.balancer = balance.New(balance.Config{ID: cfg.NodeID, Log: log, Registerer: reg, Probe: health.Probe, SuspectGateway: health.Suspect})
 	xdsConfig := xdsclient.Config{
 		Addrs: cfg.ControlPlane.XDS, Source: p.source, ServerID: identity.ControlPlaneID(td),
 		Node: xdsclient.Node{ID: cfg.NodeID, Cluster: cfg.Cluster, Network: cfg.Network, Region: cfg.Region, Zone: cfg.Zone,

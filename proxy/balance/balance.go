@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/hanse-mesh/hanse/proxy"
@@ -26,6 +27,7 @@ const (
 
 // Config is what New needs. Every field may be zero.
 type Config struct {
+	ID         string           // of this proxy: decides which endpoints of many it uses
 	Now        func() time.Time // default time.Now
 	Rand       func() uint64    // uniform; default math/rand/v2
 	Log        *slog.Logger
@@ -44,6 +46,7 @@ type Config struct {
 // Balancer picks endpoints for all xDS clusters of a proxy. It is safe for concurrent use.
 type Balancer struct {
 	// read-only after New
+	id             string
 	now            func() time.Time
 	rand           func() uint64
 	log            *slog.Logger
@@ -97,7 +100,7 @@ type cluster struct {
 // New returns a Balancer without clusters.
 func New(cfg Config) *Balancer {
 	b := &Balancer{
-		now: cfg.Now, rand: cfg.Rand, log: cfg.Log, ramp: int64(cfg.Ramp), suspectGateway: cfg.SuspectGateway, probe: cfg.Probe,
+		id: cfg.ID, now: cfg.Now, rand: cfg.Rand, log: cfg.Log, ramp: int64(cfg.Ramp), suspectGateway: cfg.SuspectGateway, probe: cfg.Probe,
 		gateways: map[netip.AddrPort]*gateway{}, wake: make(chan struct{}, 1),
 	}
 	if b.now == nil {
@@ -182,7 +185,7 @@ func (c *cluster) update(def *proxy.Cluster, now int64) {
 					c.hosts[e.ID] = h
 					fresh = append(fresh, h)
 				}
-				m := candidate{endpoint: e, host: h, level: i}
+				m := candidate{endpoint: e, host: h, level: i, rank: xxhash.Sum64String(c.b.id + "/" + e.ID)}
 				for _, addr := range e.Gateways {
 					m.gateways = append(m.gateways, c.b.gateway(addr, now))
 				}
@@ -321,6 +324,10 @@ func (l *level) build(c *cluster, index int, lh levelHealth, now int64) {
 			l.usable[j] = m.available()
 		}
 	}
+	limit := maxPerLevel
+	if c.def.Policy == ringHash {
+		limit = len(l.all) // all proxies must agree
+	}
 	var whole hostSet
 	for _, loc := range c.def.Levels[index].Localities {
 		set, hosts, tenths := &whole, 0, 0
@@ -347,7 +354,7 @@ func (l *level) build(c *cluster, index int, lh levelHealth, now int64) {
 		if !c.def.WeightedLocality || len(set.members) == 0 {
 			continue
 		}
-		set.finish()
+		set.finish(max(1, limit/len(c.def.Levels[index].Localities)))
 		effective := uint64(loc.Weight) * 100
 		if !l.panic && hosts > 0 {
 			effective = uint64(loc.Weight) * min(100, uint64(c.def.Overprovisioning)*uint64(tenths)/uint64(rampSteps*hosts))
@@ -359,7 +366,7 @@ func (l *level) build(c *cluster, index int, lh levelHealth, now int64) {
 		l.localities = append(l.localities, *set)
 	}
 	if len(whole.members) > 0 {
-		whole.finish()
+		whole.finish(limit)
 		whole.cumulated = 1
 		l.localities = []hostSet{whole}
 	}
@@ -373,8 +380,27 @@ func (s *hostSet) add(m *candidate, weight uint64) {
 	s.weights = append(s.weights, weight)
 }
 
-// finish drops weights that say nothing.
-func (s *hostSet) finish() {
+// maxPerLevel is how many endpoints of a level one proxy uses, and keeps connections to. Which ones differs between proxies, so that all are
+// used; where one of them fails, one other takes its place.
+const maxPerLevel = 32
+
+// finish leaves the members of highest rank, and drops weights that say nothing.
+func (s *hostSet) finish(limit int) {
+	if len(s.members) > limit {
+		ranks := make([]uint64, len(s.members))
+		for i, m := range s.members {
+			ranks[i] = m.rank
+		}
+		slices.Sort(ranks)
+		least := ranks[len(ranks)-limit]
+		var few hostSet
+		for i, m := range s.members {
+			if m.rank >= least {
+				few.add(m, s.weight(i))
+			}
+		}
+		s.members, s.weights = few.members, few.weights
+	}
 	for i := range s.weights {
 		if s.weight(i) != s.weights[0] {
 			return

@@ -92,6 +92,7 @@ type candidate struct {
 	host     *host
 	gateways []*gateway
 	level    int
+	rank     uint64 // among the endpoints that a proxy may use
 }
 
 // hostSet is what a pick draws from.

@@ -88,6 +88,7 @@ type Exporter struct {
 	mu      sync.Mutex // guards all below
 	scopes  map[string]*exportScope
 	loaded  bool
+	retain  map[string]bool // scopes, as last said; nil: nothing was said
 	restart time.Duration
 	err     error
 	settled chan struct{} // closed after each flush
@@ -207,6 +208,7 @@ func (e *Exporter) load(ctx context.Context) error {
 		s.held, s.remove, s.due = old.held, old.remove, old.due
 	}
 	e.scopes, e.loaded = stored, true
+	e.drop()
 	for name, s := range stored {
 		if first && s.want != nil && s.complete && s.epoch != nil { // Set came before this
 			if lost := unexplained(int(s.last.Endpoints), s.endpoints, s.explained); lost > 0 {
@@ -354,13 +356,29 @@ func (s *exportScope) patch(changed map[string][]byte, mark map[string]bool) {
 func (e *Exporter) Retain(scopes ...string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.retain = map[string]bool{}
+	for _, s := range scopes {
+		e.retain[s] = true
+	}
+	e.drop()
+	wake(e.dirty)
+}
+
+// drop marks what is not retained for removal.
+func (e *Exporter) drop() {
 	for name, s := range e.scopes {
-		if !slices.Contains(scopes, name) && !s.remove {
+		if e.retain != nil && !e.retain[name] && !s.remove {
 			s.remove, s.want, s.value, s.patched, s.held = true, nil, nil, nil, nil
 			s.compare()
-			wake(e.dirty)
 		}
 	}
+}
+
+// Holds reports whether anything of a scope is, or may be, stored.
+func (e *Exporter) Holds(scope string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return !e.loaded || e.scopes[scope] != nil
 }
 
 // Accept lets what is held back of a scope through (a person's decision).

@@ -458,3 +458,31 @@ func TestReadExports(t *testing.T) {
 		}
 	})
 }
+
+func TestExporterRemovesScopesThatItFindsLater(t *testing.T) {
+	exporting(t, func(t *testing.T, store *recorder, e *etcd.Exporter) {
+		e.Set("all", services(3, "v1"))
+		e.Set("for-east", services(3, "v1"))
+		_ = e.Flush(t.Context())
+		again := etcd.NewExporter(etcd.ExporterConfig{Store: store, Log: testLog(t)})
+		again.Set("all", services(3, "v1")) // before it has read what is stored
+		again.Retain("all")
+		if !again.Holds("for-east") {
+			t.Error("it says that nothing is stored before it has looked")
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- again.Run(ctx) }()
+		time.Sleep(10 * time.Second)
+		if !again.Holds("for-east") || len(data(store.Memory, "for-east")) == 0 {
+			t.Error("what has moved to another scope is gone at once")
+		}
+		time.Sleep(40 * time.Second) // the first one would tick after a minute
+		if left := store.Dump(etcd.ExportPrefix + "for-east/"); again.Holds("for-east") || len(left) > 0 {
+			t.Errorf("of the scope that is not retained %d keys are left", len(left))
+		}
+		wants(t, store.Memory, "all", services(3, "v1"))
+		cancel()
+		<-done
+	})
+}

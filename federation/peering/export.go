@@ -74,8 +74,43 @@ func (m *Mesh) exportServices() {
 			Endpoints: next.In(scope), Complete: true, Explained: explained(prev, next, scope),
 		})
 	}
+	m.fade(prev, next)
 	m.exports.Store(next)
 	m.exportedFrom = s
+}
+
+// fade lets those who could read a scope read it on while its services, which are in other scopes now, are still there: without that they would
+// be gone for a moment.
+func (m *Mesh) fade(prev, next *federation.Exports) {
+	listed := m.listed
+	if listed == nil {
+		listed = *m.restored.Load()
+	}
+	prev.Each(func(name discovery.Name, scope string, _ int) {
+		if next.Scopes[scope] != nil || next.Scope(name) == "" || m.fading[scope] != nil {
+			return
+		}
+		m.fading[scope] = map[string]bool{}
+		for id, scopes := range listed {
+			if slices.Contains(scopes, scope) {
+				m.fading[scope][id] = true
+			}
+		}
+	})
+	for scope := range next.Scopes {
+		delete(m.fading, scope)
+	}
+}
+
+// faded forgets scopes that are empty now, and reports whether there was one.
+func (m *Mesh) faded() bool {
+	n := len(m.fading)
+	for scope := range m.fading {
+		if !m.term.Load().exporter.Holds(scope) {
+			delete(m.fading, scope)
+		}
+	}
+	return len(m.fading) < n
 }
 
 // explained counts the endpoints that a scope loses because their service is no longer exported, or in another scope.
@@ -99,10 +134,13 @@ func (m *Mesh) exportMembership() {
 	for td, sequence := range *m.acked.Load() {
 		scopes[federation.AcksScope][td.Name()] = encode(&federationpb.Ack{Sequence: sequence})
 	}
+	listed := map[string][]string{}
 	for _, member := range b.Members() {
 		r := &member.Record
-		scopes[federation.PeerScope(r.ID)] = map[string][]byte{federation.ScopesKey: encode(&federationpb.Scopes{Scopes: m.readable(r)})}
+		listed[r.ID] = m.readable(r)
+		scopes[federation.PeerScope(r.ID)] = map[string][]byte{federation.ScopesKey: encode(&federationpb.Scopes{Scopes: listed[r.ID]})}
 	}
+	m.listed = listed
 	var names []string
 	for scope, keys := range scopes {
 		names = append(names, scope)
@@ -148,6 +186,11 @@ func (m *Mesh) readable(r *federation.Record) []string {
 		labels = s.Peers[r.Name].Labels
 	}
 	scopes := append(m.exports.Load().Readable(r.Name, labels), federation.MembersScope, federation.AcksScope)
+	for scope, members := range m.fading {
+		if members[r.ID] {
+			scopes = append(scopes, scope)
+		}
+	}
 	slices.Sort(scopes)
 	return scopes
 }

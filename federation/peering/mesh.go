@@ -136,6 +136,8 @@ type Mesh struct {
 	exportLater  bool                            // there is something to export at exportAt
 	membership   map[string]map[string][]byte    // as given to the exporter, by scope and key
 	retained     []string                        // scopes
+	fading       map[string]map[string]bool      // scopes that all services have left, and the IDs of the members that may read them until they are empty
+	listed       map[string][]string             // scopes by member ID, as last given to the exporter
 	markers      map[string]bool                 // trust domains that this Mesh has added, as stored
 	trusted      map[spiffeid.TrustDomain]string // bundle as it was given to Bundles
 	merged       mergeInput
@@ -357,6 +359,9 @@ func (m *Mesh) step(ctx context.Context, running *sync.WaitGroup) error {
 			note(m.change(ctx, func(b *federation.Book) ([]string, error) { return b.Expire(now), nil }))
 		}
 		note(m.expireJoining(ctx))
+	}
+	if m.faded() {
+		m.applied = basis{}
 	}
 	if from := m.basisNow(); from != m.applied {
 		if leads {

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -620,6 +621,78 @@ func TestLeaveKilledAnywhere(t *testing.T) {
 				}
 				if err := w.join("east", "west"); err != nil {
 					t.Errorf("join again: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// TestAMoveBetweenScopesIsSeamless: whoever may read a service before and after its audience changes never misses an endpoint.
+func TestAMoveBetweenScopesIsSeamless(t *testing.T) {
+	for name, move := range map[string][2][]string{
+		"wider":              {{"east"}, {"east", "north"}},
+		"narrower":           {{"east", "north"}, {"east"}},
+		"from all":           {nil, {"east"}},
+		"to all":             {{"east"}, nil},
+		"by label":           {{"east"}, {"tier=gold"}},
+		"label to all":       {{"tier=gold"}, nil},
+		"member and a label": {{"tier=gold"}, {"east", "tier=tin"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				defer w.stop()
+				west, east, north := w.add("west"), w.add("east"), w.add("north")
+				west.peer("east", []string{"labels=tier=gold"})
+				west.export(payments, 60, move[0]...)
+				for _, n := range []string{"east", "north"} {
+					if err := w.join(n, "west"); err != nil {
+						t.Fatal(err)
+					}
+				}
+				settle(10 * time.Second)
+				if n := endpoints(east.mesh.Load().Clusterset(), "west"); n != 60 {
+					t.Fatalf("east has %d endpoints before the move", n)
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				var watching sync.WaitGroup
+				watching.Go(func() {
+					m := east.mesh.Load()
+					for ctx.Err() == nil {
+						updated := m.Updated()
+						if n := endpoints(m.Clusterset(), "west"); n != 60 {
+							t.Errorf("east has %d endpoints", n)
+							return
+						}
+						select {
+						case <-updated:
+						case <-ctx.Done():
+						}
+					}
+				})
+				west.export(payments, 60, move[1]...)
+				settle(29 * time.Second)
+				old := federation.AudienceScope(move[0])
+				if old != federation.AudienceScope(move[1]) && len(west.own.Dump("exports/v1/"+old+"/svc/")) == 0 {
+					t.Error("the old scope is empty before 30 s have passed")
+				}
+				settle(time.Minute)
+				if n := len(west.own.Dump("exports/v1/" + old + "/svc/")); n > 0 {
+					t.Errorf("the old scope still has %d services", n)
+				}
+				if old != federation.AllScope {
+					if left := west.own.Dump("exports/v1/" + old + "/"); len(left) > 0 {
+						t.Errorf("of the old scope %d keys are left", len(left))
+					}
+				}
+				cancel()
+				watching.Wait()
+				want := 0
+				if _, readable := map[string]bool{"": true, "east north": true}[strings.Join(move[1], " ")]; readable {
+					want = 60
+				}
+				if n := endpoints(north.mesh.Load().Clusterset(), "west"); n != want {
+					t.Errorf("north has %d endpoints after the move, want %d", n, want)
 				}
 			})
 		})

@@ -57,6 +57,7 @@ func (m *Mesh) begin(r Role) *term {
 	}
 	m.term.Store(t)
 	m.exportedFrom, m.membership, m.retained, m.exportLater = nil, nil, nil, false
+	m.fading, m.listed = map[string]map[string]bool{}, nil
 	m.restored.Store(&map[string][]string{})
 	m.markers, m.trusted, m.applied = nil, map[spiffeid.TrustDomain]string{}, basis{}
 	return t

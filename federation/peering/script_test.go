@@ -26,7 +26,7 @@ var update = flag.Bool("update", false, "rewrite the wanted states in testdata; 
 //
 //	cluster NAME                      a cluster, its gateway and its control plane
 //	export CLUSTER SERVICE N [FOR…]   N endpoints of ns/name; 0 takes the export away; FOR is the audience
-//	peer CLUSTER MEMBER KEY=VALUE…    a Peer object: introductions, namespaces
+//	peer CLUSTER MEMBER KEY=VALUE…    a Peer object: introductions, namespaces, labels, disabled
 //	join JOINER ISSUER                with a new token; "! join" must fail
 //	leave CLUSTER [MEMBER] [force]    "! leave" must fail
 //	accept CLUSTER MEMBER             a person's word
@@ -243,6 +243,9 @@ func (c *cluster) peer(member string, settings []string) {
 			p.Introductions = v
 		case "namespaces":
 			p.Namespaces = strings.Split(v, ",")
+		case "labels":
+			key, value, _ := strings.Cut(v, "=")
+			p.Labels = map[string]string{key: value}
 		case "disabled":
 			p.Disabled = v == "true"
 		}

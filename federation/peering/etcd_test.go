@@ -193,8 +193,38 @@ func TestOverEtcdAndTCP(t *testing.T) {
 	west.start(at)
 	east.until("69 endpoints after west's restart", func(c *discovery.Clusterset) bool { return endpoints(c, "west") == 69 })
 
+	// A stream that was opened before a leave ends with it, also one on a connection of its own.
+	remote, err := etcd.DialPeer(t.Context(), etcd.PeerConfig{Addresses: []string{west.address}, TLS: identity.ClientTLS(east.source, identity.AuthorizeAny(), "h2")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer remote.Close()
+	stream, err := remote.Watch(t.Context(), etcd.ExportPrefix+"all/", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		for {
+			if _, err := stream.Recv(); err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	select {
+	case err := <-ended:
+		t.Fatalf("a member may not watch: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
 	if _, err := east.mesh.Leave(t.Context(), "", false); err != nil {
 		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		t.Logf("stream of the leaver: %v", err)
+	case <-time.After(20 * time.Second):
+		t.Error("the leaver's stream goes on")
 	}
 	west.until("east gone", func(c *discovery.Clusterset) bool { return len(c.Members) == 0 })
 	if cs := east.mesh.Clusterset(); len(cs.Members) != 0 || endpoints(cs, "west") != 0 {

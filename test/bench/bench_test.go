@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,11 +18,28 @@ func TestArithmetic(t *testing.T) {
 	if d := statTime("1 (a ) b) S 2 3 4 5 6 7 8 9 10 11 150 50 0 0 20"); d != 2*time.Second {
 		t.Error(d)
 	}
-	if loads, err := parseLoads("1,16", "100"); err != nil || len(loads) != 2 || loads[1] != (load{16, 100}) {
-		t.Error(loads, err)
+	if ns, err := numbers("--conns", "1,16"); err != nil || !slices.Equal(ns, []int{1, 16}) {
+		t.Error(ns, err)
 	}
-	if _, err := parseLoads("x", "100"); err == nil {
+	if _, err := numbers("--conns", "x"); err == nil {
 		t.Error("nonsense was accepted")
+	}
+	if parts, err := choose("grpc,bytes"); err != nil || len(parts) != 2 || parts[1].name != "bytes" {
+		t.Error(parts, err)
+	}
+	if _, err := choose("sleep"); err == nil {
+		t.Error("nonsense was accepted")
+	}
+	by := map[string][]result{"hanse": {{CPU: 2}, {CPU: 3}, {CPU: 10}}, "nginx": {{CPU: 4}, {CPU: 3}, {CPU: 5}}}
+	if r := ratio(by, "nginx"); r != "1.00" {
+		t.Error(r)
+	}
+	page := "before\n" + beginMark + "\nold\n" + endMark + "\nafter"
+	if got, err := between(page, "new\n"); err != nil || got != "before\n"+beginMark+"\n```\nnew\n```\n"+endMark+"\nafter" {
+		t.Error(got, err)
+	}
+	if _, err := between("nothing", "new"); err == nil {
+		t.Error("a page without markers was accepted")
 	}
 }
 
@@ -36,6 +54,22 @@ func TestWrongAnswersAreNoticed(t *testing.T) {
 	} {
 		if err := check(bufio.NewReader(strings.NewReader(answer)), "1-2", 2); (err == nil) != ok {
 			t.Errorf("%q: %v", answer, err)
+		}
+	}
+}
+
+// The backends answer as the loads check it.
+func TestBackends(t *testing.T) {
+	b, err := newBackends()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.close()
+	p := &product{name: "none", http: b.http, grpc: b.grpc, tcp: b.tcp, host: "a"}
+	for name, f := range map[string]func() error{"once": func() error { return once(p) }, "tcp": func() error { return onceTCP(p) }, "grpc": func() error { return onceGRPC(t.Context(), p) },
+		"download": func() error { return download(p) }, "upload": func() error { return upload(p) }} {
+		if err := f(); err != nil {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

@@ -14,97 +14,49 @@ import (
 	"time"
 )
 
-// backend answers GET /<bytes> with so many bytes and the request's x-id, cheaply, so that the proxies dominate.
-type backend struct {
-	address string
-	ln      net.Listener
-}
+// settle is how long a load runs before it is measured: connections, pools, caches.
+const settle = 300 * time.Millisecond
 
-func newBackend() (*backend, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
+// window is the time that counts.
+type window struct{ begin, end chan struct{} }
+
+func (w *window) counts() (counts, over bool) {
+	select {
+	case <-w.end:
+		return false, true
+	default:
 	}
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go serve(c)
-		}
-	}()
-	return &backend{ln.Addr().String(), ln}, nil
-}
-
-func (b *backend) close() { _ = b.ln.Close() }
-
-var filling = bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
-
-func serve(c net.Conn) {
-	defer c.Close()
-	br := bufio.NewReader(c)
-	var out []byte
-	for {
-		size, id, fill := 0, "", false
-		for first := true; ; first = false {
-			line, err := br.ReadSlice('\n')
-			if err != nil {
-				return
-			}
-			if len(line) <= 2 {
-				break
-			}
-			if first {
-				_, rest, _ := strings.Cut(string(line), "/")
-				n, _, _ := strings.Cut(rest, " ")
-				n, _, fill = strings.Cut(n, "?")
-				size, _ = strconv.Atoi(n)
-				continue
-			}
-			if len(line) > 6 && (line[0] == 'x' || line[0] == 'X') && bytes.EqualFold(line[:5], []byte("x-id:")) {
-				id = strings.TrimSpace(string(line[5:]))
-			}
-		}
-		out = append(out[:0], "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\nx-id: "...)
-		out = append(out, id...)
-		out = append(out, "\r\ncontent-length: "...)
-		out = strconv.AppendInt(out, int64(size), 10)
-		out = append(out, "\r\n\r\n"...)
-		if fill {
-			out = append(out, filled(id, size)...)
-		} else {
-			out = append(out, filling[:min(size, len(filling))]...)
-		}
-		if _, err := c.Write(out); err != nil {
-			return
-		}
+	select {
+	case <-w.begin:
+		return true, false
+	default:
+		return false, false
 	}
 }
 
-// measure runs a closed loop: each connection sends its next request when the answer to the last one is whole.
-func measure(ctx context.Context, p *product, l load, length time.Duration) (result, error) {
+// loop runs n callers until the time is up. Each calls one after the other, and returns how long those took that counted.
+func loop(ctx context.Context, p *product, n int, length time.Duration, caller func(i int, w *window) ([]time.Duration, error)) (result, error) {
 	var r result
-	begin, end := make(chan struct{}), make(chan struct{})
+	w := &window{make(chan struct{}), make(chan struct{})}
 	type tally struct {
 		took []time.Duration
 		err  error
 	}
-	tallies := make([]tally, l.Conns)
+	tallies := make([]tally, n)
 	var all sync.WaitGroup
-	for i := range l.Conns {
-		all.Go(func() { tallies[i].took, tallies[i].err = call(p, l, i, begin, end) })
+	for i := range n {
+		all.Go(func() { tallies[i].took, tallies[i].err = caller(i, w) })
 	}
-	time.Sleep(300 * time.Millisecond) // connections, pools, caches
+	time.Sleep(settle)
 	cpu, start := cpuTime(p.pids), time.Now()
-	close(begin)
+	close(w.begin)
 	select {
 	case <-time.After(length):
 	case <-ctx.Done():
 	}
 	cpu = cpuTime(p.pids) - cpu
 	took := time.Since(start)
-	close(end)
+	close(w.end)
 	all.Wait()
 	if ctx.Err() != nil {
 		return r, ctx.Err()
@@ -120,45 +72,52 @@ func measure(ctx context.Context, p *product, l load, length time.Duration) (res
 		return r, fmt.Errorf("no answer in %s", length)
 	}
 	slices.Sort(times)
-	r.MicrosCPU = cpu.Seconds() * 1e6 / float64(len(times))
+	r.CPU = cpu.Seconds() / float64(len(times))
 	r.PerSecond = float64(len(times)) / took.Seconds()
 	r.P50, r.P99 = times[len(times)/2], times[len(times)*99/100]
 	return r, nil
 }
 
-// call is one connection's loop; it returns how long each answer took between begin and end.
-func call(p *product, l load, n int, begin, end <-chan struct{}) ([]time.Duration, error) {
-	c, err := net.Dial("tcp", p.entry)
+// call is one connection of the closed loop: it sends its next request when the answer to the last one is whole.
+func call(p *product, size, n int, w *window) ([]time.Duration, error) {
+	c, err := dial(p.http)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(5 * time.Minute))
 	br := bufio.NewReaderSize(c, 16<<10)
 	var took []time.Duration
 	var req []byte
 	for i := 0; ; i++ {
-		counts := false
-		select {
-		case <-end:
+		counts, over := w.counts()
+		if over {
 			return took, nil
-		case <-begin:
-			counts = true
-		default:
 		}
 		id := strconv.Itoa(n) + "-" + strconv.Itoa(i)
-		req = fmt.Appendf(req[:0], "GET /%d HTTP/1.1\r\nHost: %s\r\nUser-Agent: bench\r\nAccept: */*\r\nX-Id: %s\r\n\r\n", l.Size, p.host, id)
+		req = get(req[:0], size, p.host, id)
 		start := time.Now()
 		if _, err := c.Write(req); err != nil {
 			return nil, err
 		}
-		if err := check(br, id, l.Size); err != nil {
+		if err := check(br, id, size); err != nil {
 			return nil, err
 		}
 		if counts {
 			took = append(took, time.Since(start))
 		}
 	}
+}
+
+func dial(address string) (net.Conn, error) {
+	c, err := net.Dial("tcp", address)
+	if err == nil {
+		_ = c.SetDeadline(time.Now().Add(5 * time.Minute))
+	}
+	return c, err
+}
+
+func get(to []byte, size int, host, id string) []byte {
+	return fmt.Appendf(to, "GET /%d HTTP/1.1\r\nHost: %s\r\nUser-Agent: bench\r\nAccept: */*\r\nX-Id: %s\r\n\r\n", size, host, id)
 }
 
 // check reads one answer.

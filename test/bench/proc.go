@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -114,17 +115,32 @@ func freePort() string {
 	return ln.Addr().String()
 }
 
-// answers waits until a chain answers a request.
+// answers waits until a chain answers in all protocols.
 func answers(ctx context.Context, p *product) (*product, error) {
 	var err error
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(50 * time.Millisecond) {
-		begun, over := make(chan struct{}), make(chan struct{})
-		close(begun)
-		time.AfterFunc(20*time.Millisecond, func() { close(over) })
-		if _, err = call(p, load{1, 100}, 0, begun, over); err == nil {
-			return p, nil
+		if err = once(p); err == nil {
+			p.fresh = resident(p.pids)
+			if err = errors.Join(onceTCP(p), onceGRPC(ctx, p)); err == nil {
+				return p, nil
+			}
 		}
 	}
 	p.stop()
 	return nil, fmt.Errorf("%s does not answer: %w", p.name, err)
+}
+
+// lastWords are the ends of the logs in a directory.
+func lastWords(dir string) string {
+	var out strings.Builder
+	for _, pattern := range []string{"*.log", "*.error"} {
+		logs, _ := filepath.Glob(filepath.Join(dir, pattern))
+		for _, l := range logs {
+			b, _ := os.ReadFile(l)
+			if len(b) > 0 && !strings.HasSuffix(l, ".access.log") {
+				fmt.Fprintf(&out, "%s: …%s\n", filepath.Base(l), b[max(0, len(b)-600):])
+			}
+		}
+	}
+	return out.String()
 }

@@ -39,12 +39,12 @@ func soak(ctx context.Context, n int64, bin string) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	b, err := newBackend()
+	b, err := newBackends()
 	if err != nil {
 		return err
 	}
 	defer b.close()
-	p, err := startHanse(ctx, filepath.Join(dir, "hanse"), bin, b.address)
+	p, err := startHanse(ctx, filepath.Join(dir, "hanse"), bin, b, 0)
 	if err != nil {
 		return err
 	}
@@ -184,7 +184,7 @@ func soak1(p *product, n int, more func() bool, done *atomic.Int64) error {
 				_ = c.Close()
 			}
 			var err error
-			if c, err = net.Dial("tcp", p.entry); err != nil {
+			if c, err = net.Dial("tcp", p.http); err != nil {
 				return err
 			}
 			br = bufio.NewReaderSize(c, 16<<10)
@@ -204,7 +204,7 @@ func soak1(p *product, n int, more func() bool, done *atomic.Int64) error {
 
 func soak2(ctx context.Context, p *product, n int, more func() bool, done *atomic.Int64) error {
 	for round := 0; ; round++ {
-		nc, err := net.Dial("tcp", p.entry)
+		nc, err := net.Dial("tcp", p.http)
 		if err != nil {
 			return err
 		}

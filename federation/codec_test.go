@@ -567,3 +567,44 @@ func BenchmarkDecode(b *testing.B) {
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/100_000, "ns/endpoint")
 }
+
+func TestOneMemberIsBounded(t *testing.T) {
+	svc := service("west.demo", "payments", 200)
+	e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
+	p := policy("west.demo")
+	p.Endpoints = 170
+	d := federation.NewDecoder(p)
+	for range 3 { // what comes again is not counted twice
+		d.Apply(all(e), epoch)
+	}
+	part := d.Part()
+	if part.Endpoints == 0 || part.Endpoints > 170 || len(part.Faults) == 0 || !strings.Contains(part.Faults[0].Reason, "more than 170 endpoints") {
+		t.Fatalf("%d endpoints came in, faults %v", part.Endpoints, part.Faults)
+	}
+	for k := range e.Scopes[federation.AllScope] {
+		if strings.HasSuffix(k, "/0") || strings.HasSuffix(k, "/1") {
+			d.Apply([]federation.Change{{Scope: federation.AllScope, Key: k}}, epoch)
+		}
+	}
+	d.Apply(all(e), epoch) // there is room for others now
+	if part := d.Part(); part.Endpoints == 0 || part.Endpoints > 170 {
+		t.Fatalf("%d endpoints came in", part.Endpoints)
+	}
+}
+
+// TestOnlyServicesAreExported: the caller's cluster decides about routes and traffic, the server's about access.
+func TestOnlyServicesAreExported(t *testing.T) {
+	s := snapshot("west.demo", service("west.demo", "payments", 1))
+	unexported := service("west.demo", "private", 1)
+	unexported.Export = nil
+	s.Services[unexported.Name] = unexported
+	s.Routes = []*discovery.Route{{}}
+	s.TrafficPolicy = map[discovery.Name]*discovery.TrafficPolicy{{Namespace: "shop", Name: "payments"}: {}}
+	s.Access = []*discovery.AccessPolicy{{}}
+	s.Peers = map[string]*discovery.Peer{"east": {Name: "east"}}
+	e, faults := federation.Encode(s, nil, epoch)
+	got := slices.Sorted(maps.Keys(e.Scopes[federation.AllScope]))
+	if want := []string{"ep/shop/payments/0", "svc/shop/payments"}; !slices.Equal(got, want) || len(e.Scopes) != 1 || len(faults) != 0 {
+		t.Fatalf("exported are %v in %d scopes, faults %v", got, len(e.Scopes), faults)
+	}
+}

@@ -18,6 +18,7 @@ import (
 )
 
 const (
+	maxImported   = 2_000_000       // endpoints of one member; in memory each is about ten times what it is in a slot
 	maxString     = 253             // bytes of a name, region, zone or network
 	maxWeight     = 1 << 20         // of an endpoint
 	maxClockAhead = 5 * time.Minute // of an export time before it is not believed
@@ -29,6 +30,7 @@ type Policy struct {
 	TrustDomain spiffeid.TrustDomain // the only one whose IDs it may name
 	Admitted    time.Time            // export times before this, or too far ahead, become this
 	Peer        *discovery.Peer      // import policy; nil lets everything in
+	Endpoints   int                  // at most so many are taken; 0 is 2,000,000
 	Match       func(pattern string, id spiffeid.ID) bool
 }
 
@@ -64,6 +66,7 @@ type Decoder struct {
 	objects map[discovery.Name]map[location]*object
 	faults  map[location]string
 	dirty   map[discovery.Name]bool
+	held    int // endpoints of all objects
 	part    *Part
 }
 
@@ -78,6 +81,7 @@ type object struct {
 
 // NewDecoder returns a Decoder that has read nothing.
 func NewDecoder(p Policy) *Decoder {
+	p.Endpoints = cmp.Or(p.Endpoints, maxImported)
 	return &Decoder{
 		policy: p, objects: map[discovery.Name]map[location]*object{}, faults: map[location]string{},
 		dirty: map[discovery.Name]bool{}, part: &Part{Exports: map[discovery.Name]*Export{}},
@@ -100,7 +104,8 @@ func (d *Decoder) Apply(changes []Change, now time.Time) {
 			continue
 		}
 		if c.Value == nil {
-			if d.objects[n][at] != nil {
+			if o := d.objects[n][at]; o != nil {
+				d.held -= len(o.endpoints)
 				delete(d.objects[n], at)
 				d.dirty[n] = true
 			}
@@ -116,6 +121,15 @@ func (d *Decoder) Apply(changes []Change, now time.Time) {
 		if o == nil {
 			continue // the last good state stays in force
 		}
+		held := d.held + len(o.endpoints)
+		if was := d.objects[n][at]; was != nil {
+			held -= len(was.endpoints)
+		}
+		if held > d.policy.Endpoints {
+			d.faults[at] = fmt.Sprintf("more than %d endpoints of one cluster", d.policy.Endpoints)
+			continue
+		}
+		d.held = held
 		o.revision = c.Revision
 		if d.objects[n] == nil {
 			d.objects[n] = map[location]*object{}

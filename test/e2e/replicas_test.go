@@ -45,13 +45,13 @@ func (l *lab) leads(c, leader string, count int) {
 }
 
 // second writes the configuration of another replica of a cluster, with addresses of its own, and tells the cluster's proxies of it.
-func (l *lab) second(c *cluster) *cluster {
+func (l *lab) second(c *cluster, extra string) *cluster {
 	l.t.Helper()
 	other := func(addr string) string { return strings.Replace(addr, ".1:", ".2:", 1) }
 	two := *c
 	two.Dir, two.Workloads = filepath.Join(l.dir, c.Name+"-2"), nil
 	two.Federation, two.Identity, two.XDS, two.BundleEndpoint, two.Admin = other(c.Federation), other(c.Identity), other(c.XDS), other(c.BundleEndpoint), other(c.Admin)
-	l.write(&two, replicaTimers)
+	l.write(&two, extra)
 	proxies := []string{"gateway"}
 	for _, w := range c.Workloads {
 		proxies = append(proxies, w.Name)
@@ -78,7 +78,7 @@ const replicaTimers = "timers: {suspect: 3s, recover: 2s, probe: 1s, leader: 2s}
 func TestReplicas(t *testing.T) {
 	l := newLab(t, replicaTimers, "west", "east")
 	west := l.cluster("west")
-	two := l.second(west)
+	two := l.second(west, replicaTimers)
 	etcd := l.etcd(west)
 	etcd.start()
 	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
@@ -197,4 +197,54 @@ func TestReplicas(t *testing.T) {
 	far.none(l, "etcd away")
 	far.stop()
 	ld.stop()
+}
+
+// TestReplicasRotate lets SVIDs and roots of two replicas live for seconds, and kills one after the other for long enough that its roots
+// expire, while calls go on.
+func TestReplicasRotate(t *testing.T) {
+	lives := "identity x509Life: 4s\nidentity rootLife: 24s\n" + replicaTimers
+	l := newLab(t, lives, "west", "east")
+	west := l.cluster("west")
+	two := l.second(west, lives)
+	etcd := l.etcd(west)
+	etcd.start()
+	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
+	l.up()
+	signing := func(c string, replicas int) {
+		t.Helper()
+		l.eventually(30*time.Second, fmt.Sprintf("all of %d replicas sign", replicas), func() error {
+			rows, err := l.replicas(c)
+			signs := 0
+			for _, r := range rows {
+				if r.Signs {
+					signs++
+				}
+			}
+			if err == nil && (len(rows) != replicas || signs != replicas) {
+				err = fmt.Errorf("%+v", rows)
+			}
+			return err
+		})
+	}
+	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--etcd-endpoints", etcd.at.String(), "--replica", "two")
+	l.ready("west-2/hansed", two.Admin)
+	signing("west-2", 2)
+
+	local := l.load("west", payments, 2)
+	l.kill("east/pay-a", "east/pay-a-app", "east/pay-b", "east/pay-b-app")
+	across := l.load("east", payments, 2) // east has none left: its calls cross
+	across.from(l, 20*time.Second, "west")
+	for _, victim := range []string{"west", "west-2"} {
+		l.kill(victim + "/hansed")
+		time.Sleep(26 * time.Second)
+		local.none(l, victim+" away for longer than a root lives, within the cluster")
+		across.none(l, victim+" away for longer than a root lives, across clusters")
+		l.start(victim + "/hansed")
+		l.ready(victim+"/hansed", map[string]string{"west": west.Admin, "west-2": two.Admin}[victim])
+		signing("west-2", 2)
+	}
+	local.stop()
+	across.stop()
+	local.none(l, "rotation with replicas, within a cluster")
+	across.none(l, "rotation with replicas, across clusters")
 }

@@ -134,7 +134,7 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 	if err != nil {
 		return admin.Status{}, err
 	}
-	out := admin.Status{Cluster: p.cfg.Cluster, TrustDomain: p.cfg.TrustDomain, Version: p.version, Clusters: p.clusters(s), Proxies: len(p.xds.Proxies()), Services: len(services)}
+	out := admin.Status{Cluster: p.cfg.Cluster, TrustDomain: p.cfg.TrustDomain, Version: p.version, Clusters: p.clusters(s), Proxies: len(p.proxies()), Services: len(services)}
 	check := func(c admin.Check) { out.Checks = append(out.Checks, c) }
 	if !p.replicas.alone() {
 		out.Replicas = p.replicas.rows(p.now(), p.roots.signs())
@@ -159,7 +159,7 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 		check(admin.Check{Name: "membership", Detail: a, Remedy: "hanse clusters -o wide"})
 	}
 	behind := 0
-	for _, x := range p.xds.Proxies() {
+	for _, x := range p.proxies() {
 		for _, t := range x.Types {
 			if t.NACK != "" {
 				behind++

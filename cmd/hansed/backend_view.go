@@ -176,7 +176,7 @@ func (p *controlPlane) Proxies(context.Context) ([]admin.Proxy, error) {
 	now := p.now()
 	sequences := p.bundles.Sequences()
 	out := []admin.Proxy{}
-	for _, s := range p.xds.Proxies() {
+	for _, s := range p.proxies() {
 		row := admin.Proxy{ID: s.Viewer.ID, SPIFFEID: s.Viewer.SPIFFEID, Role: s.Role, Region: s.Viewer.Region, Zone: s.Viewer.Zone,
 			Connected: now.Sub(s.Connected).Seconds(), Version: s.Version, State: "current", TrustAcked: true}
 		var acked time.Time
@@ -210,7 +210,7 @@ func (p *controlPlane) Proxies(context.Context) ([]admin.Proxy, error) {
 func (p *controlPlane) Explain(_ context.Context, req admin.ExplainRequest) (admin.Explanation, error) {
 	now := p.now()
 	var callers []explain.Caller
-	for _, s := range p.xds.Proxies() {
+	for _, s := range p.proxies() {
 		if s.Role == "gateway" {
 			continue
 		}

@@ -22,6 +22,7 @@ import (
 	"github.com/hanse-mesh/hanse/discovery/xdsgen"
 	"github.com/hanse-mesh/hanse/discovery/xdspb"
 	"github.com/hanse-mesh/hanse/discovery/xdsserver"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/peering"
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/atomicfile"
@@ -47,6 +48,7 @@ type controlPlane struct {
 	authority *ca.Authority
 	roots     *roots // nil where this hansed is alone
 	acks      *ackBook
+	exchange  *exchange
 	bundles   *bundle.Store
 	puller    *bundle.Puller
 	source    *identity.Source // the control plane's own SVID, and all bundles
@@ -101,7 +103,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: td, RootLife: cfg.Identity.RootLife.Duration,
 		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: log.With("part", "ca"), Registerer: reg}
 	if !p.replicas.alone() {
-		p.roots, p.acks = newRoots(p, leader), newAckBook(p)
+		p.roots, p.acks, p.exchange = newRoots(p, leader), newAckBook(p), newExchange(p)
 		authority.Replica, authority.Join, authority.Peers, authority.Until = cfg.Replica, true, p.roots, p.roots.Until
 	}
 	if p.authority, err = ca.Open(authority); err != nil {
@@ -164,7 +166,11 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if err != nil {
 		return nil, err
 	}
-	p.drills = drill.New(drill.Config{Self: cfg.Cluster, Store: drillRecords{recordsOf(leader, "drills/")}, ControlPlane: p.board, View: p.mesh.Clusterset,
+	var leads func() bool
+	if !p.replicas.alone() {
+		leads = p.replicas.leads
+	}
+	p.drills = drill.New(drill.Config{Self: cfg.Cluster, Leads: leads, Store: drillRecords{recordsOf(leader, "drills/")}, ControlPlane: p.board, View: p.mesh.Clusterset,
 		ReportEvery: p.xds.SetReportInterval, FaultsChanged: p.xds.FaultsChanged, Now: time.Now, Log: log.With("part", "drill")})
 	p.xds.SetFaults(func(v xdsgen.Viewer) *xdspb.Faults {
 		ips := make([]string, len(v.WorkloadIPs))
@@ -198,6 +204,8 @@ func (p *controlPlane) Run(ctx context.Context) error {
 		run("signing for replicas", p.roots.RunSigning)
 		run("acknowledgements of replicas", p.acks.Run)
 		run("agents and entries", p.followRecords)
+		run("proxies of replicas", p.exchange.Run)
+		run("drills of replicas", p.followDrills)
 	}
 	run("bundles", func(ctx context.Context) error { return p.bundles.RunSource(ctx, p.source) })
 	run("bundle endpoints", p.puller.Run)
@@ -330,6 +338,25 @@ func (p *controlPlane) followRecords(ctx context.Context) error {
 	return nil
 }
 
+// followDrills takes in the drills that another replica runs, until ctx ends.
+func (p *controlPlane) followDrills(ctx context.Context) error {
+	for ctx.Err() == nil {
+		err := etcd.NewKV(p.stores.own, "drills/").Watch(ctx, "", func(all []etcd.KeyValue, _ int64) error {
+			stored := make(map[string][]byte, len(all))
+			for _, kv := range all {
+				stored[kv.Key] = kv.Value
+			}
+			p.drills.Follow(stored)
+			return nil
+		})
+		if ctx.Err() == nil {
+			p.log.Warn("drills are read again", "err", err)
+			pause(ctx, time.Second)
+		}
+	}
+	return nil
+}
+
 // acknowledge tells the mesh which bundles this control plane and all its proxies have loaded; all replicas of it, where there are others.
 func (p *controlPlane) acknowledge(ctx context.Context) error {
 	tick := time.NewTicker(time.Second)
@@ -386,6 +413,14 @@ func (p *controlPlane) ownBundle() *spiffebundle.Bundle {
 
 // onReport spreads what a proxy reports.
 func (p *controlPlane) onReport(r xdsserver.Report) {
+	if p.exchange != nil {
+		p.exchange.tell(r)
+	}
+	p.note(r)
+}
+
+// note takes in what a proxy of this or another replica reports.
+func (p *controlPlane) note(r xdsserver.Report) {
 	samples, alive := p.health.Note(r)
 	p.drills.Observe(r.Viewer.ID, r.Time, samples)
 	for _, member := range alive {

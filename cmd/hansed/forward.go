@@ -65,7 +65,7 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 			r.Out.URL.Scheme, r.Out.URL.Host = "https", leader.Addresses[0]
 			r.Out.Header.Set(forwarded, p.replicas.self.Name)
 		},
-		Transport:     p.replicaTransport(),
+		Transport:     p.exchange.client.Transport,
 		FlushInterval: -1,
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			if only, _ := leaders(r); !only {
@@ -123,6 +123,6 @@ func (p *controlPlane) replicaTransport() *http.Transport {
 			}
 			return conn, nil
 		},
-		DisableCompression: true, MaxIdleConnsPerHost: 2, IdleConnTimeout: 30 * time.Second, ResponseHeaderTimeout: 2 * time.Minute,
+		DisableCompression: true, MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second, ResponseHeaderTimeout: 2 * time.Minute,
 	}
 }

@@ -98,7 +98,10 @@ func (p *controlPlane) serve(ctx context.Context) error {
 	handler := local
 	if !p.replicas.alone() {
 		handler = p.viaLeader(local)
-		servers = append(servers, serveHTTP(streaming(p.viaLeader(local), p.log), p.mesh.Replicas(), false))
+		mux := http.NewServeMux()
+		mux.Handle("/", p.viaLeader(local))
+		mux.Handle("POST /replica/v1/proxies", p.exchange)
+		servers = append(servers, serveHTTP(streaming(mux, p.log), p.mesh.Replicas(), false))
 	}
 	servers = append(servers, serveHTTP(streaming(handler, p.log), l, false))
 	if p.cfg.Remote.Listen != "" {

@@ -73,6 +73,7 @@ type Server struct {
 	faultGen     uint64                                   // guarded by mu
 	reportEvery  time.Duration                            // guarded by mu
 	callers      xdsgen.Callers                           // guarded by mu; live counts
+	elsewhere    xdsgen.Callers                           // guarded by mu; not changed in place: those of other replicas
 	callersStale bool                                     // guarded by mu
 	closed       bool                                     // guarded by mu: Run has returned
 }
@@ -345,9 +346,37 @@ func (s *Server) freshCallers() (xdsgen.Callers, bool) {
 		return nil, false
 	}
 	s.callersStale = false
+	out := s.callersLocked()
+	for n, m := range s.elsewhere {
+		if out[n] == nil {
+			out[n] = make(map[discovery.Locality]int, len(m))
+		}
+		for at, count := range m {
+			out[n][at] += count
+		}
+	}
+	return out, true
+}
+
+func (s *Server) callersLocked() xdsgen.Callers {
 	out := make(xdsgen.Callers, len(s.callers))
 	for n, m := range s.callers {
 		out[n] = maps.Clone(m)
 	}
-	return out, true
+	return out
+}
+
+// Callers counts the proxies here that call each service.
+func (s *Server) Callers() xdsgen.Callers {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.callersLocked()
+}
+
+// SetCallersElsewhere counts those at other replicas of this control plane, so that all of them make the same levels. They must not be
+// changed later.
+func (s *Server) SetCallersElsewhere(callers xdsgen.Callers) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.elsewhere, s.callersStale = callers, true
 }

@@ -136,7 +136,7 @@ func newLab(t *testing.T, extra string, names ...string) *lab {
 	for i, name := range names {
 		ip := func(host int) string { return fmt.Sprintf("127.%d.%d.%d", net, i+1, host) }
 		c := &cluster{Name: name, TrustDomain: name + ".test", Region: "eu-1", Dir: filepath.Join(dir, name),
-			Federation: ip(1) + ":7443", Identity: ip(1) + ":7444", XDS: ip(1) + ":7445", BundleEndpoint: ip(1) + ":7446", Admin: ip(1) + ":7440",
+			Federation: ip(1) + ":7443", Identity: ip(1) + ":7444", XDS: ip(1) + ":7445", BundleEndpoint: ip(1) + ":17446", Admin: ip(1) + ":7440",
 			Gateway: ip(9) + ":15443", GatewayAdmin: ip(9) + ":15020", GatewayIP: ip(9)}
 		for k, w := range []struct{ name, service, zone string }{
 			{"frontend", "frontend", "eu-1a"}, {"intruder", "intruder", "eu-1a"}, {"pay-a", "payments", "eu-1a"}, {"pay-b", "payments", "eu-1b"},

@@ -52,10 +52,12 @@ type ControlPlane interface {
 	Heal()
 }
 
-// Config of an Engine. All fields are required but Log.
+// Config of an Engine. All fields are required but Log and Leads.
 type Config struct {
-	Self         string // name of this cluster
-	Store        Store
+	Self  string // name of this cluster
+	Store Store
+	// Leads says whether this engine runs drills; where it does not, it obeys what Follow tells it of another replica's. Nil: always.
+	Leads        func() bool
 	ControlPlane ControlPlane
 	View         func() *discovery.Clusterset
 	// ReportEvery asks the proxies for load reports at that interval; 0 goes back to the default.
@@ -90,6 +92,17 @@ type run struct {
 	hits     map[string][]uint32 // workload IP → target ports
 	over     bool                // the report is final
 	changed  chan struct{}       // closed at the next change
+
+	stored  string    // state in the store
+	foreign bool      // another replica runs it
+	renewed time.Time // when that was last heard of, if foreign
+}
+
+// storedDrill is a drill in the store. Left and Renewal are for the replicas that do not run it.
+type storedDrill struct {
+	admin.Drill
+	Left    float64 `json:"leftSeconds,omitempty"`
+	Renewal uint64  `json:"renewal,omitempty"`
 }
 
 // New returns an Engine. Run must be called for drills to end.
@@ -105,28 +118,45 @@ func (e *Engine) Run(ctx context.Context) error {
 	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()
 	lastRenew := e.cfg.Now()
+	leads := e.leads()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-e.wake:
 			lastRenew = e.cfg.Now()
-			e.renew()
+			e.renew(ctx)
 		case <-tick.C:
 			if now := e.cfg.Now(); now.Sub(lastRenew) >= Renew {
 				lastRenew = now
-				e.renew()
+				e.renew(ctx)
 			}
+		}
+		if was := leads; was != e.leads() {
+			leads = !was
+			e.change(ctx, leads)
 		}
 		e.step(ctx)
 	}
 }
 
-// load reads the drills of an earlier life. One that was running is over: its executors healed when its lease ran out.
+func (e *Engine) leads() bool { return e.cfg.Leads == nil || e.cfg.Leads() }
+
+const (
+	restarted = "the control plane restarted during the drill; sidecars healed when its lease ended"
+	deposed   = "the replica that ran the drill went away; it was ended by the next leader"
+)
+
+// load reads the drills of an earlier life. One that was running is over: its executors healed when its lease ran out. Unless another
+// replica runs it.
 func (e *Engine) load(ctx context.Context) error {
 	stored, err := e.cfg.Store.List(ctx)
 	if err != nil {
 		return fmt.Errorf("read drills: %w", err)
+	}
+	if !e.leads() {
+		e.Follow(stored)
+		return nil
 	}
 	var faults *multierror.Error
 	e.mu.Lock()
@@ -140,12 +170,10 @@ func (e *Engine) load(ctx context.Context) error {
 			faults = multierror.Append(faults, fmt.Errorf("decode drill %s: %w", id, err))
 			continue
 		}
-		r.start = r.drill.Started
-		if r.drill.State == "running" || r.drill.State == "healing" {
-			r.drill.State, r.drill.Verdict = "aborted", "FAILED"
-			r.drill.Reason = "the control plane restarted during the drill; sidecars healed when its lease ended"
-			now := e.cfg.Now()
-			r.drill.Ended = &now
+		r.start, r.stored = r.drill.Started, r.drill.State
+		if !final(r.drill.State) {
+			e.abortLocked(r, restarted)
+			r.stored = r.drill.State // as ever: only shown
 		}
 		e.drills[id] = r
 	}
@@ -153,6 +181,122 @@ func (e *Engine) load(ctx context.Context) error {
 		e.cfg.Log.Warn("some stored drills cannot be read and are left out", "err", faults)
 	}
 	return nil
+}
+
+func final(state string) bool { return state != "running" && state != "healing" }
+
+// abortLocked ends a drill whose engine is gone.
+func (e *Engine) abortLocked(r *run, reason string) {
+	r.drill.State, r.drill.Verdict, r.drill.Reason = "aborted", "FAILED", reason
+	now := e.cfg.Now()
+	r.drill.Ended, r.over, r.heal, r.foreign = &now, true, now, false
+}
+
+// change is called when this engine begins or ceases to lead. A drill does not change hands: the new leader ends it.
+func (e *Engine) change(ctx context.Context, leads bool) {
+	if leads {
+		stored, err := e.cfg.Store.List(ctx)
+		if err != nil {
+			e.cfg.Log.Warn("drills of the leader before may be shown as running", "err", err)
+		} else {
+			e.follow(stored)
+		}
+	}
+	e.mu.Lock()
+	healed := false
+	for _, r := range e.drills {
+		switch {
+		case r.over:
+		case leads && r.foreign:
+			healed = healed || r.drill.State == "running"
+			e.abortLocked(r, deposed)
+			close(r.changed)
+			r.changed = make(chan struct{})
+		case !leads:
+			r.foreign, r.renewed = true, e.cfg.Now() // until the next leader ends it, or its lease does
+		}
+	}
+	e.mu.Unlock()
+	if leads {
+		e.save(ctx)
+	}
+	if healed {
+		e.cfg.ControlPlane.Heal()
+		e.cfg.FaultsChanged()
+		e.cfg.ReportEvery(0)
+	}
+}
+
+// Follow takes in the drills as another replica has stored them. Those that it runs are obeyed here, too.
+func (e *Engine) Follow(stored map[string][]byte) {
+	if !e.leads() {
+		e.follow(stored)
+	}
+}
+
+func (e *Engine) follow(stored map[string][]byte) {
+	now := e.cfg.Now()
+	var began []storedDrill
+	changed, healed := false, false
+	e.mu.Lock()
+	for id := range e.drills {
+		if _, ok := stored[id]; !ok {
+			delete(e.drills, id)
+		}
+	}
+	for id, b := range stored {
+		var d storedDrill
+		if err := json.Unmarshal(b, &d); err != nil {
+			e.cfg.Log.Warn("a stored drill cannot be read and is left out", "drill", id, "err", err)
+			continue
+		}
+		r := e.drills[id]
+		was := ""
+		if r == nil {
+			r = &run{changed: make(chan struct{}), targets: map[string]bool{}, hits: map[string][]uint32{}, start: d.Started}
+			e.drills[id] = r
+		} else {
+			was = r.drill.State
+		}
+		r.drill, r.stored, r.foreign, r.over = d.Drill, d.State, true, final(d.State)
+		switch {
+		case d.State == "running":
+			if was != "running" {
+				r.aim(d.Spec, e.cfg.View())
+				r.drill.Executors = d.Executors
+				began = append(began, d)
+			}
+			if was != "running" || d.Renewal != e.renewal {
+				r.start, r.renewed, changed = now.Add(seconds(d.Left)-seconds(d.Spec.For)), now, true
+				e.renewal = d.Renewal
+			}
+		case was == "running":
+			healed = true
+			if m := d.Spec.Mode; m == SilenceControlPlane || m == CutFederation {
+				defer e.cfg.ControlPlane.Heal()
+			}
+		}
+		close(r.changed)
+		r.changed = make(chan struct{})
+	}
+	active := e.activeLocked()
+	e.mu.Unlock()
+	for _, d := range began {
+		switch d.Spec.Mode {
+		case SilenceControlPlane:
+			e.cfg.ControlPlane.Silence(seconds(d.Left))
+		case CutFederation:
+			e.cfg.ControlPlane.CutFederation(seconds(d.Left))
+		}
+		e.cfg.ReportEvery(time.Second)
+		e.cfg.Log.Info("drill of another replica is obeyed", "drill", d.ID, "mode", d.Spec.Mode)
+	}
+	if changed || healed {
+		e.cfg.FaultsChanged()
+	}
+	if !active {
+		e.cfg.ReportEvery(0)
+	}
 }
 
 // Start begins a drill. spec must be complete (Complete). Only one drill may hit an endpoint at a time.
@@ -189,7 +333,8 @@ func (e *Engine) Start(ctx context.Context, spec admin.DrillSpec) (string, error
 		}
 	}
 	e.drills[id] = r
-	b, err := json.Marshal(r.drill)
+	r.stored = r.drill.State
+	b, err := e.encodeLocked(r)
 	e.mu.Unlock()
 	if err == nil {
 		err = e.cfg.Store.Put(ctx, id, b)
@@ -300,7 +445,7 @@ func (e *Engine) Faults(workloadIPs []string, gateway bool) *xdspb.Faults {
 		}
 		spec := r.drill.Spec
 		left := r.start.Add(seconds(spec.For)).Sub(now)
-		if left <= 0 {
+		if left <= 0 || r.foreign && now.Sub(r.renewed) > Lease {
 			continue
 		}
 		f := &xdspb.Fault{
@@ -339,11 +484,16 @@ func (e *Engine) kick() {
 	}
 }
 
-func (e *Engine) renew() {
+func (e *Engine) renew(ctx context.Context) {
 	e.mu.Lock()
 	running := false
 	for _, r := range e.drills {
-		running = running || r.drill.State == "running"
+		if r.drill.State == "running" && !r.foreign {
+			running = true
+			if e.cfg.Leads != nil {
+				r.stored = "" // the other replicas hear of it from the store
+			}
+		}
 	}
 	if running {
 		e.renewal++
@@ -351,21 +501,49 @@ func (e *Engine) renew() {
 	e.mu.Unlock()
 	if running {
 		e.cfg.FaultsChanged()
+		if e.cfg.Leads != nil {
+			e.save(ctx)
+		}
+	}
+}
+
+// encodeLocked is what the store has of a drill.
+func (e *Engine) encodeLocked(r *run) ([]byte, error) {
+	d := storedDrill{Drill: r.drill}
+	if r.drill.State == "running" {
+		d.Left, d.Renewal = r.start.Add(seconds(r.drill.Spec.For)).Sub(e.cfg.Now()).Seconds(), e.renewal
+	}
+	return json.Marshal(d)
+}
+
+// save stores what has changed.
+func (e *Engine) save(ctx context.Context) {
+	e.mu.Lock()
+	put := map[string][]byte{}
+	for id, r := range e.drills {
+		if r.foreign || r.stored == r.drill.State {
+			continue
+		}
+		if b, err := e.encodeLocked(r); err == nil {
+			put[id] = b
+		}
+		r.stored = r.drill.State
+	}
+	e.mu.Unlock()
+	for id, b := range put {
+		if err := e.cfg.Store.Put(ctx, id, b); err != nil && ctx.Err() == nil {
+			e.cfg.Log.Warn("a drill was not stored", "drill", id, "err", err)
+		}
 	}
 }
 
 // step moves every drill on: guard, end, report.
 func (e *Engine) step(ctx context.Context) {
 	now := e.cfg.Now()
-	type saved struct {
-		id string
-		b  []byte
-	}
-	var save []saved
-	active, ended := false, false
+	active, ended, over := false, false, false
 	e.mu.Lock()
-	for id, r := range e.drills {
-		if r.over {
+	for _, r := range e.drills {
+		if r.over || r.foreign {
 			continue
 		}
 		active = true
@@ -385,22 +563,20 @@ func (e *Engine) step(ctx context.Context) {
 		r.drill.Missing = e.silentLocked(samples, r, now)
 		if !r.heal.IsZero() && r.settled(now) {
 			r.finish()
-			if b, err := json.Marshal(r.drill); err == nil {
-				save = append(save, saved{id, b})
-			}
+			over = true
 		}
 		close(r.changed)
 		r.changed = make(chan struct{})
+	}
+	if !e.leads() {
+		e.mu.Unlock()
+		return
 	}
 	drop := e.oldLocked()
 	maps.DeleteFunc(e.reported, func(_ string, at time.Time) bool { return now.Sub(at) > historyLength })
 	e.mu.Unlock()
 
-	for _, s := range save {
-		if err := e.cfg.Store.Put(ctx, s.id, s.b); err != nil {
-			e.cfg.Log.Warn("report of a drill was not stored", "drill", s.id, "err", err)
-		}
-	}
+	e.save(ctx)
 	for _, id := range drop {
 		if err := e.cfg.Store.Delete(ctx, id); err != nil {
 			e.cfg.Log.Warn("old drill was not deleted", "drill", id, "err", err)
@@ -409,7 +585,7 @@ func (e *Engine) step(ctx context.Context) {
 	if ended {
 		e.cfg.FaultsChanged()
 	}
-	if len(save) > 0 && !e.anyActive() || !active {
+	if over && !e.anyActive() || !active {
 		e.cfg.ReportEvery(0)
 	}
 }
@@ -417,6 +593,10 @@ func (e *Engine) step(ctx context.Context) {
 func (e *Engine) anyActive() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	return e.activeLocked()
+}
+
+func (e *Engine) activeLocked() bool {
 	for _, r := range e.drills {
 		if !r.over {
 			return true

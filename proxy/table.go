@@ -10,8 +10,7 @@ import (
 type Table struct {
 	Version   uint64               // grows with every Table of one process
 	Listeners map[string]*Listener // by authority, "payments.shop.svc.clusterset.local:8080"
-	Services  map[string]*Service  // by host, or "hanse/address/" and an address
-	Unknown   map[string]time.Time // names that the control plane said do not exist, and when
+	Unknown   map[string]time.Time // authorities that the control plane said do not exist, and when
 	Clusters  map[string]*Cluster  // by authority; what Listeners refer to
 	Inbound   *Inbound             // nil until received
 	SNI       map[string][]Target  // gateway only: sealed bytes go where the SNI says

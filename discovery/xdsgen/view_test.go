@@ -260,6 +260,11 @@ func TestSubset(t *testing.T) {
 	if err != nil || len(g.Levels[0].Endpoints) != 200 {
 		t.Errorf("gRPC: %v, %v", g, err)
 	}
+	all.Set.Local.Services[n].Headless = true
+	h, err := all.Levels(&Viewer{ID: "v", Cluster: "west", Region: "eu-1", Kind: Sidecar}, n.Authority(80))
+	if err != nil || len(h.Levels[0].Endpoints) != 200 {
+		t.Errorf("endpoints of a headless service are called one by one, and some are missing: %v, %v", h, err)
+	}
 }
 
 func TestMatch(t *testing.T) {

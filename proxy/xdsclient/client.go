@@ -96,13 +96,14 @@ type Client struct {
 	owner string // of the kept state
 	wake  chan struct{}
 
+	hosts  hosts
 	view   atomic.Pointer[view]
 	status atomic.Pointer[Status]
 	nacks  *prometheus.CounterVec
 
 	mu     sync.Mutex
 	wanted map[string]struct{} // guarded by mu; not yet seen by Run
-	count  [2]int              // guarded by mu; names in use, with wanted: authorities, and what Service asked for
+	count  int                 // guarded by mu; names in use, with wanted
 
 	reporting atomic.Int64 // interval that drills ask for, in ns; 0: none
 }
@@ -124,6 +125,7 @@ type Status struct {
 	Received   time.Time  `json:"received"` // last response
 	Version    uint64     `json:"version"`
 	Names      int        `json:"names"`
+	Hosts      int        `json:"hosts"` // host names and addresses
 	Rejected   []Rejected `json:"rejected,omitempty"`
 	TrustError string     `json:"trustError,omitempty"`
 	Kept       bool       `json:"kept"` // what is in force comes from StateDir
@@ -149,7 +151,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{
 		cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), now: cfg.Now, idle: cmp.Or(cfg.IdleAfter, defaultIdle),
-		owner: cfg.Node.ID + " " + cfg.ServerID.String(), wake: make(chan struct{}, 1), wanted: map[string]struct{}{},
+		owner: cfg.Node.ID + " " + cfg.ServerID.String(), wake: make(chan struct{}, 1), wanted: map[string]struct{}{}, hosts: newHosts(),
 	}
 	if c.now == nil {
 		c.now = time.Now
@@ -200,6 +202,7 @@ func (c *Client) gauges() []prometheus.Collector {
 			return 0
 		}),
 		gauge("hanse_xds_client_names", "Service ports that are followed.", func() float64 { return float64(c.Status().Names) }),
+		gauge("hanse_xds_client_hosts", "Host names and addresses that are followed.", func() float64 { return float64(c.hosts.count()) }),
 		gauge("hanse_xds_client_rejected", "Resources whose newest version was rejected.", func() float64 { return float64(len(c.Status().Rejected)) }),
 	}
 }
@@ -217,82 +220,34 @@ func (c *Client) Status() *Status { return c.status.Load() }
 // until the Listener and all that it leads to are known, or ctx ends (ErrUnavailable). ErrUnknown is remembered for 5 s. The
 // common path takes no lock. A gateway resolves nothing.
 func (c *Client) Resolve(ctx context.Context, authority string) (*proxy.Listener, error) {
-	if isHost(authority) || len(authority) > maxName || strings.HasPrefix(authority, "hanse/") {
+	if authority == "" || len(authority) > maxName || strings.HasPrefix(authority, "hanse/") || authority == "*" {
 		return nil, fmt.Errorf("resolve %q: %w", shorten(authority), ErrUnknown)
 	}
-	return lookup(ctx, c, authority, func(t *proxy.Table) *proxy.Listener { return t.Listeners[authority] })
-}
-
-// Service returns what a host name of the mesh stands for, "payments.shop.svc.clusterset.local", as Resolve does a Listener; or an
-// error that is proxy.ErrUnknown, too.
-func (c *Client) Service(ctx context.Context, host string) (*proxy.Service, error) {
-	if host == "" || host == "*" || !isHost(host) || len(host) > maxName || strings.HasPrefix(host, "hanse/") {
-		return nil, fmt.Errorf("look up %q: %w: %w", shorten(host), proxy.ErrUnknown, ErrUnknown)
-	}
-	return c.service(ctx, host)
-}
-
-// ServiceAt returns the service of this cluster that has an address as a ClusterIP, or whose endpoint has it; or proxy.ErrUnknown.
-// It implements proxy.Addresses.
-func (c *Client) ServiceAt(ctx context.Context, address netip.Addr) (*proxy.Service, error) {
-	return c.service(ctx, addressPrefix+address.Unmap().WithZone("").String())
-}
-
-// service does not wait for a control plane that is gone: an application asks about much that is none of the mesh's.
-func (c *Client) service(ctx context.Context, name string) (*proxy.Service, error) {
-	if st := c.Status(); !st.Connected && (st.Kept || !st.Received.IsZero()) {
-		ctx = instantly
-	}
-	s, err := lookup(ctx, c, name, func(t *proxy.Table) *proxy.Service { return t.Services[name] })
-	if errors.Is(err, ErrUnknown) {
-		return nil, fmt.Errorf("%w: %w", proxy.ErrUnknown, err)
-	}
-	return s, err
-}
-
-// instantly has ended: what takes it does not wait.
-var instantly = func() context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return ctx
-}()
-
-// isHost reports whether a name is a Service's; an authority has a port.
-func isHost(name string) bool {
-	return strings.HasPrefix(name, addressPrefix) || !strings.Contains(name, ":")
-}
-
-// lookup finds a name in the Table, and asks the control plane for it where this proxy does not follow it yet.
-func lookup[T any](ctx context.Context, c *Client, name string, find func(*proxy.Table) *T) (*T, error) {
 	for {
 		v := c.view.Load()
 		now := c.now()
-		if used := v.used[name]; used != nil {
+		if used := v.used[authority]; used != nil {
 			if at := now.UnixNano(); at-used.Load() > int64(time.Second) { // else leave the cache line alone
 				used.Store(at)
 			}
-			if l := find(v.table); l != nil {
+			if l := v.table.Listeners[authority]; l != nil {
 				return l, nil
 			}
-			if err := v.failed[name]; err != nil {
-				return nil, fmt.Errorf("resolve %s: %w", name, err)
+			if err := v.failed[authority]; err != nil {
+				return nil, fmt.Errorf("resolve %s: %w", authority, err)
 			}
 		} else {
-			if at, ok := v.table.Unknown[name]; ok && now.Sub(at) < unknownFor {
-				return nil, fmt.Errorf("resolve %s: %w", name, ErrUnknown)
+			if at, ok := v.table.Unknown[authority]; ok && now.Sub(at) < unknownFor {
+				return nil, fmt.Errorf("resolve %s: %w", authority, ErrUnknown)
 			}
-			if err := c.want(name); err != nil {
-				return nil, fmt.Errorf("resolve %s: %w", name, err)
+			if err := c.want(authority); err != nil {
+				return nil, fmt.Errorf("resolve %s: %w", authority, err)
 			}
 		}
 		select {
 		case <-v.changed:
 		case <-ctx.Done():
-			err := fmt.Errorf("resolve %s: %w: %w", name, ErrUnavailable, ctx.Err())
-			if last := c.Status().LastError; last != "" {
-				err = fmt.Errorf("%w (last: %s)", err, last)
-			}
-			return nil, err
+			return nil, c.unavailable("resolve "+authority, ctx.Err())
 		}
 	}
 }
@@ -307,15 +262,11 @@ func (c *Client) want(authority string) error {
 	if _, ok := c.wanted[authority]; ok {
 		return nil
 	}
-	count := &c.count[0]
-	if isHost(authority) {
-		count = &c.count[1]
-	}
-	if *count >= maxNames {
+	if c.count >= maxNames {
 		return ErrTooMany
 	}
 	c.wanted[authority] = struct{}{}
-	*count++
+	c.count++
 	select {
 	case c.wake <- struct{}{}:
 	default:
@@ -394,6 +345,7 @@ func (r *run) loop(ctx context.Context) error {
 			return nil
 		case <-r.wake:
 			r.takeWanted()
+			r.takeHosts()
 		case e := <-r.events:
 			r.handle(ctx, e, loaded, &running)
 			for more := 0; more < maxBurst; more++ { // what has come together is one Table
@@ -433,22 +385,18 @@ func (r *run) takeWanted() {
 		if _, ok := r.store.unknown[n]; ok && r.now().Sub(r.store.unknown[n]) < unknownFor {
 			continue // answered while this was on its way
 		}
-		if isHost(n) {
-			r.store.wantHost(n)
-		} else {
-			r.store.want(n)
-		}
+		r.store.want(n)
 	}
 }
 
 // sweep gives up names that nobody has resolved for a while.
 func (r *run) sweep() {
 	now := r.now()
+	r.sweepHosts(now)
 	r.store.expire(now.Add(-unknownFor))
 	for n, used := range r.view.Load().used {
 		if now.Sub(time.Unix(0, used.Load())) > r.idle {
 			r.store.forget(n)
-			r.store.forgetHost(n)
 		}
 	}
 }
@@ -456,42 +404,28 @@ func (r *run) sweep() {
 // publish shows what is new, and sends what follows from it.
 func (r *run) publish() {
 	now := r.now()
+	r.publishHosts(now)
 	table, requests := r.store.next(now)
 	r.send(requests...)
 	old := r.view.Load()
 	v := &view{table: cmp.Or(table, old.table), used: old.used, failed: map[string]error{}, changed: make(chan struct{})}
 	renamed := r.store.renamed
 	if r.store.renamed = false; renamed {
-		v.used = make(map[string]*atomic.Int64, len(r.store.names)+len(r.store.hosts))
-		use := func(n string) {
+		v.used = make(map[string]*atomic.Int64, len(r.store.names))
+		for n := range r.store.names {
 			if v.used[n] = old.used[n]; v.used[n] == nil {
 				v.used[n] = &atomic.Int64{}
 				v.used[n].Store(now.UnixNano())
 			}
 		}
-		for n := range r.store.names {
-			use(n)
-		}
-		for n := range r.store.hosts {
-			use(n)
-		}
 	}
-	for _, k := range []*kind{r.store.kinds[listeners], r.store.kinds[services]} {
-		for n := range k.rejected {
-			if err := r.store.failure(n); err != nil {
-				v.failed[n] = err
-			}
+	for n := range r.store.kinds[listeners].rejected {
+		if err := r.store.failure(n); err != nil {
+			v.failed[n] = err
 		}
 	}
 	r.mu.Lock()
-	r.count = [2]int{len(r.store.names), len(r.store.hosts)}
-	for n := range r.wanted {
-		if isHost(n) {
-			r.count[1]++
-		} else {
-			r.count[0]++
-		}
-	}
+	r.count = len(r.store.names) + len(r.wanted)
 	r.mu.Unlock()
 	if table != nil {
 		r.reporting.Store(int64(reportInterval(table.Faults, now)))
@@ -522,7 +456,7 @@ func sameKeys(a, b map[string]error) bool {
 func (r *run) publishStatus(v *view) {
 	old := r.status.Load()
 	s := &Status{
-		Since: old.Since, Received: old.Received, LastError: r.lastErr, Version: v.table.Version, Names: len(v.used), TrustError: r.trustErr, Kept: r.kept,
+		Since: old.Since, Received: old.Received, LastError: r.lastErr, Version: v.table.Version, Names: len(v.used), Hosts: r.hosts.count(), TrustError: r.trustErr, Kept: r.kept,
 	}
 	if r.stream != nil {
 		s.Connected, s.Server, s.Received = r.stream.answered, r.stream.addr, r.stream.received

@@ -83,8 +83,52 @@ func TestServicesAreGivenUpAndBounded(t *testing.T) {
 		resolve(t, c, payments) // whose names are counted apart
 		time.Sleep(defaultIdle + 2*sweepEvery)
 		synctest.Wait()
-		if n := c.Status().Names; n != 0 {
-			t.Errorf("%d names are followed after a long silence", n)
+		if st := c.Status(); st.Names != 0 || st.Hosts != 0 {
+			t.Errorf("%d names and %d hosts are followed after a long silence", st.Names, st.Hosts)
+		}
+	})
+}
+
+func remembered(c *Client) int {
+	c.hosts.mu.RLock()
+	defer c.hosts.mu.RUnlock()
+	return len(c.hosts.known)
+}
+
+// TestManyUnknownHosts: what an application asks about and is not there costs neither room nor a Table each.
+func TestManyUnknownHosts(t *testing.T) {
+	bubble(t, func(t *testing.T, cp *controlPlane) {
+		c, _ := start(t, cp)
+		synctest.Wait()
+		version := c.Table().Version
+		for i := range 5 * maxNames {
+			if _, err := c.ServiceAt(t.Context(), netip.AddrFrom4([4]byte{192, byte(i >> 16), byte(i >> 8), byte(i)})); !errors.Is(err, proxy.ErrUnknown) {
+				t.Fatalf("address %d: %v", i, err)
+			}
+		}
+		if v := c.Table().Version; v != version {
+			t.Errorf("%d new Tables", v-version)
+		}
+		if n := remembered(c); n > 4*maxNames {
+			t.Errorf("%d answers are remembered", n)
+		}
+		time.Sleep(unknownFor + sweepEvery)
+		synctest.Wait()
+		if n := remembered(c) + c.hosts.count(); n != 0 {
+			t.Errorf("%d are remembered after a while", n)
+		}
+		// One that is there now is found, again and again.
+		for range 3 {
+			if _, err := c.ServiceAt(t.Context(), clusterIP); !errors.Is(err, proxy.ErrUnknown) {
+				t.Fatalf("%v", err)
+			}
+			time.Sleep(unknownFor)
+			cp.set(t, serviceType, addressPrefix+clusterIP.String(), someService())
+			if _, err := c.ServiceAt(t.Context(), clusterIP); err != nil {
+				t.Fatal(err)
+			}
+			cp.set(t, serviceType, addressPrefix+clusterIP.String(), nil)
+			synctest.Wait()
 		}
 	})
 }

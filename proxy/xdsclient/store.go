@@ -26,7 +26,7 @@ type store struct {
 
 	names   map[string]*name    // by authority
 	hosts   map[string]struct{} // Service resources that were asked for
-	renamed bool                // names or hosts have gained or lost some since the last look
+	renamed bool                // names has gained or lost some since the last look
 	pending map[string]*name    // those whose newest Listener waits for what it leads to
 	unknown map[string]time.Time
 	trusted map[string]uint64 // loaded
@@ -94,7 +94,7 @@ func newStore(gateway bool, inbound []string) *store {
 		touched: map[string]struct{}{}, moved: map[string]struct{}{}, leads: map[string][]string{}, refs: map[string]int{},
 		table: &proxy.Table{
 			Listeners: map[string]*proxy.Listener{}, Unknown: map[string]time.Time{}, Clusters: map[string]*proxy.Cluster{},
-			Services: map[string]*proxy.Service{}, SNI: map[string][]proxy.Target{}, Trust: map[string]uint64{},
+			SNI: map[string][]proxy.Target{}, Trust: map[string]uint64{},
 		},
 	}
 	for i, url := range []string{listenerType, clusterType, endpointType, serviceType, trustType, faultsType} {
@@ -132,9 +132,7 @@ func (s *store) wantHost(host string) {
 	if _, ok := s.hosts[host]; ok {
 		return
 	}
-	delete(s.unknown, host)
 	s.hosts[host] = struct{}{}
-	s.renamed = true
 	s.moved[host] = struct{}{}
 }
 
@@ -144,9 +142,10 @@ func (s *store) forgetHost(host string) {
 		return
 	}
 	delete(s.hosts, host)
-	s.renamed = true
 	s.moved[host] = struct{}{}
-	s.saved = false
+	if s.kinds[services].held[host] != nil {
+		s.saved = false
+	}
 }
 
 // forget gives an authority up.
@@ -364,7 +363,7 @@ func stamp(fs []proxy.Fault, held *resource, now time.Time) {
 // remove takes the server's word that there is no such resource.
 func (s *store) remove(k *kind, n string, now time.Time) {
 	_, known := k.absent[n]
-	if k.held[n] != nil || k.rejected[n] != nil || k.url == endpointType && !known {
+	if k.held[n] != nil || k.rejected[n] != nil || k.url == endpointType && !known || k.url == serviceType {
 		k.changed[n] = struct{}{}
 	}
 	if k.held[n] != nil {
@@ -378,10 +377,6 @@ func (s *store) remove(k *kind, n string, now time.Time) {
 	if k.url == listenerType && s.names[n] != nil {
 		s.unknown[n] = now
 		s.forget(n)
-	}
-	if _, ok := s.hosts[n]; ok && k.url == serviceType {
-		s.unknown[n] = now
-		s.forgetHost(n)
 	}
 }
 
@@ -412,8 +407,8 @@ func (s *store) next(now time.Time) (*proxy.Table, []*discoveryv3.DeltaDiscovery
 	s.promote()
 	requests := s.subscribe()
 	changed := s.trustChanged()
-	for _, k := range s.kinds {
-		changed = changed || len(k.changed) > 0
+	for i, k := range s.kinds {
+		changed = changed || len(k.changed) > 0 && i != services // which are beside the Table
 	}
 	if !changed && maps.Equal(s.unknown, s.table.Unknown) {
 		return nil, requests
@@ -442,24 +437,16 @@ func (s *store) next(now time.Time) (*proxy.Table, []*discoveryv3.DeltaDiscovery
 	} else if len(s.kinds[clusters].changed)+len(s.kinds[endpoints].changed) > 0 {
 		s.placeClusters(&t)
 	}
-	if k := s.kinds[services]; len(k.changed) > 0 {
-		t.Services = maps.Clone(t.Services)
-		for n := range k.changed {
-			if r := k.held[n]; r != nil {
-				t.Services[n] = r.value.(*proxy.Service)
-			} else {
-				delete(t.Services, n)
-			}
-		}
-	}
 	if len(s.kinds[faults].changed) > 0 {
 		t.Faults = nil
 		if r := s.kinds[faults].held[faultsName]; r != nil {
 			t.Faults = r.value.([]proxy.Fault)
 		}
 	}
-	for _, k := range s.kinds {
-		clear(k.changed)
+	for i, k := range s.kinds {
+		if i != services {
+			clear(k.changed)
+		}
 	}
 	s.table = &t
 	return s.table, requests
@@ -563,11 +550,6 @@ func (s *store) sequences() map[string]uint64 {
 
 // failure says why an authority cannot be used though it exists: a NACK without a last good one.
 func (s *store) failure(authority string) error {
-	if _, ok := s.hosts[authority]; ok && s.kinds[services].held[authority] == nil {
-		if r := s.kinds[services].rejected[authority]; r != nil {
-			return fmt.Errorf("the Service %q was rejected: %w", authority, r.err)
-		}
-	}
 	n := s.names[authority]
 	if n == nil || n.current != nil {
 		return nil

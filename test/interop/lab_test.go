@@ -74,6 +74,7 @@ type pod struct {
 	name    string
 	ns      *netns.NS
 	ip      string
+	sidecar *process
 }
 
 // lab is two clusters, whose control planes and the gateway of east share the namespace core.
@@ -82,6 +83,21 @@ type lab struct {
 	dir  string
 	core *netns.NS
 	stop []func()
+
+	hansed   map[string]*process
+	resolver []*dns.Server // the upstream
+}
+
+// process is one that was started.
+type process struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended
+}
+
+// kill is kill -9, and waits for the end.
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.done
 }
 
 var ips = map[string]string{"west": "10.9.0.1", "east": "10.9.0.2"}
@@ -91,7 +107,7 @@ func newLab(t *testing.T) *lab {
 	dir, err := os.MkdirTemp("", "h") // short: Unix sockets' paths are
 	must(t, err)
 	must(t, os.Chmod(dir, 0o755)) // postgres is another user
-	l := &lab{t: t, dir: dir, core: netns.New(t)}
+	l := &lab{t: t, dir: dir, core: netns.New(t), hansed: map[string]*process{}}
 	t.Cleanup(func() {
 		for i := len(l.stop) - 1; i >= 0; i-- {
 			l.stop[i]()
@@ -109,7 +125,7 @@ func newLab(t *testing.T) *lab {
 			gateways = `"10.9.0.2:15443"`
 		}
 		l.file(name, "hansed.yaml", hansedYAML, "{GATEWAYS}", gateways, "{ADMIN}", fmt.Sprintf("127.0.%d.1", i+1))
-		l.run(l.core, name+"-hansed", "hansed", "--config", l.path(name, "hansed.yaml"))
+		l.hansed[name] = l.run(l.core, name+"-hansed", "hansed", "--config", l.path(name, "hansed.yaml"))
 		l.ready(l.core, fmt.Sprintf("127.0.%d.1:7440", i+1))
 		l.save(l.path(name, "bundle.json"), l.hanse(name, "", "trust", "show", name+".test", "-o", "bundle"))
 	}
@@ -124,7 +140,13 @@ func newLab(t *testing.T) *lab {
 func (l *lab) pod(cluster, name, net string, more string) *pod {
 	l.t.Helper()
 	p := &pod{l: l, cluster: cluster, name: name, ns: netns.New(l.t), ip: net + "2"}
-	netns.Join(l.t, l.core, p.ns, net+"1/24", net+"2/24")
+	net6 := "fd00:" + strings.ReplaceAll(strings.TrimSuffix(net, "."), ".", ":") + "::"
+	if haveIPv6() {
+		netns.Join(l.t, l.core, p.ns, net+"1/24,"+net6+"1/64", net+"2/24,"+net6+"2/64")
+		p.ns.Route(l.t, "default", net6+"1")
+	} else {
+		netns.Join(l.t, l.core, p.ns, net+"1/24", net+"2/24")
+	}
 	p.ns.Route(l.t, "default", net+"1")
 	account := "client"
 	if more != "" {
@@ -136,9 +158,20 @@ func (l *lab) pod(cluster, name, net string, more string) *pod {
 	if out, err := p.output("hanse-proxy", "capture", "install", "--config", file); err != nil {
 		l.t.Fatalf("%v: %s", err, out)
 	}
-	l.run(p.ns, name+"-sidecar", "hanse-proxy", "--config", file)
-	l.ready(p.ns, "127.0.0.1:15020")
+	p.start()
 	return p
+}
+
+// start starts the sidecar.
+func (p *pod) start() {
+	p.l.t.Helper()
+	p.sidecar = p.l.run(p.ns, p.name+"-sidecar", "hanse-proxy", "--config", p.l.path(p.cluster, p.name+".yaml"))
+	p.l.ready(p.ns, "127.0.0.1:15020")
+}
+
+func haveIPv6() bool {
+	_, err := os.Stat("/proc/net/if_inet6")
+	return err == nil
 }
 
 // upstream is the resolver of before, which knows a name of its own and the pods' resolv.conf.
@@ -161,7 +194,8 @@ func (l *lab) upstream() {
 		s.NotifyStartedFunc = func() { close(ready) }
 		go func() { _ = s.ActivateAndServe() }() // ends with Shutdown
 		<-ready
-		l.stop = append(l.stop, func() { _ = s.Shutdown() })
+		l.resolver = append(l.resolver, s)
+		l.stop = append(l.stop, func() { _ = s.Shutdown() }) // a second time is no harm
 	}
 }
 
@@ -200,9 +234,11 @@ func program(name string) string {
 }
 
 // run starts a process that lives until the test ends.
-func (l *lab) run(ns *netns.NS, name string, argv ...string) { l.runAs(ns, nil, name, argv...) }
+func (l *lab) run(ns *netns.NS, name string, argv ...string) *process {
+	return l.runAs(ns, nil, name, argv...)
+}
 
-func (l *lab) runAs(ns *netns.NS, who *syscall.Credential, name string, argv ...string) {
+func (l *lab) runAs(ns *netns.NS, who *syscall.Credential, name string, argv ...string) *process {
 	l.t.Helper()
 	log, err := os.OpenFile(filepath.Join(l.dir, name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(l.t, err)
@@ -215,17 +251,17 @@ func (l *lab) runAs(ns *netns.NS, who *syscall.Credential, name string, argv ...
 	if err := ns.Start(cmd); err != nil {
 		l.t.Fatalf("start %s: %v", name, err)
 	}
-	done := make(chan struct{})
-	go func() { _ = cmd.Wait(); close(done) }() // it is ended by a signal
+	p := &process{cmd, make(chan struct{})}
+	go func() { _ = cmd.Wait(); close(p.done) }() // it is ended by a signal
 	l.stop = append(l.stop, func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		select {
-		case <-done:
+		case <-p.done:
 		case <-time.After(5 * time.Second):
-			_ = cmd.Process.Kill()
-			<-done
+			p.kill()
 		}
 	})
+	return p
 }
 
 // tails prints the ends of the logs of a failed test.

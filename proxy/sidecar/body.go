@@ -25,7 +25,8 @@ type source interface {
 }
 
 // replay lets several tries send one body, one after the other, as long as no more than maxReplay of it has come. What has not
-// arrived by the first try is read by a goroutine of its own, so that a try can be given up while the caller is silent.
+// arrived by the first try is read by a goroutine of its own, so that a try can be given up while the caller is silent. Once the beginning
+// is gone there is no other try to keep anything for: the one that sends reads the rest by itself.
 type replay struct {
 	src source
 
@@ -38,6 +39,7 @@ type replay struct {
 	turn    int           // guarded by mu: the try that may read; 0: none yet
 	over    bool          // guarded by mu
 	pumping chan struct{} // closed when the pump has ended; nil: there is none
+	handed  bool          // guarded by mu: the pump has ended before the body did
 }
 
 // newReplay takes what is at hand.
@@ -85,6 +87,11 @@ func (b *replay) pump() {
 			b.changed.Wait()
 		}
 		over := b.over
+		if !over && b.base > 0 {
+			b.handed = true
+			b.changed.Broadcast()
+		}
+		over = over || b.handed
 		b.mu.Unlock()
 		if over {
 			return
@@ -162,25 +169,53 @@ func (r *replayReader) Read(p []byte) (int, error) {
 			return n, nil
 		case b.err != nil:
 			return 0, b.err
+		case b.handed:
+			return r.direct(p)
 		}
 		b.changed.Wait()
 	}
+}
+
+// direct reads the caller. It needs mu, and gives it up meanwhile.
+func (r *replayReader) direct(p []byte) (int, error) {
+	b := r.b
+	b.buf = nil
+	b.mu.Unlock()
+	n, err := b.src.Read(p)
+	b.mu.Lock()
+	b.base += int64(n)
+	b.at = b.base
+	b.err = err
+	if err != nil && err != io.EOF && (r.closed || b.over) {
+		return 0, errStale
+	}
+	if n > 0 {
+		return n, nil // the error is the next one's
+	}
+	return 0, err
 }
 
 // ready reports whether Read would return at once.
 func (r *replayReader) ready() bool {
 	b := r.b
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.turn != r.turn || r.closed || b.over || b.at < b.end() || b.err != nil
+	ready := b.turn != r.turn || r.closed || b.over || b.at < b.end() || b.err != nil
+	handed := b.handed
+	b.mu.Unlock()
+	return ready || handed && b.src.Ready()
 }
 
-// Close ends a Read that waits. It does not end the caller's body, which another try may need.
+// Close ends a Read that waits. It does not end the caller's body if another try may need it.
 func (r *replayReader) Close() error {
-	r.b.mu.Lock()
-	defer r.b.mu.Unlock()
+	b := r.b
+	b.mu.Lock()
 	r.closed = true
-	r.b.changed.Broadcast()
+	b.changed.Broadcast()
+	last := b.handed && b.turn == r.turn && b.err == nil
+	b.mu.Unlock()
+	if last {
+		b.src.CloseRead()
+	}
 	return nil
 }
 

@@ -72,6 +72,32 @@ func TestReplaySilentCaller(t *testing.T) {
 	})
 }
 
+// TestReplayHandedOver: a try that reads a long body by itself can be given up while the caller sends nothing.
+func TestReplayHandedOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pr, pw := io.Pipe()
+		b := newReplay(slowly{pr})
+		r, _ := b.next()
+		go func() { _, _ = pw.Write(make([]byte, 200_000)) }()
+		if n, err := io.ReadFull(r, make([]byte, 200_000)); err != nil {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+		ended := make(chan error)
+		go func() { _, err := r.Read(make([]byte, 1)); ended <- err }()
+		synctest.Wait()
+		if !b.handed {
+			t.Error("the pump still reads")
+		}
+		_ = r.Close()
+		if err := <-ended; !errors.Is(err, errStale) {
+			t.Errorf("a closed try ended with %v", err)
+		}
+		if n := b.finish(); n != 200_000 {
+			t.Errorf("counted %d", n)
+		}
+	})
+}
+
 // slowly has nothing at hand.
 type slowly struct{ io.Reader }
 

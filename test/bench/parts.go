@@ -156,7 +156,11 @@ const bulk = 256 << 20
 // bytes moves bulk, on one connection; a unit is a GiB.
 func (b *bench) bytes(ctx context.Context) error {
 	var rows []string
-	for what, move := range map[string]func(*product) error{"download": download, "upload": upload} {
+	for _, kind := range []struct {
+		what string
+		move func(*product) error
+	}{{"download", download}, {"upload", upload}} {
+		what, move := kind.what, kind.move
 		by, err := b.take(ctx, what, func(p *product) (result, error) {
 			cpu, start := cpuTime(p.pids), time.Now()
 			err := move(p)

@@ -26,7 +26,7 @@ import (
 
 const domain = ".shop.svc.clusterset.local"
 
-// offer is what east offers: a service on one pod, and a headless one of two. Only west's client may call them.
+// offer is what east offers: a service on one pod, and a headless one of two. Only clients may call them.
 const offer = `
 apiVersion: v1
 kind: Service
@@ -65,7 +65,7 @@ kind: AccessPolicy
 metadata: {namespace: shop, name: app}
 spec:
   targetRefs: [{kind: Service, name: app}, {kind: Service, name: set}]
-  rules: [{from: ["spiffe://west.test/ns/shop/sa/client"]}]
+  rules: [{from: ["spiffe://*/ns/shop/sa/client"]}]
 `
 
 const (
@@ -96,6 +96,12 @@ workloads:
   ports: {7000: "127.0.0.1:7000"}
 `)
 		client := l.pod("west", "client", "10.1.0.", "")
+		near := l.pod("east", "near", "10.2.3.", "")
+		for i, p := range []*pod{set0, set1} { // core forwards nothing: between the networks there is only the gateway
+			link := fmt.Sprintf("10.2.%d.", 101+i)
+			netns.Join(t, near.ns, p.ns, link+"1/30", link+"2/30")
+			near.ns.Route(t, p.ip+"/32", link+"2")
+		}
 		set0.greeter("127.0.0.1:7000")
 		set1.greeter("127.0.0.1:7000")
 		l.run(set0.ns, "grpc-server", "grpc-interop-server", "-port", "10000")
@@ -113,6 +119,7 @@ workloads:
 		t.Run("grpc", func(t *testing.T) { testGRPC(t, client) })
 		t.Run("websocket", func(t *testing.T) { testWebSocket(t, client) })
 		t.Run("headless", func(t *testing.T) { testHeadless(t, client) })
+		t.Run("near", func(t *testing.T) { testNear(t, near) })
 		t.Run("redis", func(t *testing.T) { testRedis(t, client, set0) })
 		t.Run("postgres", func(t *testing.T) { testPostgres(t, client, set0) })
 		t.Run("ipv6", func(t *testing.T) { testIPv6(t, client) })
@@ -247,26 +254,6 @@ func testWebSocket(t *testing.T, client *pod) {
 
 // testHeadless calls endpoints one by one, on another network: each by an address of its own, which leads to it and no other.
 func testHeadless(t *testing.T, client *pod) {
-	greeting := func(c net.Conn) (string, error) {
-		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
-		r := bufio.NewReader(c)
-		hello, err := r.ReadString('\n') // before a word was sent
-		if err != nil {
-			return "", err
-		}
-		if _, err := io.WriteString(c, "half"); err != nil {
-			return "", err
-		}
-		if err := c.(*net.TCPConn).CloseWrite(); err != nil {
-			return "", err
-		}
-		rest, err := io.ReadAll(r)
-		if string(rest) != "half" {
-			return "", fmt.Errorf("%q came back, %v", rest, err)
-		}
-		return strings.TrimSpace(hello), err
-	}
 	m, err := client.ask("set"+domain+".", dns.TypeA, "udp")
 	if err != nil || len(m.Answer) != 2 {
 		t.Fatalf("two endpoints: %v, %v", m, err)
@@ -289,6 +276,56 @@ func testHeadless(t *testing.T, client *pod) {
 		if hello, err := greeting(c); err != nil || hello != name {
 			t.Errorf("%s answered for %s: %v", hello, name, err)
 		}
+	}
+}
+
+// greeting is what the server at the other end calls itself, before it was sent a word. The connection is closed by halves.
+func greeting(c net.Conn) (string, error) {
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	r := bufio.NewReader(c)
+	hello, err := r.ReadString('\n')
+	if err != nil {
+		return "", err
+	}
+	if _, err := io.WriteString(c, "half"); err != nil {
+		return "", err
+	}
+	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+		return "", err
+	}
+	rest, err := io.ReadAll(r)
+	if string(rest) != "half" {
+		return "", fmt.Errorf("%q came back, %v", rest, err)
+	}
+	return strings.TrimSpace(hello), err
+}
+
+// testNear calls from the endpoints' own network: they have their own addresses, which are no way past the mesh all the same.
+func testNear(t *testing.T, near *pod) {
+	c, err := near.ns.Dial(t.Context(), nil, "tcp", "10.2.2.2:7000") // nobody has asked for its name yet
+	must(t, err)
+	if hello, err := greeting(c); err != nil || hello != "set-1" {
+		t.Errorf("by its address: %s %v", hello, err)
+	}
+	for name, address := range map[string]string{"set-0": "10.2.1.2", "set-1": "10.2.2.2"} {
+		m, err := near.ask(name+".east.set"+domain+".", dns.TypeA, "udp")
+		if err != nil || len(m.Answer) != 1 || m.Answer[0].(*dns.A).A.String() != address {
+			t.Errorf("%s: %v %v", name, m, err)
+		}
+		c, err := near.dial(t.Context(), "tcp", name+".east.set"+domain+":7000")
+		must(t, err)
+		if hello, err := greeting(c); err != nil || hello != name {
+			t.Errorf("%s: %s %v", name, hello, err)
+		}
+	}
+	out, err := near.output("curl", "-sS", "--max-time", "10", "http://app"+domain+":8080/")
+	if err != nil || !strings.Contains(out, "spiffe://east.test/ns/shop/sa/client") {
+		t.Errorf("curl: %s %v", out, err)
+	}
+	log, err := os.ReadFile(near.l.path("east", "near.access.log"))
+	if err != nil || strings.Count(string(log), `"set.shop.svc.cluster`) < 3 || strings.Contains(string(log), `"outside"`) {
+		t.Errorf("the sidecar carried something else: %v\n%s", err, log)
 	}
 }
 

@@ -139,6 +139,9 @@ func (p *process) resolver(reg prometheus.Registerer) (s *dns.Server, err error)
 	if sc.Upstreams, err = c.upstreams(); err != nil {
 		return nil, err
 	}
+	if len(c.DNS.Upstreams) == 0 {
+		sc.Resolvers = c.upstreams
+	}
 	if len(sc.Upstreams) == 0 {
 		p.log.Warn("there is no upstream resolver: only names of the mesh are answered", "resolvConf", c.DNS.ResolvConf)
 	}
@@ -170,6 +173,7 @@ func (p *process) resolver(reg prometheus.Registerer) (s *dns.Server, err error)
 	if len(sc.UDP) == 0 {
 		return nil, fmt.Errorf("dns: none of %s is an address of this machine", strings.Join(c.DNS.Listen, ", "))
 	}
+	p.pool = sc.Pool
 	p.addresses = dns.Addresses{Pool: sc.Pool, Control: p.xds}
 	return dns.New(sc)
 }

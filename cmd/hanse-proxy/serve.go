@@ -26,6 +26,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity/agent"
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/balance"
+	"github.com/hanse-mesh/hanse/proxy/dns"
 	"github.com/hanse-mesh/hanse/proxy/gateway"
 	"github.com/hanse-mesh/hanse/proxy/hop"
 	"github.com/hanse-mesh/hanse/proxy/sidecar"
@@ -179,6 +180,7 @@ type process struct {
 	dial sidecar.Dial // of connections that must not be captured
 
 	addresses proxy.Addresses // set before anything runs
+	pool      *dns.Pool       // likewise; nil: no DNS
 	ids       *agent.Agent
 	source    *identity.Source
 	xds       *xdsclient.Client
@@ -234,6 +236,9 @@ func (p *process) snapshot() any {
 		return out
 	}
 	out["connections"] = p.hop.Connections()
+	if p.pool != nil {
+		out["dns"] = p.pool.Names()
+	}
 	clusters := map[string]any{}
 	for _, name := range p.balancer.Clusters() {
 		if e, ok := p.balancer.Explain(name); ok {

@@ -12,7 +12,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/miekg/dns"
@@ -629,6 +631,44 @@ func TestUpstreams(t *testing.T) {
 	}
 }
 
+func TestUpstreamsChange(t *testing.T) {
+	a, b := netip.MustParseAddrPort("192.0.2.1:53"), netip.MustParseAddrPort("192.0.2.2:53")
+	f := newForwarder(&Config{Upstreams: []netip.AddrPort{a}}, slog.New(slog.DiscardHandler), nil)
+	first := (*f.upstreams.Load())[0]
+	if f.set([]netip.AddrPort{a}) {
+		t.Error("the same is a change")
+	}
+	if !f.set([]netip.AddrPort{b, a}) || len(*f.upstreams.Load()) != 2 || (*f.upstreams.Load())[1] != first {
+		t.Error("one that stays is not what it was")
+	}
+	if !f.set(nil) || len(*f.upstreams.Load()) != 0 {
+		t.Error("none is no change")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		var fails atomic.Bool
+		f := newForwarder(&Config{Upstreams: []netip.AddrPort{a}, Resolvers: func() ([]netip.AddrPort, error) {
+			if fails.Load() {
+				return nil, errors.New("permission denied")
+			}
+			return []netip.AddrPort{b}, nil
+		}}, slog.New(slog.DiscardHandler), nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go f.watch(ctx)
+		time.Sleep(watchEvery + 1)
+		synctest.Wait()
+		if u := *f.upstreams.Load(); len(u) != 1 || u[0].address != b {
+			t.Errorf("upstreams %v", u)
+		}
+		fails.Store(true)
+		time.Sleep(watchEvery)
+		synctest.Wait()
+		if u := *f.upstreams.Load(); len(u) != 1 {
+			t.Errorf("an error has changed them to %v", u)
+		}
+	})
+}
+
 func TestNoLoop(t *testing.T) {
 	tcp, udp := listen(t)
 	self := netip.MustParseAddrPort(udp.LocalAddr().String())
@@ -644,6 +684,108 @@ func TestNoLoop(t *testing.T) {
 	if n := testutil.ToFloat64(s.metrics.dropped.WithLabelValues("loop")); n < 1 || n > 4 {
 		t.Errorf("%v queries of our own were counted", n)
 	}
+}
+
+// recorder is the other end of a query.
+type recorder struct {
+	dns.ResponseWriter
+	tcp bool
+	got [][]byte
+}
+
+func (r *recorder) RemoteAddr() net.Addr {
+	if r.tcp {
+		return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1}
+	}
+	return &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1}
+}
+
+func (r *recorder) Write(b []byte) (int, error) {
+	r.got = append(r.got, b)
+	return len(b), nil
+}
+
+func (r *recorder) WriteMsg(m *dns.Msg) error {
+	b, err := m.Pack()
+	if err != nil {
+		return err
+	}
+	_, err = r.Write(b)
+	return err
+}
+
+// FuzzServe feeds queries as they come from an application: each that can be read gets one answer, to its own question, and no longer than it may be.
+func FuzzServe(f *testing.F) {
+	for _, name := range []string{payments + ".", "_sql._tcp." + db + ".", "db-0.west." + db + ".", "payments.", "example.com.", "1.0.0.240.in-addr.arpa."} {
+		m := new(dns.Msg)
+		m.SetQuestion(name, dns.TypeA)
+		raw, err := m.Pack()
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(raw, false)
+		m.SetEdns0(1232, true)
+		m.Question[0].Qtype = dns.TypeSRV
+		raw, _ = m.Pack()
+		f.Add(raw, true)
+	}
+	s, err := New(Config{Control: newFake(), Pool: newPool(f), Namespace: "shop"})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, raw []byte, tcp bool) {
+		m := new(dns.Msg)
+		if m.Unpack(raw) != nil || m.Response || len(m.Question) != 1 {
+			return // the server has dealt with these
+		}
+		w := &recorder{tcp: tcp}
+		s.serve(t.Context(), w, m)
+		if len(w.got) != 1 {
+			t.Fatalf("%d answers", len(w.got))
+		}
+		limit := dns.MinMsgSize
+		if opt := m.IsEdns0(); opt != nil {
+			limit = min(max(limit, int(opt.UDPSize())), maxUDP)
+		}
+		if tcp {
+			limit = dns.MaxMsgSize
+		}
+		back := new(dns.Msg)
+		if err := back.Unpack(w.got[0]); err != nil || back.Id != m.Id || !back.Response || len(w.got[0]) > limit {
+			t.Fatalf("answer of %d bytes, at most %d: %v %v", len(w.got[0]), limit, back, err)
+		}
+		if len(back.Question) != 1 || back.Question[0] != m.Question[0] {
+			t.Errorf("question %v, asked %v", back.Question, m.Question)
+		}
+	})
+}
+
+func BenchmarkService(b *testing.B) {
+	s, err := New(Config{Control: newFake(), Pool: newPool(b)})
+	if err != nil {
+		b.Fatal(err)
+	}
+	m := new(dns.Msg)
+	m.SetQuestion(payments+".", dns.TypeA)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			s.serve(b.Context(), &recorder{}, m)
+		}
+	})
+}
+
+func BenchmarkServiceAt(b *testing.B) {
+	a := Addresses{Pool: newPool(b), Control: newFake()}
+	v4, _ := a.Pool.Assign(key{host: payments})
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := a.ServiceAt(b.Context(), v4); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }
 
 func FuzzName(f *testing.F) {

@@ -11,7 +11,9 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/dns"
@@ -28,10 +30,11 @@ var errNoUpstream = errors.New("no upstream resolver, or none that has answered 
 // forwarder asks upstream resolvers.
 type forwarder struct {
 	// read-only after New
-	cfg       *Config
-	log       *slog.Logger
-	metrics   *metrics
-	upstreams []*upstream
+	cfg     *Config
+	log     *slog.Logger
+	metrics *metrics
+
+	upstreams atomic.Pointer[[]*upstream]
 
 	mu    sync.Mutex
 	own   map[netip.AddrPort]struct{} // guarded by mu: local ends of what is asked now
@@ -49,10 +52,55 @@ type upstream struct {
 
 func newForwarder(cfg *Config, log *slog.Logger, m *metrics) *forwarder {
 	f := &forwarder{cfg: cfg, log: log, metrics: m, own: map[netip.AddrPort]struct{}{}}
-	for _, a := range cfg.Upstreams {
-		f.upstreams = append(f.upstreams, &upstream{address: a, name: a.String()})
-	}
+	f.set(cfg.Upstreams)
 	return f
+}
+
+// set replaces the upstreams. What is known of one that stays is kept. It reports whether that is a change.
+func (f *forwarder) set(list []netip.AddrPort) bool {
+	var old []*upstream
+	if p := f.upstreams.Load(); p != nil {
+		old = *p
+	}
+	if slices.EqualFunc(old, list, func(u *upstream, a netip.AddrPort) bool { return u.address == a }) && old != nil {
+		return false
+	}
+	next := make([]*upstream, len(list))
+	for i, a := range list {
+		next[i] = &upstream{address: a, name: a.String()}
+		if j := slices.IndexFunc(old, func(u *upstream) bool { return u.address == a }); j >= 0 {
+			next[i] = old[j]
+		}
+	}
+	f.upstreams.Store(&next)
+	return true
+}
+
+const watchEvery = 5 * time.Second
+
+// watch follows what the upstreams are, until ctx ends.
+func (f *forwarder) watch(ctx context.Context) {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	told := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		list, err := f.cfg.Resolvers()
+		switch {
+		case err != nil:
+			if err.Error() != told {
+				told = err.Error()
+				f.log.Warn("upstream resolvers stay as they are", "error", err)
+			}
+		case f.set(list):
+			f.log.Info("upstream resolvers changed", "upstreams", list)
+			told = ""
+		}
+	}
 }
 
 // usable reports whether an upstream is to be asked. Of one that failed that is so for one query after each pause.
@@ -96,7 +144,7 @@ func (f *forwarder) ask(ctx context.Context, r *dns.Msg, tcp bool) ([]byte, erro
 	}
 	var last []byte
 	var errs []error
-	for _, u := range f.upstreams {
+	for _, u := range *f.upstreams.Load() {
 		if !u.usable(f.cfg.Now()) {
 			continue
 		}

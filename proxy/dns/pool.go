@@ -140,6 +140,27 @@ func (p *Pool) Size() (known int, forgotten uint64) {
 	return len(p.keys) + len(p.reals), p.forgot
 }
 
+// Names says what each known address stands for: a host, with the ID of one endpoint after a space where it is that.
+func (p *Pool) Names() map[string]string {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	out := make(map[string]string, len(p.keys)+len(p.reals))
+	name := func(k key) string {
+		if k.endpoint == "" {
+			return k.host
+		}
+		return k.host + " " + k.endpoint
+	}
+	for k, e := range p.keys {
+		v4, _ := p.addresses(e.number)
+		out[v4.String()] = name(k)
+	}
+	for a, e := range p.reals {
+		out[a.String()] = name(e.key)
+	}
+	return out
+}
+
 // makeRoom forgets a sixteenth of all where the Pool is full. mu is held.
 func (p *Pool) makeRoom() {
 	if len(p.keys)+len(p.reals) < p.limit {

@@ -42,6 +42,7 @@ type Config struct {
 	StateFile string                  // where the Pool is kept; empty: nowhere
 
 	Upstreams []netip.AddrPort
+	Resolvers func() ([]netip.AddrPort, error)                                     // if given, asked every few seconds for what the upstreams are now; an error leaves them as they are
 	Timeout   time.Duration                                                        // of one try at one upstream; default 1 s
 	Dial      func(ctx context.Context, network, address string) (net.Conn, error) // default is net.Dialer's
 
@@ -103,6 +104,9 @@ func (s *Server) Run(ctx context.Context) error {
 	var running sync.WaitGroup
 	if s.cfg.StateFile != "" {
 		running.Go(func() { s.keep(ctx) })
+	}
+	if s.cfg.Resolvers != nil {
+		running.Go(func() { s.forward.watch(ctx) })
 	}
 	for _, srv := range servers {
 		srv.Handler = dns.HandlerFunc(func(w dns.ResponseWriter, r *dns.Msg) { s.serve(ctx, w, r) })

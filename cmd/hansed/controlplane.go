@@ -93,6 +93,11 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if p.replicas, err = newReplicas(cfg, p.stores, id, version, log.With("part", "replicas"), reg); err != nil {
 		return nil, err
 	}
+	if !p.replicas.alone() {
+		if err := p.replicas.unique(ctx, cfg.Timers.Leader.Duration); err != nil {
+			return nil, err
+		}
+	}
 	p.replicas.ready = func(ctx context.Context) error { return p.catalog.catchUp(ctx) }
 	leader := leaderStore{p.stores.own, p.replicas}
 

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -31,6 +33,61 @@ func leaders(r *http.Request) (only, better bool) {
 		return true, true
 	}
 	return false, path == "/v1/status" || path == "/v1/clusters"
+}
+
+// everyones are the operations that each replica does with its own keys and its own trust store.
+func everyones(r *http.Request) bool {
+	return r.Method == http.MethodPost && (r.URL.Path == "/v1/trust-rotate" || r.URL.Path == "/v1/trust-distrust" ||
+		strings.HasPrefix(r.URL.Path, "/v1/trust/") && strings.HasSuffix(r.URL.Path, "/refresh"))
+}
+
+const (
+	maxEveryones  = 4 << 20          // bytes of such a request
+	everyonesTime = 10 * time.Minute // for a replica to do it
+)
+
+// tellAll passes a request on to all other replicas, and lets local answer it. Who asked hears of this replica; that another one could not be
+// told is in the log.
+func (p *controlPlane) tellAll(w http.ResponseWriter, r *http.Request, local http.Handler) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxEveryones))
+	if err != nil {
+		admin.Fail(w, r, admin.Invalid("", "read the request: %v", err), p.log)
+		return
+	}
+	for _, o := range p.replicas.others() {
+		go func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), everyonesTime)
+			defer cancel()
+			if err := p.tellReplica(ctx, o, r, body); err != nil {
+				p.log.Error("a replica was not told: do the same there", "replica", o.Name, "operation", r.URL.Path, "err", err)
+			}
+		}()
+	}
+	again := r.Clone(r.Context())
+	again.Body = io.NopCloser(bytes.NewReader(body))
+	local.ServeHTTP(w, again)
+}
+
+func (p *controlPlane) tellReplica(ctx context.Context, to replica, r *http.Request, body []byte) error {
+	if len(to.Addresses) == 0 {
+		return errors.New("it advertises no federation address")
+	}
+	req, err := http.NewRequestWithContext(ctx, r.Method, "https://"+to.Addresses[0]+r.URL.RequestURI(), bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header = r.Header.Clone()
+	req.Header.Set(forwarded, p.replicas.self.Name)
+	resp, err := (&http.Client{Transport: p.exchange.client.Transport}).Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
+	if err == nil && resp.StatusCode >= 400 {
+		err = fmt.Errorf("it answered %s: %.500s", resp.Status, answer)
+	}
+	return err
 }
 
 // betterTime is how long the leader is waited for where this replica can answer as well, if not as fully.
@@ -79,6 +136,14 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 		},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if everyones(r) {
+			if r.Header.Get(forwarded) == "" {
+				p.tellAll(w, r, local)
+			} else {
+				local.ServeHTTP(w, r)
+			}
+			return
+		}
 		only, better := leaders(r)
 		if p.replicas.leads() || !better {
 			local.ServeHTTP(w, r)

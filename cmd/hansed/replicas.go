@@ -73,6 +73,35 @@ func newReplicas(cfg *Config, s *stores, id, version string, log *slog.Logger, r
 // alone reports whether there can be no other replica.
 func (r *replicas) alone() bool { return r.election == nil }
 
+// unique waits until no other replica that is there has this one's name, for as long as the lease of one that has just died lasts.
+func (r *replicas) unique(ctx context.Context, lease time.Duration) error {
+	end := time.Now().Add(lease + 2*time.Second)
+	for {
+		all, _, err := etcd.NewKV(r.plain, "leader/").List(ctx, "")
+		if err != nil {
+			return fmt.Errorf("read who is there: %w", err)
+		}
+		var other *replica
+		for _, kv := range all {
+			var x replica
+			if json.Unmarshal(kv.Value, &x) == nil && x.Name == r.self.Name && x.ID != r.self.ID {
+				other = &x
+			}
+		}
+		switch {
+		case other == nil:
+			return nil
+		case time.Now().After(end):
+			return fmt.Errorf("replica %q: another hansed of this cluster, at %s, has that name: give this one another by replica: in its configuration, or by --replica",
+				r.self.Name, strings.Join(other.Addresses, ", "))
+		}
+		pause(ctx, 500*time.Millisecond)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+}
+
 // key is the segment of keys in etcd under which this replica keeps what is its own; "" where it is alone.
 func (r *replicas) key() string {
 	if r.alone() {

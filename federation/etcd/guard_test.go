@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -263,6 +264,77 @@ func TestPassThrough(t *testing.T) {
 	w.exporter.Set("all", services(299, "v2"))
 	w.flush()
 	w.converge("all")
+}
+
+// TestElectionShows: who is there is told, the leader first; a leader that ends is followed at once, not when its lease has run out; and a
+// candidate whose key is gone stands again.
+func TestElectionShows(t *testing.T) {
+	t.Parallel()
+	e := startEmbedded(t, t.TempDir())
+	var seen [2]atomic.Pointer[[]etcd.Candidate]
+	led := make(chan string, 8)
+	stand := func(i int) func() {
+		id := fmt.Sprint("replica ", i)
+		el := etcd.NewElection(etcd.ElectionConfig{Client: e.Client(), Store: e.Store(), ID: id, TTL: time.Minute, Log: testLog(t),
+			Value: func(leads bool) []byte { return fmt.Appendf(nil, "%d%v", i, leads) },
+			Seen:  func(c []etcd.Candidate) { seen[i].Store(&c) }})
+		return background(t, func(ctx context.Context) error {
+			return el.Run(ctx, func(ctx context.Context, _ etcd.Store) error {
+				led <- id
+				<-ctx.Done()
+				return nil
+			})
+		})
+	}
+	shows := func(i int, want string) {
+		t.Helper()
+		var got string
+		for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			got = ""
+			if list := seen[i].Load(); list != nil {
+				for _, c := range *list {
+					got += string(c.Value) + " "
+				}
+			}
+			if got == want {
+				return
+			}
+		}
+		t.Fatalf("replica %d sees %q, want %q", i, got, want)
+	}
+	stop0 := stand(0)
+	if id := <-led; id != "replica 0" {
+		t.Fatal(id)
+	}
+	stand(1)
+	shows(0, "0true 1false ")
+	shows(1, "0true 1false ")
+
+	// The follower's key goes, as if its lease had run out while it was paused.
+	waiting := (*seen[0].Load())[1]
+	if _, _, err := e.Store().Txn(t.Context(), nil, []etcd.Op{{Key: "leader/" + waiting.Key, Delete: true}}); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if list := *seen[0].Load(); len(list) == 2 && list[1].Key != waiting.Key {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("it does not stand again: %v", *seen[0].Load())
+		}
+	}
+
+	// So does the leader's: another leads, and it waits.
+	leading := (*seen[0].Load())[0]
+	if _, _, err := e.Store().Txn(t.Context(), nil, []etcd.Op{{Key: "leader/" + leading.Key, Delete: true}}); err != nil {
+		t.Fatal(err)
+	}
+	if id := <-led; id != "replica 1" {
+		t.Fatal(id)
+	}
+	shows(1, "1true 0false ")
+	stop0()
+	shows(1, "1true ") // though its lease has most of a minute left
 }
 
 func TestElection(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
@@ -86,8 +87,7 @@ func (r *run) connections(ctx context.Context) {
 			return
 		}
 		if answered {
-			backoff = minBackoff
-			i-- // it was well: first try it again
+			backoff = minBackoff // and the next one is as good: this one may be paused, and would be waited for
 		}
 		if !r.tell(ctx, event{err: fmt.Errorf("%s: %w", addr, err)}) {
 			return
@@ -174,6 +174,7 @@ func (r *run) dial(addr string) (*grpc.ClientConn, error) {
 		grpc.WithTransportCredentials(credentials.NewTLS(identity.ClientTLS(r.cfg.Source, identity.AuthorizeID(r.cfg.ServerID), "h2"))),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: 5 * time.Second}),
 		grpc.WithDisableRetry(),
 		grpc.WithNoProxy(),
 	}

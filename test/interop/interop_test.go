@@ -323,10 +323,13 @@ func testNear(t *testing.T, near *pod) {
 	if err != nil || !strings.Contains(out, "spiffe://east.test/ns/shop/sa/client") {
 		t.Errorf("curl: %s %v", out, err)
 	}
-	log, err := os.ReadFile(near.l.path("east", "near.access.log"))
-	if err != nil || strings.Count(string(log), `"set.shop.svc.cluster`) < 3 || strings.Contains(string(log), `"outside"`) {
-		t.Errorf("the sidecar carried something else: %v\n%s", err, log)
-	}
+	near.l.eventually(10*time.Second, "the sidecar's access log names what it carried", func() error { // it is written in pieces
+		log, err := os.ReadFile(near.l.path("east", "near.access.log"))
+		if err != nil || strings.Count(string(log), `"set.shop.svc.cluster`) < 3 || strings.Contains(string(log), `"outside"`) {
+			return fmt.Errorf("%v: %s", err, log)
+		}
+		return nil
+	})
 }
 
 // need fails where a program is missing and nothing may be skipped; without names what may be.

@@ -232,4 +232,5 @@ type Snapshot struct {
 	Access        []*AccessPolicy         `json:"accessPolicies,omitempty"`
 	Peers         map[string]*Peer        `json:"peers,omitempty"`
 	TrustDomains  []*FederatedTrustDomain `json:"trustDomains,omitempty"`
+	ClustersetIPs map[netip.Addr]Name     `json:"clustersetIPs,omitempty"` // by which callers in this cluster know services of the clusterset (ServiceImport.spec.ips)
 }

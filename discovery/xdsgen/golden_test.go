@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -32,6 +33,7 @@ type input struct {
 	Imports         []*discovery.Import
 	Members         []*discovery.Member
 	Trusted         map[string]uint64
+	ClustersetIPs   map[netip.Addr]discovery.Name
 	Callers         []struct {
 		Service discovery.Name
 		discovery.Locality
@@ -42,7 +44,7 @@ type input struct {
 func (in *input) view() *View {
 	set := &discovery.Clusterset{
 		Local: &discovery.Snapshot{
-			Self: in.Self, Complete: true, Routes: in.Routes, Access: in.Access,
+			Self: in.Self, Complete: true, Routes: in.Routes, Access: in.Access, ClustersetIPs: in.ClustersetIPs,
 			Services:      make(map[discovery.Name]*discovery.Service),
 			TrafficPolicy: make(map[discovery.Name]*discovery.TrafficPolicy),
 		},

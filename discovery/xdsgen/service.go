@@ -2,7 +2,6 @@ package xdsgen
 
 import (
 	"cmp"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -38,8 +37,13 @@ func (v *View) service(viewer *Viewer, name string) *xdspb.Service {
 	return s
 }
 
-// serviceAt finds the own service that has an address as a ClusterIP, or an endpoint at it.
+// serviceAt finds the service that has an address as its clusterset IP, the own one that has it as a ClusterIP, or an endpoint at it.
 func (v *View) serviceAt(viewer *Viewer, addr netip.Addr) *xdspb.Service {
+	if n, ok := v.Set.Local.ClustersetIPs[addr]; ok {
+		if imp := v.Set.Imports[n]; imp != nil {
+			return &xdspb.Service{Host: n.Host(), Ports: servicePorts(imp.Ports, nil), Headless: imp.Headless}
+		}
+	}
 	names := v.hosts.at(addr)
 	for _, n := range names {
 		s := v.Set.Local.Services[n]
@@ -136,13 +140,24 @@ func hostOf(n discovery.Name, local bool) string {
 	return n.Host()
 }
 
-// clusterIPs notes the addresses of own services that stand for an import which changed.
-func (v *View) clusterIPs(changed map[discovery.Name]struct{}, touched map[netip.Addr]struct{}) {
-	for n := range maps.Keys(changed) {
+// standIns notes the addresses that stand for a service of the clusterset which changed, or for another than before.
+func (v *View) standIns(imports map[discovery.Name]struct{}, old map[netip.Addr]discovery.Name, touched map[netip.Addr]struct{}) {
+	for n := range imports {
 		if s := v.Set.Local.Services[n]; s != nil {
 			for _, a := range s.ClusterIPs {
 				touched[a] = struct{}{}
 			}
+		}
+	}
+	for a, n := range v.Set.Local.ClustersetIPs {
+		_, moved := imports[n]
+		if was, had := old[a]; moved || !had || was != n {
+			touched[a] = struct{}{}
+		}
+	}
+	for a := range old {
+		if _, has := v.Set.Local.ClustersetIPs[a]; !has {
+			touched[a] = struct{}{}
 		}
 	}
 }

@@ -114,7 +114,7 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 		}
 	}
 	next.indexHosts(old.Local.Services, moved, ch.Hosts)
-	next.clusterIPs(imports, ch.Hosts)
+	next.standIns(imports, old.Local.ClustersetIPs, ch.Hosts)
 	return next, ch
 }
 

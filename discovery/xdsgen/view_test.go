@@ -60,7 +60,14 @@ func (w *world) step() *discovery.Clusterset {
 	next := &discovery.Clusterset{Local: &local, Imports: cloned(old.Imports), Members: cloned(old.Members), Trusted: old.Trusted}
 	local.Services, local.TrafficPolicy = cloned(local.Services), cloned(local.TrafficPolicy)
 	n := pick(w, worldNames...)
-	switch w.IntN(7) {
+	switch w.IntN(8) {
+	case 7:
+		local.ClustersetIPs = cloned(local.ClustersetIPs)
+		if a := netip.AddrFrom4([4]byte{10, 0, 0, byte(4 + w.IntN(2))}); w.IntN(3) == 0 {
+			delete(local.ClustersetIPs, a)
+		} else {
+			local.ClustersetIPs[a] = n
+		}
 	case 0, 1:
 		if w.IntN(3) == 0 {
 			delete(local.Services, n)

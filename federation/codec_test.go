@@ -25,7 +25,7 @@ import (
 
 var epoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-var equate = cmp.Options{cmpopts.EquateEmpty(), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})}
+var equate = cmp.Options{cmpopts.EquateEmpty(), cmpopts.IgnoreUnexported(federation.Export{}), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})}
 
 func endpoint(td string, n int) *discovery.Endpoint {
 	return &discovery.Endpoint{

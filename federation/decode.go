@@ -51,6 +51,8 @@ type Export struct {
 	Exported         time.Time
 	Revision         int64                 // of the newest of its objects
 	Endpoints        []*discovery.Endpoint // sorted by ID
+
+	local *discovery.Service // of LocalPart: what it was made of
 }
 
 // Part is everything imported from one member. It is immutable.

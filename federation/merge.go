@@ -30,9 +30,13 @@ type Source struct {
 	Part *Part
 }
 
-// LocalPart returns a cluster's own exports as a Part, with the export times that Encode has kept.
-func LocalPart(s *discovery.Snapshot, e *Exports) *Part {
+// LocalPart returns a cluster's own exports as a Part, with the export times that Encode has kept. prev (may be nil) is the result before;
+// an Export to which nothing changed is reused.
+func LocalPart(s *discovery.Snapshot, e *Exports, prev *Part) *Part {
 	p := &Part{Exports: map[discovery.Name]*Export{}}
+	if prev == nil {
+		prev = p
+	}
 	for name, svc := range s.Services {
 		if svc.Export == nil {
 			continue
@@ -41,11 +45,16 @@ func LocalPart(s *discovery.Snapshot, e *Exports) *Part {
 		if since.IsZero() {
 			since = Stamp(svc.Export.Created)
 		}
+		p.Endpoints += len(svc.Endpoints)
+		if old := prev.Exports[name]; old != nil && old.local == svc && old.Exported.Equal(since) {
+			p.Exports[name] = old
+			continue
+		}
 		p.Exports[name] = &Export{
+			local:  svc,
 			Traits: svc.Traits.Normal(), Ports: svc.Ports, Labels: svc.Export.Labels, Annotations: svc.Export.Annotations,
 			Exported: since, Endpoints: svc.Endpoints,
 		}
-		p.Endpoints += len(svc.Endpoints)
 	}
 	return p
 }
@@ -58,26 +67,54 @@ type share struct {
 
 // Merge makes one Import of all exports of the same name (KEP-1645 "Constraints and conflict resolution"): the union of ports, and where
 // exports disagree, the oldest wins; of equally old ones, the smaller member ID. The order of sources does not matter.
-// prev (may be nil) is the result before; an Import to which nothing changed is reused.
-func Merge(sources []Source, prev map[discovery.Name]*discovery.Import) map[discovery.Name]*discovery.Import {
-	shares := map[discovery.Name][]share{}
-	for i := range sources {
-		for name, e := range sources[i].Part.Exports {
-			shares[name] = append(shares[name], share{&sources[i], e})
+// prev (may be nil) is the result before; an Import to which nothing changed is reused, and costs next to nothing where no Export
+// of it is another one.
+func Merge(sources []Source, prev *Merged) *Merged {
+	if prev == nil {
+		prev = &Merged{}
+	}
+	next := &Merged{Imports: make(map[discovery.Name]*discovery.Import, len(prev.Imports)), sources: slices.Clone(sources)}
+	slices.SortFunc(next.sources, func(a, b Source) int { return cmp.Compare(a.ID, b.ID) })
+	sameSources := slices.EqualFunc(prev.sources, next.sources, func(a, b Source) bool { return a.ID == b.ID && a.Name == b.Name })
+	var from []share
+	for i := range next.sources {
+		for name := range next.sources[i].Part.Exports {
+			if next.Imports[name] != nil {
+				continue // another source has it, too
+			}
+			from = from[:0]
+			same := sameSources
+			for j := range next.sources {
+				s := &next.sources[j]
+				e := s.Part.Exports[name]
+				if e != nil {
+					from = append(from, share{s, e})
+				}
+				same = same && e == prev.sources[j].Part.Exports[name]
+			}
+			old := prev.Imports[name]
+			if same {
+				next.Imports[name] = old
+				continue
+			}
+			slices.SortFunc(from, func(a, b share) int {
+				return cmp.Or(a.Exported.Compare(b.Exported), cmp.Compare(a.ID, b.ID))
+			})
+			if imp := mergeOne(name, from); old != nil && sameImport(old, imp) {
+				next.Imports[name] = old
+			} else {
+				next.Imports[name] = imp
+			}
 		}
 	}
-	imports := make(map[discovery.Name]*discovery.Import, len(shares))
-	for name, from := range shares {
-		slices.SortFunc(from, func(a, b share) int {
-			return cmp.Or(a.Exported.Compare(b.Exported), cmp.Compare(a.ID, b.ID))
-		})
-		imp := mergeOne(name, from)
-		if old := prev[name]; old != nil && sameImport(old, imp) {
-			imp = old
-		}
-		imports[name] = imp
-	}
-	return imports
+	return next
+}
+
+// Merged is the result of a Merge. It is immutable.
+type Merged struct {
+	Imports map[discovery.Name]*discovery.Import
+
+	sources []Source // of which it was made; sorted by ID
 }
 
 // mergeOne merges exports that are sorted by age.

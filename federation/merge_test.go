@@ -2,6 +2,7 @@ package federation_test
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -26,7 +27,7 @@ func TestMergeResolvesConflictsByTheOldestExport(t *testing.T) {
 		Exported: epoch.Add(time.Minute), Traits: discovery.Traits{Headless: true, Affinity: "ClientIP"},
 		Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.GRPC}, {Name: "console", Number: 9000, Protocol: discovery.TCP}, {Name: "grpc", Number: 81, Protocol: discovery.GRPC}},
 	})
-	got := federation.Merge([]federation.Source{young, old}, nil)[payments]
+	got := federation.Merge([]federation.Source{young, old}, nil).Imports[payments]
 	want := &discovery.Import{
 		Name:  payments,
 		Ports: []discovery.Port{http, {Name: "grpc", Number: 81, Protocol: discovery.GRPC}, {Name: "admin", Number: 9000, Protocol: discovery.TCP}},
@@ -50,7 +51,7 @@ func TestMergeResolvesConflictsByTheOldestExport(t *testing.T) {
 func TestMergeBreaksTiesByMemberID(t *testing.T) {
 	a := source("2", "east", &federation.Export{Exported: epoch, Traits: discovery.Traits{Headless: true}})
 	b := source("1", "west", &federation.Export{Exported: epoch})
-	if got := federation.Merge([]federation.Source{a, b}, nil)[payments]; got.From[0].Member != "west" || got.Headless {
+	if got := federation.Merge([]federation.Source{a, b}, nil).Imports[payments]; got.From[0].Member != "west" || got.Headless {
 		t.Fatalf("%+v", got)
 	}
 }
@@ -80,11 +81,11 @@ func TestMergeIgnoresOrder(t *testing.T) {
 		want := federation.Merge(sources, nil)
 		rnd.Shuffle(len(sources), func(i, j int) { sources[i], sources[j] = sources[j], sources[i] })
 		got := federation.Merge(sources, want)
-		if diff := cmp.Diff(want, got, equate); diff != "" {
+		if diff := cmp.Diff(want.Imports, got.Imports, equate); diff != "" {
 			t.Fatalf("the order matters:\n%s", diff)
 		}
-		for n := range got {
-			if got[n] != want[n] {
+		for n := range got.Imports {
+			if got.Imports[n] != want.Imports[n] {
 				t.Fatalf("%s has not changed and was made anew", n)
 			}
 		}
@@ -121,7 +122,7 @@ func TestMergeOfEachTrait(t *testing.T) {
 		oldest, middle, youngest := base(), base(), base()
 		oldest.Exported, middle.Exported, youngest.Exported = epoch, epoch.Add(1), epoch.Add(2)
 		c.change(middle)
-		got := federation.Merge([]federation.Source{source("1", "east", middle), source("2", "north", youngest), source("3", "west", oldest)}, nil)[payments]
+		got := federation.Merge([]federation.Source{source("1", "east", middle), source("2", "north", youngest), source("3", "west", oldest)}, nil).Imports[payments]
 		if !c.imported(got) {
 			t.Errorf("%s: imported %+v", c.name, got)
 		}
@@ -145,8 +146,90 @@ func TestMergeOfEachTrait(t *testing.T) {
 func TestMergeWithoutACommonIPFamily(t *testing.T) {
 	old := &federation.Export{Exported: epoch, Traits: discovery.Traits{IPFamilies: []discovery.IPFamily{discovery.IPv6}}}
 	young := &federation.Export{Exported: epoch.Add(1), Traits: discovery.Traits{IPFamilies: []discovery.IPFamily{discovery.IPv4}}}
-	got := federation.Merge([]federation.Source{source("1", "east", young), source("2", "west", old)}, nil)[payments]
+	got := federation.Merge([]federation.Source{source("1", "east", young), source("2", "west", old)}, nil).Imports[payments]
 	if fmt.Sprint(got.IPFamilies) != "[IPv6]" || len(got.Conflicts) != 1 || got.Conflicts[0].Reason != federation.IPFamilyConflict || got.Conflicts[0].Member != "east" {
 		t.Fatalf("%+v", got)
+	}
+}
+
+// TestMergeByStepsIsMergeAtOnce changes, adds and takes away exports and sources, and merges from the result before.
+func TestMergeByStepsIsMergeAtOnce(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(11, 12))
+	parts := map[string]map[discovery.Name]*federation.Export{}
+	var before *federation.Merged
+	reused := 0
+	for step := range 2000 {
+		id := fmt.Sprint("id", rnd.IntN(5))
+		switch {
+		case parts[id] == nil:
+			parts[id] = map[discovery.Name]*federation.Export{}
+		case rnd.IntN(20) == 0:
+			delete(parts, id)
+		default:
+			name := discovery.Name{Namespace: "n", Name: fmt.Sprint("s", rnd.IntN(4))}
+			if rnd.IntN(4) == 0 {
+				delete(parts[id], name)
+			} else {
+				parts[id][name] = &federation.Export{Exported: epoch.Add(time.Duration(rnd.IntN(3)) * time.Second), Traits: discovery.Traits{Headless: rnd.IntN(2) == 0}}
+			}
+		}
+		var sources []federation.Source
+		for id, exports := range parts {
+			sources = append(sources, federation.Source{ID: id, Name: "c" + id, Part: &federation.Part{Exports: maps.Clone(exports)}})
+		}
+		got, want := federation.Merge(sources, before), federation.Merge(sources, nil)
+		if diff := cmp.Diff(want.Imports, got.Imports, equate); diff != "" {
+			t.Fatalf("step %d:\n%s", step, diff)
+		}
+		for n, i := range got.Imports {
+			if before != nil && before.Imports[n] == i {
+				reused++
+			}
+		}
+		before = got
+	}
+	if reused < 1000 {
+		t.Errorf("only %d Imports were reused", reused)
+	}
+}
+
+func BenchmarkMergeAfterOneChange(b *testing.B) {
+	changed := discovery.Name{Namespace: "n", Name: "s7"}
+	sources := make([]federation.Source, 3)
+	for i := range sources {
+		p := &federation.Part{Exports: map[discovery.Name]*federation.Export{}}
+		for s := range 10_000 {
+			p.Exports[discovery.Name{Namespace: "n", Name: fmt.Sprint("s", s)}] = &federation.Export{Exported: epoch, Endpoints: make([]*discovery.Endpoint, 100)}
+		}
+		sources[i] = federation.Source{ID: fmt.Sprint(i), Name: fmt.Sprint("c", i), Part: p}
+	}
+	m := federation.Merge(sources, nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		p := *sources[1].Part
+		p.Exports = maps.Clone(p.Exports)
+		e := *p.Exports[changed]
+		e.Revision++
+		p.Exports[changed] = &e
+		sources[1].Part = &p
+		m = federation.Merge(sources, m)
+	}
+}
+
+func TestLocalPartReusesWhatHasNotChanged(t *testing.T) {
+	s := snapshot("west.demo", service("west.demo", "payments", 2), service("west.demo", "catalog", 2))
+	e, _ := federation.Encode(s, nil, epoch)
+	before := federation.LocalPart(s, e, nil)
+	next := *s
+	next.Services = maps.Clone(s.Services)
+	changed := *s.Services[payments]
+	changed.Endpoints = changed.Endpoints[:1]
+	next.Services[payments] = &changed
+	e, _ = federation.Encode(&next, e, epoch)
+	after := federation.LocalPart(&next, e, before)
+	catalog := discovery.Name{Namespace: "shop", Name: "catalog"}
+	if after.Exports[catalog] != before.Exports[catalog] || after.Exports[payments] == before.Exports[payments] || after.Endpoints != 3 {
+		t.Fatalf("%d endpoints; catalog reused: %t, payments reused: %t", after.Endpoints,
+			after.Exports[catalog] == before.Exports[catalog], after.Exports[payments] == before.Exports[payments])
 	}
 }

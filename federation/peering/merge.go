@@ -18,6 +18,7 @@ type mergeInput struct {
 	members []memberInput   // sorted by ID
 	bundles <-chan struct{} // of the Source; another one after each change
 	own     *federation.Part
+	result  *federation.Merged
 }
 
 type memberInput struct {
@@ -53,13 +54,11 @@ func (m *Mesh) merge() {
 	if in.local == last.local && in.exports == last.exports {
 		in.own = last.own
 	} else if in.local != nil {
-		in.own = federation.LocalPart(in.local, in.exports)
+		in.own = federation.LocalPart(in.local, in.exports, last.own)
 	}
 	if in.members == nil {
 		in.members = []memberInput{} // merged once
 	}
-	m.merged = in
-
 	prev := m.clusterset.Load()
 	next := &discovery.Clusterset{
 		Local: in.local, Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{}, Revision: prev.Revision + 1,
@@ -79,7 +78,8 @@ func (m *Mesh) merge() {
 	for td, b := range m.cfg.Source.Bundles() {
 		next.Trusted[td.Name()], _ = b.SequenceNumber()
 	}
-	next.Imports = federation.Merge(sources, prev.Imports)
+	in.result = federation.Merge(sources, last.result)
+	m.merged, next.Imports = in, in.result.Imports
 	m.clusterset.Store(&published{next, make(chan struct{})})
 	close(prev.replaced)
 	end := m.cfg.Now()

@@ -64,9 +64,9 @@ func policy(td string) federation.Policy {
 // values encodes all that e exports.
 func values(e *federation.Exports) map[string]map[string][]byte {
 	out := map[string]map[string][]byte{}
-	for scope, sums := range e.Scopes {
+	for scope := range e.Scopes {
 		out[scope] = map[string][]byte{}
-		for key, sum := range sums {
+		for key, sum := range e.Sums(scope) {
 			v, err := e.Value(scope, key)
 			if h := sha256.Sum256(v); err != nil || !bytes.Equal(h[:16], sum[:]) {
 				panic(fmt.Sprintf("%s of %s: %v, or another sum", key, scope, err))
@@ -157,7 +157,7 @@ func TestSlotsAreHalfFullAndStable(t *testing.T) {
 		if len(faults) > 0 {
 			t.Fatal(faults)
 		}
-		if n := differences(e.Scopes[federation.AllScope], e2.Scopes[federation.AllScope]); n > 1 {
+		if n := differences(e.Sums(federation.AllScope), e2.Sums(federation.AllScope)); n > 1 {
 			t.Fatalf("round %d: one endpoint changed, %d keys did", round, n)
 		}
 		svc, e = &next, e2
@@ -186,7 +186,7 @@ func TestEncodeIsDeterministic(t *testing.T) {
 		shuffled := *svc
 		shuffled.Endpoints = slices.Clone(svc.Endpoints)
 		b, _ := federation.Encode(snapshot("west.demo", &shuffled), nil, epoch)
-		if n := differences(a.Scopes[federation.AllScope], b.Scopes[federation.AllScope]); n != 0 {
+		if n := differences(a.Sums(federation.AllScope), b.Sums(federation.AllScope)); n != 0 {
 			t.Fatalf("%d keys differ", n)
 		}
 	}
@@ -225,7 +225,7 @@ func TestWhatCannotBeExportedKeepsItsLastGoodState(t *testing.T) {
 		if len(faults) != 1 || faults[0].Key != "svc/shop/payments" {
 			t.Errorf("%s: faults are %v", name, faults)
 		}
-		if n := differences(e.Scopes[federation.AllScope], e2.Scopes[federation.AllScope]); n != 0 {
+		if n := differences(e.Sums(federation.AllScope), e2.Sums(federation.AllScope)); n != 0 {
 			t.Errorf("%s: %d keys changed", name, n)
 		}
 		t.Log(faults)
@@ -246,7 +246,7 @@ func TestAudience(t *testing.T) {
 		map[string][]string{"east": e.Readable("east", nil), "north": e.Readable("north", nil)}); diff != "" {
 		t.Fatal(diff)
 	}
-	if got := slices.Sorted(maps.Keys(e.Scopes[scope])); !slices.Equal(got, []string{"ep/shop/also/0", "ep/shop/closed/0", "svc/shop/also", "svc/shop/closed"}) {
+	if got := slices.Sorted(maps.Keys(e.Sums(scope))); !slices.Equal(got, []string{"ep/shop/also/0", "ep/shop/closed/0", "svc/shop/also", "svc/shop/closed"}) {
 		t.Fatal(got)
 	}
 }
@@ -581,7 +581,7 @@ func TestOneMemberIsBounded(t *testing.T) {
 	if part.Endpoints == 0 || part.Endpoints > 170 || len(part.Faults) == 0 || !strings.Contains(part.Faults[0].Reason, "more than 170 endpoints") {
 		t.Fatalf("%d endpoints came in, faults %v", part.Endpoints, part.Faults)
 	}
-	for k := range e.Scopes[federation.AllScope] {
+	for k := range e.Sums(federation.AllScope) {
 		if strings.HasSuffix(k, "/0") || strings.HasSuffix(k, "/1") {
 			d.Apply([]federation.Change{{Scope: federation.AllScope, Key: k}}, epoch)
 		}
@@ -603,8 +603,52 @@ func TestOnlyServicesAreExported(t *testing.T) {
 	s.Access = []*discovery.AccessPolicy{{}}
 	s.Peers = map[string]*discovery.Peer{"east": {Name: "east"}}
 	e, faults := federation.Encode(s, nil, epoch)
-	got := slices.Sorted(maps.Keys(e.Scopes[federation.AllScope]))
+	got := slices.Sorted(maps.Keys(e.Sums(federation.AllScope)))
 	if want := []string{"ep/shop/payments/0", "svc/shop/payments"}; !slices.Equal(got, want) || len(e.Scopes) != 1 || len(faults) != 0 {
 		t.Fatalf("exported are %v in %d scopes, faults %v", got, len(e.Scopes), faults)
+	}
+}
+
+// TestChangesAreTheDifference compares with the difference of all sums.
+func TestChangesAreTheDifference(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(5, 6))
+	services := map[int]*discovery.Service{}
+	e, _ := federation.Encode(snapshot("west.demo"), nil, epoch)
+	audiences := [][]string{nil, {"east"}, {"north"}}
+	for step := range 300 {
+		switch n := rnd.IntN(8); {
+		case rnd.IntN(4) == 0:
+			delete(services, n)
+		default:
+			services[n] = service("west.demo", fmt.Sprint("s", n), rnd.IntN(120), audiences[rnd.IntN(3)]...)
+		}
+		next, faults := federation.Encode(snapshot("west.demo", slices.Collect(maps.Values(services))...), e, epoch)
+		if len(faults) > 0 {
+			t.Fatal(faults)
+		}
+		endpoints := 0
+		for scope, n := range next.Scopes {
+			endpoints += n
+			want := map[string]federation.Sum{}
+			for k, sum := range next.Sums(scope) {
+				if e.Sums(scope)[k] != sum {
+					want[k] = sum
+				}
+			}
+			for k := range e.Sums(scope) {
+				if _, ok := next.Sums(scope)[k]; !ok {
+					want[k] = federation.Sum{}
+				}
+			}
+			if got := next.Changes(e)[scope]; !maps.Equal(got, want) {
+				t.Fatalf("step %d, scope %s: %d changes, want %d", step, scope, len(got), len(want))
+			}
+		}
+		if endpoints != next.Endpoints {
+			t.Fatalf("%d endpoints in all scopes, %d in all", endpoints, next.Endpoints)
+		}
+		if e = next; step%7 == 0 {
+			e = restored(e)
+		}
 	}
 }

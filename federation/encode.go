@@ -50,8 +50,8 @@ type Sum = [16]byte
 
 // Exports is what a cluster exports, as keys and the sums of their values: a value is encoded again when it is needed. It is immutable.
 type Exports struct {
-	Scopes    map[string]map[string]Sum // by scope and key
-	Audience  map[string][]string       // member names and labels by scope; empty is every member
+	Scopes    map[string]int      // endpoints of each
+	Audience  map[string][]string // member names and labels by scope; empty is every member
 	Services  int
 	Endpoints int
 
@@ -86,15 +86,45 @@ func (e *Exports) Scope(n discovery.Name) string {
 	return e.services[n].scope
 }
 
-// In returns how many endpoints a scope has.
-func (e *Exports) In(scope string) int {
-	n := 0
-	e.Each(func(_ discovery.Name, in string, endpoints int) {
-		if in == scope {
-			n += endpoints
+// Sums returns the sums of a scope, by key.
+func (e *Exports) Sums(scope string) map[string]Sum {
+	sums := map[string]Sum{}
+	for _, x := range e.services {
+		if x.scope == scope {
+			maps.Copy(sums, x.sums)
 		}
-	})
-	return n
+	}
+	return sums
+}
+
+// Changes returns the sums that differ from those of prev, by scope and key; zero is a key that is gone.
+func (e *Exports) Changes(prev *Exports) map[string]map[string]Sum {
+	changes := map[string]map[string]Sum{}
+	note := func(scope, key string, sum Sum) {
+		if changes[scope] == nil {
+			changes[scope] = map[string]Sum{}
+		}
+		changes[scope][key] = sum
+	}
+	for name, old := range prev.services {
+		if x := e.services[name]; x != old {
+			for key := range old.sums {
+				if x == nil || x.scope != old.scope || x.sums[key] == (Sum{}) {
+					note(old.scope, key, Sum{})
+				}
+			}
+		}
+	}
+	for name, x := range e.services {
+		if old := prev.services[name]; x != old {
+			for key, sum := range x.sums {
+				if old == nil || old.scope != x.scope || old.sums[key] != sum {
+					note(x.scope, key, sum)
+				}
+			}
+		}
+	}
+	return changes
 }
 
 // Each calls f for every service.
@@ -121,7 +151,7 @@ func (e *Exports) Readable(member string, labels map[string]string) []string {
 	return scopes
 }
 
-// Value encodes what a key of a scope holds. It has the sum that Scopes says.
+// Value encodes what a key of a scope holds. It has the sum that Sums says.
 func (e *Exports) Value(scope, key string) ([]byte, error) {
 	n, slot, err := ParseKey(key)
 	if err != nil {
@@ -152,16 +182,13 @@ func (e *Exports) Value(scope, key string) ([]byte, error) {
 
 // NewExports returns Exports of nothing, to Restore into.
 func NewExports() *Exports {
-	return &Exports{Scopes: map[string]map[string]Sum{}, services: map[discovery.Name]*exported{}}
+	return &Exports{Scopes: map[string]int{}, services: map[discovery.Name]*exported{}}
 }
 
 // Restore reads one key of a cluster's own exports back from its store, so that the next Encode keeps slots and export times. What does not
 // decode is left out and encoded anew.
 func (e *Exports) Restore(scope, key string, value []byte) {
-	if e.Scopes[scope] == nil {
-		e.Scopes[scope] = map[string]Sum{}
-	}
-	e.Scopes[scope][key] = sumOf(value)
+	e.Scopes[scope] += 0
 	n, slot, err := ParseKey(key)
 	if err != nil {
 		return
@@ -183,6 +210,7 @@ func (e *Exports) Restore(scope, key string, value []byte) {
 	}
 	var pb federationpb.Slot
 	if proto.Unmarshal(value, &pb) == nil {
+		e.Scopes[scope] += len(pb.Endpoints)
 		for _, ep := range pb.Endpoints {
 			x.ids, x.slots = append(x.ids, hex.EncodeToString(ep.Id)), append(x.slots, uint16(slot))
 		}
@@ -227,7 +255,7 @@ func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fa
 		prev = NewExports()
 	}
 	next := &Exports{
-		Scopes:      map[string]map[string]Sum{AllScope: {}},
+		Scopes:      map[string]int{AllScope: 0},
 		Audience:    map[string][]string{AllScope: nil},
 		trustDomain: s.Self.TrustDomain,
 		services:    make(map[discovery.Name]*exported, len(prev.services)),
@@ -257,12 +285,8 @@ func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fa
 	for _, x := range next.services {
 		next.Services++
 		next.Endpoints += len(x.ids)
-		if next.Scopes[x.scope] == nil {
-			next.Scopes[x.scope], next.Audience[x.scope] = map[string]Sum{}, x.audience
-		}
-	}
-	for _, x := range next.services {
-		maps.Copy(next.Scopes[x.scope], x.sums)
+		next.Scopes[x.scope] += len(x.ids)
+		next.Audience[x.scope] = x.audience
 	}
 	slices.SortFunc(faults, func(a, b Fault) int { return cmp.Compare(a.Key, b.Key) })
 	return next, faults

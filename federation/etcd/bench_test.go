@@ -164,7 +164,7 @@ func (b *benchSide) obey(verb string, n []int, s []string) string {
 		count := 0
 		for next := time.Now(); time.Now().Before(end); {
 			for range n[3] {
-				b.exporter.Update("all", map[string][]byte{b.keys[rand.IntN(len(b.keys))]: flapped(n[2])}, len(b.keys)*n[2], 0)
+				update(b.exporter, map[string][]byte{b.keys[rand.IntN(len(b.keys))]: flapped(n[2])}, len(b.keys)*n[2], 0)
 				count++
 			}
 			if n[0] > 0 {

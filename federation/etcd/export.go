@@ -98,10 +98,10 @@ type Exporter struct {
 type exportScope struct {
 	want      map[string]Sum // nil: unknown, what is stored stays
 	value     func(key string) ([]byte, error)
-	patched   map[string][]byte // values of Update, before those of value; nil if want is not ours to change
+	patched   map[string]func(key string) ([]byte, error) // of Patch: where values come from that are not written yet; nil if want is not ours to change
 	complete  bool
 	endpoints int
-	explained int // of the Set before the load
+	explained int // endpoints of last that endpoints lacks with an explanation
 	held      *Scope
 	remove    bool
 
@@ -213,7 +213,7 @@ func (e *Exporter) load(ctx context.Context) error {
 		if first && s.want != nil && s.complete && s.epoch != nil { // Set came before this
 			if lost := unexplained(int(s.last.Endpoints), s.endpoints, s.explained); lost > 0 {
 				s.hold(e, name, &Scope{Sums: s.want, Value: s.lookup(), Endpoints: s.endpoints, Complete: true, Explained: s.explained}, lost)
-				s.want, s.value, s.patched = nil, nil, nil
+				s.want, s.value, s.patched, s.explained = nil, nil, nil, 0
 			}
 		}
 		s.compare()
@@ -264,8 +264,11 @@ func (s *exportScope) compare() {
 func (s *exportScope) lookup() func(string) ([]byte, error) {
 	value, patched := s.value, s.patched
 	return func(key string) ([]byte, error) {
-		if v, ok := patched[key]; ok || value == nil {
-			return v, nil
+		if from := patched[key]; from != nil {
+			return from(key)
+		}
+		if value == nil {
+			return nil, errors.New("nobody has its value any more")
 		}
 		return value(key)
 	}
@@ -293,7 +296,7 @@ func (e *Exporter) set(scope string, s *exportScope, want Scope) {
 		want.Explained += s.held.Explained
 	}
 	if e.loaded && want.Complete && s.epoch != nil {
-		if lost := unexplained(int(s.last.Endpoints), want.Endpoints, want.Explained); lost > 0 {
+		if lost := unexplained(int(s.last.Endpoints), want.Endpoints, s.explained+want.Explained); lost > 0 {
 			s.hold(e, scope, &want, lost)
 			return
 		}
@@ -304,7 +307,8 @@ func (e *Exporter) set(scope string, s *exportScope, want Scope) {
 func (e *Exporter) take(s *exportScope, want Scope) {
 	s.held = nil
 	s.want, s.value = want.digested()
-	s.patched, s.endpoints, s.explained = nil, want.Endpoints, want.Explained
+	s.patched, s.endpoints = nil, want.Endpoints
+	s.explained += want.Explained
 	if s.want == nil {
 		s.want = map[string]Sum{}
 	}
@@ -315,40 +319,48 @@ func (e *Exporter) take(s *exportScope, want Scope) {
 	wake(e.dirty)
 }
 
-// Update changes some keys of a scope that was Set (nil deletes). endpoints and explained are as in Scope.
-func (e *Exporter) Update(scope string, changed map[string][]byte, endpoints, explained int) {
+// Patch is what changes of a scope that was Set.
+type Patch struct {
+	Sums      map[string]Sum // by key; zero deletes
+	Value     func(key string) ([]byte, error)
+	Endpoints int // as in Scope
+	Explained int
+}
+
+// Patch changes some keys of a scope, at a cost that does not grow with the scope. It returns at once.
+func (e *Exporter) Patch(scope string, p Patch) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	s := e.scope(scope)
-	if s.want == nil || s.held != nil || unexplained(int(s.last.Endpoints), endpoints, explained) > 0 {
+	if s.want == nil || s.held != nil || unexplained(int(s.last.Endpoints), p.Endpoints, s.explained+p.Explained) > 0 {
 		was := exportScope{want: s.want, value: s.lookup()}
 		if s.held != nil {
 			was.want, was.value = s.held.digested()
 		}
-		was.patch(changed, map[string]bool{})
-		e.set(scope, s, Scope{Sums: was.want, Value: was.lookup(), Endpoints: endpoints, Explained: explained, Complete: s.complete})
+		was.patch(p, map[string]bool{})
+		e.set(scope, s, Scope{Sums: was.want, Value: was.lookup(), Endpoints: p.Endpoints, Explained: p.Explained, Complete: s.complete})
 		return
 	}
-	s.patch(changed, s.check)
-	s.endpoints = endpoints
+	s.patch(p, s.check)
+	s.endpoints = p.Endpoints
+	s.explained += p.Explained
 	wake(e.dirty)
 }
 
 // patch changes some of want, and marks them.
-func (s *exportScope) patch(changed map[string][]byte, mark map[string]bool) {
+func (s *exportScope) patch(p Patch, mark map[string]bool) {
 	if s.patched == nil {
-		if s.want, s.patched = maps.Clone(s.want), map[string][]byte{}; s.want == nil {
+		if s.want, s.patched = maps.Clone(s.want), map[string]func(string) ([]byte, error){}; s.want == nil {
 			s.want = map[string]Sum{}
 		}
 	}
-	for k, v := range changed {
-		if v == nil {
+	for k, sum := range p.Sums {
+		if mark[k] = true; sum == (Sum{}) {
 			delete(s.want, k)
 			delete(s.patched, k)
 		} else {
-			s.want[k], s.patched[k] = SumOf(v), v
+			s.want[k], s.patched[k] = sum, p.Value
 		}
-		mark[k] = true
 	}
 }
 
@@ -604,8 +616,9 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 	last := len(s.check)-len(ops) <= len(s.due) // nothing more to write, except what waits
 	meta := &etcdpb.Meta{Keys: int64(left), Endpoints: s.last.Endpoints, Complete: s.last.Complete, RestartSeconds: int64(e.restart / time.Second)}
 	var epoch, tick []byte
+	explained := 0 // by what is written now
 	if last && s.want != nil && s.complete { // a partial export changes nothing that peers or the hold-back compare with
-		meta.Endpoints, meta.Complete = int64(s.endpoints), true
+		meta.Endpoints, meta.Complete, explained = int64(s.endpoints), true, s.explained
 		if s.epoch == nil {
 			epoch, tick = e.birth()
 		}
@@ -616,6 +629,7 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 	}
 	fresh := !bytes.Equal(raw, s.meta) && (s.meta != nil || s.want != nil)
 	if len(ops) == 0 && !fresh && epoch == nil {
+		s.explained -= explained // it is as it was
 		return nil, nil
 	}
 	all := slices.Clone(ops)
@@ -628,6 +642,7 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 	return all, func() {
 		s.applied(ops, sums)
 		s.meta, s.last = raw, meta
+		s.explained -= explained
 		if epoch != nil {
 			s.epoch = epoch
 		}
@@ -682,6 +697,7 @@ func (s *exportScope) differences(e *Exporter, name string, now time.Time) ([]Op
 func (s *exportScope) agree(key string) {
 	delete(s.check, key)
 	delete(s.due, key)
+	delete(s.patched, key)
 }
 
 // waits reports whether the deletion of a key has to wait, because its service has moved to another scope.

@@ -161,7 +161,7 @@ func TestExporterLinger(t *testing.T) {
 		time.Sleep(time.Second)
 		n := len(store.txns())
 		for i := range 20 {
-			e.Update("all", map[string][]byte{"svc/shop/s0001": fmt.Append(nil, i)}, 10, 0)
+			update(e, map[string][]byte{"svc/shop/s0001": fmt.Append(nil, i)}, 10, 0)
 			time.Sleep(4 * time.Millisecond)
 		}
 		time.Sleep(time.Second)
@@ -484,5 +484,28 @@ func TestExporterRemovesScopesThatItFindsLater(t *testing.T) {
 		wants(t, store.Memory, "all", services(3, "v1"))
 		cancel()
 		<-done
+	})
+}
+
+// TestExporterRemembersAnExplanation: a deletion explains a loss also if something else changes before it is written.
+func TestExporterRemembersAnExplanation(t *testing.T) {
+	exporting(t, func(t *testing.T, store *recorder, e *etcd.Exporter) {
+		e.Set("all", services(300, "v1"))
+		_ = e.Flush(t.Context())
+		deleted, next := services(150, "v1"), services(149, "v1")
+		deleted.Explained = 150
+		e.Set("all", deleted)
+		e.Set("all", next)
+		update(e, map[string][]byte{"svc/shop/s0001": []byte("changed")}, 149, 0)
+		if err := e.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		next.Keys["svc/shop/s0001"] = []byte("changed")
+		wants(t, store.Memory, "all", next)
+		e.Set("all", services(90, "v1")) // and only once
+		time.Sleep(time.Second)
+		if st, _ := e.Status(); st["all"].Held == "" {
+			t.Error("an explanation that was used up explains another loss")
+		}
 	})
 }

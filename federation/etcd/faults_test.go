@@ -41,7 +41,7 @@ func (w *world) churn() (stop func()) {
 			if rand.IntN(4) == 0 {
 				change = map[string][]byte{"svc/shop/" + name: nil, "ep/shop/" + name + "/0": nil}
 			}
-			w.exporter.Update("all", change, 300, 0)
+			update(w.exporter, change, 300, 0)
 			time.Sleep(time.Millisecond)
 		}
 	})

@@ -100,7 +100,7 @@ func TestGuardWithStockClient(t *testing.T) {
 	if r := <-denied; !r.Canceled || !strings.Contains(fmt.Sprint(r.Err()), "permission denied") {
 		t.Errorf("denied watch: %+v", r)
 	}
-	w.exporter.Update("all", map[string][]byte{"svc/shop/s0001": []byte("v2")}, 20, 0)
+	update(w.exporter, map[string][]byte{"svc/shop/s0001": []byte("v2")}, 20, 0)
 	for name, ch := range map[string]clientv3.WatchChan{"first": first, "second": second} {
 		r := <-ch
 		if len(r.Events) != 1 || string(r.Events[0].Kv.Value) != "v2" || r.Events[0].PrevKv != nil {

@@ -125,6 +125,19 @@ func scopeList(names ...string) etcd.Scope {
 	return etcd.Scope{Keys: map[string][]byte{"scopes": b}, Complete: true}
 }
 
+// update changes some keys of the scope "all"; nil deletes.
+func update(e *etcd.Exporter, changed map[string][]byte, endpoints, explained int) {
+	sums := map[string]etcd.Sum{}
+	for k, v := range changed {
+		if sums[k] = (etcd.Sum{}); v != nil {
+			sums[k] = etcd.SumOf(v)
+		}
+	}
+	e.Patch("all", etcd.Patch{
+		Sums: sums, Value: func(key string) ([]byte, error) { return changed[key], nil }, Endpoints: endpoints, Explained: explained,
+	})
+}
+
 // services returns n services with slots of a few bytes each.
 func services(n int, version string) etcd.Scope {
 	keys := map[string][]byte{}

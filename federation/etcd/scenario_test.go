@@ -278,7 +278,7 @@ func TestFollowImports(t *testing.T) {
 		if n, complete := apply(); n != 101 || !complete || !maps.Equal(view, b.imported()) {
 			t.Errorf("%d changes at first, %d keys, complete %t", n, len(view), complete)
 		}
-		b.exporter.Update("all", map[string][]byte{"svc/shop/s0001": nil, "svc/shop/s0002": []byte("x")}, 50, 0)
+		update(b.exporter, map[string][]byte{"svc/shop/s0001": nil, "svc/shop/s0002": []byte("x")}, 50, 0)
 		time.Sleep(time.Second)
 		if n, complete := apply(); n != 2 || !complete || !maps.Equal(view, b.imported()) {
 			t.Errorf("%d changes of 2, complete %t", n, complete)
@@ -287,7 +287,7 @@ func TestFollowImports(t *testing.T) {
 		for i := range 2500 {
 			many[fmt.Sprintf("ep/shop/s0005/%d", i)] = []byte("x")
 		}
-		b.exporter.Update("all", many, 50, 0)
+		update(b.exporter, many, 50, 0)
 		time.Sleep(5 * time.Second)
 		apply()
 		stop()

@@ -68,11 +68,23 @@ func (m *Mesh) exportServices() {
 		}
 	}
 	exporter := m.term.Load().exporter
-	for scope, sums := range next.Scopes {
-		exporter.Set(scope, etcd.Scope{
-			Sums: sums, Value: func(key string) ([]byte, error) { return next.Value(scope, key) },
-			Endpoints: next.In(scope), Complete: true, Explained: explained(prev, next, scope),
-		})
+	value := func(scope string) func(string) ([]byte, error) {
+		return func(key string) ([]byte, error) { return next.Value(scope, key) }
+	}
+	for scope, endpoints := range next.Scopes {
+		if _, set := prev.Scopes[scope]; !set || m.exportedFrom == nil {
+			exporter.Set(scope, etcd.Scope{
+				Sums: next.Sums(scope), Value: value(scope), Endpoints: endpoints, Complete: true, Explained: explained(prev, next, scope),
+			})
+		}
+	}
+	if m.exportedFrom != nil {
+		for scope, sums := range next.Changes(prev) {
+			_, was := prev.Scopes[scope]
+			if endpoints, is := next.Scopes[scope]; was && is {
+				exporter.Patch(scope, etcd.Patch{Sums: sums, Value: value(scope), Endpoints: endpoints, Explained: explained(prev, next, scope)})
+			}
+		}
 	}
 	m.fade(prev, next)
 	m.exports.Store(next)
@@ -87,7 +99,7 @@ func (m *Mesh) fade(prev, next *federation.Exports) {
 		listed = *m.restored.Load()
 	}
 	prev.Each(func(name discovery.Name, scope string, _ int) {
-		if next.Scopes[scope] != nil || next.Scope(name) == "" || m.fading[scope] != nil {
+		if _, stays := next.Scopes[scope]; stays || next.Scope(name) == "" || m.fading[scope] != nil {
 			return
 		}
 		m.fading[scope] = map[string]bool{}

@@ -503,7 +503,7 @@ func TestAHostileMemberIsRefusedAndNamed(t *testing.T) {
 		if len(faults) > 0 {
 			t.Fatal(faults)
 		}
-		for k := range ex.Scopes[federation.AllScope] {
+		for k := range ex.Sums(federation.AllScope) {
 			v, err := ex.Value(federation.AllScope, k)
 			if err != nil {
 				t.Fatal(err)

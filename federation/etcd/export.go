@@ -616,7 +616,7 @@ func (s *exportScope) batch(e *Exporter, name string, now time.Time) ([]Op, func
 	last := len(s.check)-len(ops) <= len(s.due) // nothing more to write, except what waits
 	meta := &etcdpb.Meta{Keys: int64(left), Endpoints: s.last.Endpoints, Complete: s.last.Complete, RestartSeconds: int64(e.restart / time.Second)}
 	var epoch, tick []byte
-	explained := 0 // by what is written now
+	explained := 0                           // by what is written now
 	if last && s.want != nil && s.complete { // a partial export changes nothing that peers or the hold-back compare with
 		meta.Endpoints, meta.Complete, explained = int64(s.endpoints), true, s.explained
 		if s.epoch == nil {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -114,6 +115,5 @@ func (s *Source) Wait(ctx context.Context) error {
 // Verify checks a peer's chain (leaf first) against the bundle of its own trust domain and returns its SPIFFE ID
 // (X509-SVID §5). The error names the ID and trust domain where they could be read.
 func (s *Source) Verify(chain []*x509.Certificate) (spiffeid.ID, error) {
-	id, _, err := x509svid.Verify(chain, s)
-	return id, err
+	return Verify(chain, s, time.Now())
 }

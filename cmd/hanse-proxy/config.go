@@ -58,6 +58,7 @@ type ControlPlane struct {
 	XDS         []string `json:"xds"`         // host:port (7445)
 	TrustBundle string   `json:"trustBundle"` // file: PEM or SPIFFE bundle
 	TokenFile   string   `json:"tokenFile"`   // file with the agent token, 0600
+	PodToken    string   `json:"podToken"`    // in a pod, instead: file with its projected token, audience "hanse"
 
 	// WorkloadAPI is another agent's (SPIRE's) Workload API, used instead of the four above but xds. Default: $SPIFFE_ENDPOINT_SOCKET,
 	// where identity is empty.
@@ -203,7 +204,7 @@ func (c *Config) fill(dir string) {
 			c.Agent.FilesDir = cmp.Or(c.Agent.FilesDir, filepath.Join(c.StateDir, "files"))
 		}
 	}
-	for _, p := range []*string{&c.Socket, &c.ControlPlane.TrustBundle, &c.ControlPlane.TokenFile, &c.Agent.FilesDir, &c.Agent.Bootstrap, &c.Log.Access} {
+	for _, p := range []*string{&c.Socket, &c.ControlPlane.TrustBundle, &c.ControlPlane.TokenFile, &c.ControlPlane.PodToken, &c.Agent.FilesDir, &c.Agent.Bootstrap, &c.Log.Access} {
 		at(dir, p)
 	}
 	if c.Role == roleAgent && c.Agent.FilesDir != "" {
@@ -342,6 +343,9 @@ func (c *Config) validateControlPlane(bad report) {
 	}
 	if len(cp.Identity) == 0 {
 		bad("controlPlane.identity", "missing: the addresses of hansed's port 7444, or workloadAPI")
+	}
+	if cp.PodToken != "" && (cp.TokenFile != "" || c.Cluster == "") {
+		bad("controlPlane.podToken", "it needs cluster, the name that hansed has for it, and excludes tokenFile")
 	}
 	for i, a := range cp.Identity {
 		hostPort(bad, fmt.Sprintf("controlPlane.identity[%d]", i), a)

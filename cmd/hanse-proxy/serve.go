@@ -58,6 +58,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 	dial := func(ctx context.Context, addr string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", addr) }
 	ids, err := agent.New(agent.Config{
 		ServerAddrs: cfg.ControlPlane.Identity, TrustDomain: td, TrustBundle: cfg.ControlPlane.TrustBundle, TokenFile: cfg.ControlPlane.TokenFile,
+		PodToken: cfg.ControlPlane.PodToken, PodCluster: cfg.Cluster,
 		StateDir: filepath.Join(cfg.StateDir, "identity"), WorkloadAPI: cfg.ControlPlane.WorkloadAPI, SocketPath: given(cfg.Socket),
 		FilesDir: cfg.Agent.FilesDir, Dial: dial, SyncInterval: cfg.Timers.Sync.Duration, Log: log, Registerer: reg,
 	})

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-multierror"
@@ -64,6 +65,25 @@ type Identity struct {
 	X509Life Duration `json:"x509Life"`
 	JWTLife  Duration `json:"jwtLife"`
 	RootLife Duration `json:"rootLife"`
+
+	// Besides agent tokens, agents may show these.
+	X509Pop    X509Pop    `json:"x509pop"`
+	Kubernetes Kubernetes `json:"kubernetes"`
+}
+
+// X509Pop lets SPIRE agents attest by a certificate that chains to a CA in the file, and its key. Off without a file.
+type X509Pop struct {
+	CAFile string `json:"caFile"` // PEM
+}
+
+// Kubernetes lets agents attest by a pod's projected token, which the API server is asked about. Off without a cluster.
+type Kubernetes struct {
+	Cluster    string   `json:"cluster"`    // as agents name it
+	Server     string   `json:"server"`     // https://host:port of the API server; default: that of the pod's environment
+	CAFile     string   `json:"caFile"`     // default: the pod's
+	TokenFile  string   `json:"tokenFile"`  // of an account with ClusterRole system:auth-delegator; default: the pod's
+	NodeAgents []string `json:"nodeAgents"` // <namespace>:<service account> of SPIRE agents (k8s_psat), one per node; default: none
+	Audience   string   `json:"audience"`   // of the tokens of pods (hanse_pod); default "hanse"
 }
 
 // Etcd is where state lives: embedded, unless endpoints are given.
@@ -125,7 +145,8 @@ func LoadConfig(path string) (*Config, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	dir := filepath.Dir(path)
-	for _, p := range []*string{&c.DataDir, &c.ConfigDir, &c.Socket, &c.Etcd.CertFile, &c.Etcd.KeyFile, &c.Etcd.CAFile} {
+	for _, p := range []*string{&c.DataDir, &c.ConfigDir, &c.Socket, &c.Etcd.CertFile, &c.Etcd.KeyFile, &c.Etcd.CAFile,
+		&c.Identity.X509Pop.CAFile, &c.Identity.Kubernetes.CAFile, &c.Identity.Kubernetes.TokenFile} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -235,6 +256,16 @@ func (c *Config) Validate() error {
 	}
 	if l := c.Timers.Leader.Duration; l < time.Second || l%time.Second != 0 {
 		bad("timers.leader", "%s: want whole seconds, at least 1s", l)
+	}
+	if k := c.Identity.Kubernetes; k.Cluster == "" && (k.Server != "" || k.CAFile != "" || k.TokenFile != "" || len(k.NodeAgents) > 0 || k.Audience != "") {
+		bad("identity.kubernetes.cluster", "missing: say by which name agents know this cluster")
+	} else if k.Server != "" && !strings.HasPrefix(k.Server, "https://") {
+		bad("identity.kubernetes.server", "%q: want https://host:port", k.Server)
+	}
+	for i, a := range c.Identity.Kubernetes.NodeAgents {
+		if ns, sa, ok := strings.Cut(a, ":"); !ok || ns == "" || sa == "" {
+			bad(fmt.Sprintf("identity.kubernetes.nodeAgents[%d]", i), "%q: want <namespace>:<service account>, such as spire:spire-agent", a)
+		}
 	}
 	if (c.Etcd.CertFile == "") != (c.Etcd.KeyFile == "") {
 		bad("etcd", "certFile and keyFile go together")

@@ -136,7 +136,11 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		return nil, err
 	}
 	p.tokens = attest.New(td, recordsOf(p.stores.own, "identity/tokens/"), time.Now)
-	p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath),
+	evidence, err := attestors(cfg.Identity, td)
+	if err != nil {
+		return nil, err
+	}
+	p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath), Attestors: evidence,
 		OwnBundle: p.ownBundle, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
 	if err != nil {
 		return nil, err

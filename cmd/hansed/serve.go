@@ -61,6 +61,7 @@ func (p *controlPlane) serve(ctx context.Context) error {
 	limits := []grpc.ServerOption{grpc.MaxRecvMsgSize(4 << 20), grpc.ConnectionTimeout(10 * time.Second), grpc.MaxConcurrentStreams(100),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 10 * time.Minute}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true})}
+	limits = append(limits, p.spire.ServerOptions()...)
 	agents := grpc.NewServer(append(limits, grpc.Creds(credentials.NewTLS(p.spire.TLSConfig())))...)
 	p.spire.RegisterAgent(agents)
 	servers = append(servers, serveGRPC(agents, l))

@@ -13,7 +13,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
@@ -181,7 +180,7 @@ func (g *Guard) allowed(chain []*x509.Certificate, id spiffeid.ID, ranges ...key
 	if at.After(chain[0].NotAfter) {
 		at = chain[0].NotAfter
 	}
-	if _, _, err := x509svid.Verify(chain, g.cfg.Source, x509svid.WithTime(at)); err != nil {
+	if _, err := identity.Verify(chain, g.cfg.Source, at); err != nil {
 		return status.Errorf(codes.Unauthenticated, "verify %s: %v", id, err)
 	}
 	prefixes, ok := g.cfg.Authorize(id)

@@ -15,7 +15,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -484,7 +483,7 @@ func parseBundle(trustDomain string, data []byte) (*spiffebundle.Bundle, error) 
 
 // verifyControlPlane checks that a chain verifies against a bundle and names the control plane of its trust domain.
 func verifyControlPlane(chain []*x509.Certificate, b *spiffebundle.Bundle) error {
-	id, _, err := x509svid.Verify(chain, b)
+	id, err := identity.Verify(chain, b, time.Now())
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/hanse-mesh/hanse/federation"
 	"github.com/hanse-mesh/hanse/identity"
@@ -195,7 +194,7 @@ func verifyLeft(b *federation.Book) func(left, known *federation.Record) bool {
 			if err != nil {
 				return false
 			}
-			id, _, err := x509svid.Verify(chain, bundle, x509svid.WithTime(chain[0].NotBefore.Add(time.Second)))
+			id, err := identity.Verify(chain, bundle, chain[0].NotBefore.Add(time.Second))
 			return err == nil && id == identity.ControlPlaneID(td) && verifySignature(chain[0], left.SignedBytes(), left.Proof.Signature)
 		})
 	}

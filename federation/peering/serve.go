@@ -172,7 +172,7 @@ func (m *Mesh) verifyProber(chain []*x509.Certificate) error {
 	if err != nil && len(chain) > 0 {
 		if claimed, idErr := x509svid.IDFromCert(chain[0]); idErr == nil {
 			if b := m.provisionalBundle(claimed.TrustDomain()); b != nil {
-				id, _, err = x509svid.Verify(chain, b)
+				id, err = identity.Verify(chain, b, time.Now())
 			}
 		}
 	}

@@ -34,6 +34,10 @@ type Config struct {
 	TokenFile   string // file with the agent token, mode 0600; needed to attest
 	StateDir    string // mode 0700; keeps keys, SVIDs and bundles
 
+	// PodToken is the file of the pod's projected token, read anew each time, with which to attest instead of an agent token;
+	// PodCluster is the cluster's name at the server.
+	PodToken, PodCluster string
+
 	// WorkloadAPI is the address of another agent's Workload API (unix:///…), which then is the source of everything.
 	WorkloadAPI string
 
@@ -62,6 +66,9 @@ func (c *Config) validate() error {
 	}
 	if c.TrustDomain.IsZero() {
 		errs = append(errs, errors.New("no trust domain"))
+	}
+	if c.PodToken != "" && (c.PodCluster == "" || c.TokenFile != "") {
+		errs = append(errs, errors.New("a pod's token goes with the cluster's name, and excludes an agent token"))
 	}
 	if c.StateDir == "" {
 		errs = append(errs, errors.New("no state folder"))

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -52,7 +51,7 @@ func (a *Agent) connect(trust *spiffebundle.Bundle, cred *credential) (*client, 
 			if len(state.PeerCertificates) == 0 {
 				return errors.New("the server presented no certificate")
 			}
-			id, _, err := x509svid.Verify(state.PeerCertificates, trust, x509svid.WithTime(a.cfg.Now()))
+			id, err := identity.Verify(state.PeerCertificates, trust, a.cfg.Now())
 			if err != nil {
 				return fmt.Errorf("verify server: %w", err)
 			}

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -19,7 +20,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -28,6 +28,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/atomicfile"
 	"github.com/hanse-mesh/hanse/identity/spiretypes"
 )
@@ -37,6 +38,8 @@ const (
 	maxEntries = 10000 // that one agent reads
 	maxToken   = 4096  // bytes of the token file
 	maxTrust   = 1 << 20
+
+	maxPodToken = 32 << 10
 )
 
 // step does everything that is due, once. The caller holds work.
@@ -123,7 +126,7 @@ func (a *Agent) accept(p *types.X509SVID, key *ecdsa.PrivateKey, want spiffeid.I
 		return nil, err
 	}
 	now := a.cfg.Now()
-	id, _, err := x509svid.Verify(chain, own, x509svid.WithTime(now))
+	id, err := identity.Verify(chain, own, now)
 	if err != nil {
 		return nil, err
 	}
@@ -136,13 +139,13 @@ func (a *Agent) accept(p *types.X509SVID, key *ecdsa.PrivateKey, want spiffeid.I
 	return &credential{key: key, id: id, chain: chain, renewAt: renewTime(now, chain[0].NotAfter)}, nil
 }
 
-// attest gets an agent SVID by the token. The key is kept first, so that a lost answer can be asked for again.
+// attest gets an agent SVID by the token, or the pod's. The key is kept first, so that a lost answer can be asked for again.
 func (a *Agent) attest(ctx context.Context) error {
 	trust, err := a.bootstrapBundle()
 	if err != nil {
 		return fmt.Errorf("attest: %w", err)
 	}
-	token, err := a.token()
+	evidence, err := a.evidence()
 	if err != nil {
 		return fmt.Errorf("attest: %w", err)
 	}
@@ -172,14 +175,14 @@ func (a *Agent) attest(ctx context.Context) error {
 		return fmt.Errorf("attest at %s: %w", c.addr, err)
 	}
 	err = stream.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
-		Data:   &types.AttestationData{Type: "join_token", Payload: token},
+		Data:   evidence,
 		Params: &agentv1.AgentX509SVIDParams{Csr: der},
 	}}})
 	if err != nil && !errors.Is(err, io.EOF) { // EOF: Recv has the reason
 		return fmt.Errorf("attest at %s: %w", c.addr, err)
 	}
 	resp, err := stream.Recv()
-	if status.Code(err) == codes.InvalidArgument {
+	if status.Code(err) == codes.InvalidArgument && a.cfg.PodToken == "" { // a pod's token is another one next time
 		return fmt.Errorf("attest at %s: %w: %w", c.addr, ErrTokenRefused, err)
 	}
 	if err != nil {
@@ -214,6 +217,14 @@ func withBundle(m map[spiffeid.TrustDomain]*spiffebundle.Bundle, b *spiffebundle
 }
 
 func (a *Agent) renewAgent(ctx context.Context) error {
+	if a.cfg.PodToken != "" { // its agents attest again; meanwhile the old SVID is good
+		before := a.state.agent
+		err := a.attest(ctx)
+		if err != nil && before.valid(a.cfg.Now()) {
+			a.state.agent = before
+		}
+		return err
+	}
 	key, err := newKey()
 	if err != nil {
 		return fmt.Errorf("renew agent SVID: %w", err)
@@ -485,6 +496,28 @@ func parseTrust(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, err
 		return nil, errors.New("neither a SPIFFE bundle nor PEM certificates")
 	}
 	return b, nil
+}
+
+// evidence is what this agent attests with.
+func (a *Agent) evidence() (*types.AttestationData, error) {
+	if a.cfg.PodToken == "" {
+		token, err := a.token()
+		return &types.AttestationData{Type: "join_token", Payload: token}, err
+	}
+	f, err := os.Open(a.cfg.PodToken) // the kubelet's modes, not ours
+	if err != nil {
+		return nil, fmt.Errorf("pod token: %w", err)
+	}
+	defer f.Close()
+	token, err := io.ReadAll(io.LimitReader(f, maxPodToken))
+	if err != nil {
+		return nil, fmt.Errorf("pod token %s: %w", a.cfg.PodToken, err)
+	}
+	payload, err := json.Marshal(map[string]string{"cluster": a.cfg.PodCluster, "token": string(bytes.TrimSpace(token))})
+	if err != nil {
+		return nil, fmt.Errorf("pod token %s: %w", a.cfg.PodToken, err)
+	}
+	return &types.AttestationData{Type: "hanse_pod", Payload: payload}, nil
 }
 
 func (a *Agent) token() ([]byte, error) {

@@ -14,7 +14,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/hanse-mesh/hanse/identity"
 )
@@ -203,7 +202,7 @@ func (p *Puller) fetch(ctx context.Context, r Relation) (*spiffebundle.Bundle, e
 			InsecureSkipVerify:     true,             // no host names: VerifyConnection verifies chain and ID
 			SessionTicketsDisabled: true,
 			VerifyConnection: func(state tls.ConnectionState) error {
-				id, _, err := x509svid.Verify(state.PeerCertificates, p.cfg.Store)
+				id, err := identity.Verify(state.PeerCertificates, p.cfg.Store, time.Now())
 				if err != nil {
 					return err
 				}

@@ -228,6 +228,34 @@ func (a *Authority) SignX509(ctx context.Context, p X509Params) ([]*x509.Certifi
 	return []*x509.Certificate{leaf}, nil
 }
 
+// SignDownstream signs an intermediate CA of this trust domain (X509-SVID §4): whoever holds its key signs for every ID of
+// it. ttl 0 is a day; nothing outlives the root. The chain is the CA first; the bundle's authorities verify it.
+func (a *Authority) SignDownstream(_ context.Context, key crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error) {
+	now := a.cfg.Now()
+	r, notAfter, err := a.issuer(now, ttl, min(24*time.Hour, a.cfg.RootLife))
+	if err != nil {
+		return nil, fmt.Errorf("sign downstream CA of %s: %w", a.cfg.TrustDomain, err)
+	}
+	template, err := caTemplate(a.cfg, now, notAfter)
+	if err != nil {
+		return nil, err
+	}
+	template.Subject.OrganizationalUnit = []string{"DOWNSTREAM"}
+	if template.NotBefore.Before(r.cert.NotBefore) {
+		template.NotBefore = r.cert.NotBefore
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, r.cert, key, r.key)
+	if err != nil {
+		return nil, fmt.Errorf("sign downstream CA of %s: %w", a.cfg.TrustDomain, err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("sign downstream CA of %s: %w", a.cfg.TrustDomain, err)
+	}
+	a.metrics.signed.WithLabelValues("ca").Inc()
+	return []*x509.Certificate{cert}, nil
+}
+
 // NewSVID makes a P-256 key and signs an X509-SVID for it, for this replica's own use.
 func (a *Authority) NewSVID(id spiffeid.ID, ttl time.Duration) (*x509svid.SVID, error) {
 	return a.newSVID(context.Background(), id, ttl)

@@ -68,17 +68,19 @@ func (a *Authority) Activate() error {
 	return nil
 }
 
-// DropOld takes those old roots out of the bundle whose every SVID has expired.
+// DropOld takes those old roots out of the bundle whose every SVID has expired, and added authorities that have.
 func (a *Authority) DropOld() error {
 	now := a.cfg.Now()
 	gone := func(r *root) bool {
 		return r.phase == old && (!now.Before(r.signedUntil) || !now.Before(r.cert.NotAfter))
 	}
-	if !slices.ContainsFunc(a.state.Load().roots, gone) {
+	ended := func(d Added) bool { return d.expired(now) }
+	if st := a.state.Load(); !slices.ContainsFunc(st.roots, gone) && !slices.ContainsFunc(st.added, ended) {
 		return nil
 	}
 	err := a.change(func(n *state) bool {
 		n.roots = slices.DeleteFunc(n.roots, gone)
+		n.added = slices.DeleteFunc(slices.Clone(n.added), ended)
 		return true
 	})
 	if err != nil {
@@ -165,7 +167,7 @@ type metrics struct {
 func newMetrics(reg prometheus.Registerer, a *Authority) (*metrics, error) {
 	m := &metrics{
 		signed: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "hanse_ca_signed_total", Help: "SVIDs signed by this replica, by kind (x509, jwt)."}, []string{"kind"}),
+			Name: "hanse_ca_signed_total", Help: "Signatures of this replica, by kind (x509, jwt, ca)."}, []string{"kind"}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "hanse_ca_rotation_failures_total", Help: "Steps of a root rotation that failed and are tried again."}),
 		unacknowledged: prometheus.NewCounter(prometheus.CounterOpts{

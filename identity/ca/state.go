@@ -59,6 +59,7 @@ func (r *root) life() time.Duration { return r.cert.NotAfter.Sub(r.created) }
 type state struct {
 	sequence uint64
 	roots    []*root // at most one prepared, at most one active
+	added    []Added // by others; not changed in place
 	changed  chan struct{}
 }
 
@@ -84,6 +85,13 @@ func (s *state) bundle(cfg Config) *spiffebundle.Bundle {
 			}
 		}
 	}
+	for _, d := range s.added {
+		if d.Certificate != nil {
+			b.AddX509Authority(d.Certificate)
+		} else if err := b.AddJWTAuthority(d.JWTKeyID, d.JWTKey); err != nil {
+			panic(err) // a key ID is never empty
+		}
+	}
 	b.SetSequenceNumber(s.sequence)
 	b.SetRefreshHint(min(5*time.Minute, max(cfg.RootLife/20, time.Second)).Truncate(time.Second))
 	return b
@@ -98,24 +106,9 @@ func newRoot(cfg Config, now time.Time) (*root, error) {
 	if r.jwtKey, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return nil, fmt.Errorf("make JWT key: %w", err)
 	}
-	serial, err := newSerial()
+	template, err := caTemplate(cfg, now, now.Add(cfg.RootLife))
 	if err != nil {
 		return nil, err
-	}
-	subject := pkix.Name{Organization: []string{"Hanse"}, CommonName: cfg.TrustDomain.Name(), SerialNumber: serial.Text(16)}
-	if cfg.Replica != "" {
-		subject.OrganizationalUnit = []string{cfg.Replica}
-	}
-	// SPIFFE X509-SVID §4: a signing certificate is a CA with keyCertSign, and its SPIFFE ID has no path.
-	template := &x509.Certificate{
-		SerialNumber:          serial,
-		Subject:               subject,
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(cfg.RootLife),
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		BasicConstraintsValid: true,
-		IsCA:                  true,
-		URIs:                  []*url.URL{cfg.TrustDomain.ID().URL()},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, r.key.Public(), r.key)
 	if err != nil {
@@ -128,6 +121,28 @@ func newRoot(cfg Config, now time.Time) (*root, error) {
 		return nil, err
 	}
 	return r, nil
+}
+
+// caTemplate is a signing certificate (X509-SVID §4): a CA with keyCertSign, whose SPIFFE ID has no path.
+func caTemplate(cfg Config, now, notAfter time.Time) (*x509.Certificate, error) {
+	serial, err := newSerial()
+	if err != nil {
+		return nil, err
+	}
+	subject := pkix.Name{Organization: []string{"Hanse"}, CommonName: cfg.TrustDomain.Name(), SerialNumber: serial.Text(16)}
+	if cfg.Replica != "" {
+		subject.OrganizationalUnit = []string{cfg.Replica}
+	}
+	return &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               subject,
+		NotBefore:             now.Add(-backdate),
+		NotAfter:              notAfter,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+		URIs:                  []*url.URL{cfg.TrustDomain.ID().URL()},
+	}, nil
 }
 
 func keyID(key *ecdsa.PrivateKey) (string, error) {
@@ -145,7 +160,7 @@ func (a *Authority) change(f func(next *state) (bundle bool)) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	cur := a.state.Load()
-	next := &state{sequence: cur.sequence, roots: slices.Clone(cur.roots), changed: cur.changed}
+	next := &state{sequence: cur.sequence, roots: slices.Clone(cur.roots), added: cur.added, changed: cur.changed}
 	bundle := f(next)
 	if bundle {
 		next.changed = make(chan struct{})
@@ -167,6 +182,8 @@ type fileState struct {
 	TrustDomain string     `json:"trust_domain"`
 	Sequence    uint64     `json:"sequence"`
 	Roots       []fileRoot `json:"roots"`
+
+	Added []fileAdded `json:"added,omitempty"`
 }
 
 type fileRoot struct {
@@ -195,6 +212,13 @@ func store(path string, td spiffeid.TrustDomain, s *state) error {
 		}
 		f.Roots = append(f.Roots, fileRoot{Phase: r.phase, Created: r.created, SignedUntil: r.signedUntil, Held: r.held, Tainted: r.tainted,
 			Certificate: r.cert.Raw, Key: key, JWTKey: jwtKey})
+	}
+	for _, d := range s.added {
+		fa, err := d.encode()
+		if err != nil {
+			return fmt.Errorf("encode added authority %s: %w", d.KeyID(), err)
+		}
+		f.Added = append(f.Added, fa)
 	}
 	data, err := json.MarshalIndent(f, "", "  ")
 	if err != nil {
@@ -244,6 +268,13 @@ func (s *state) decode(data []byte, td spiffeid.TrustDomain) error {
 			return fmt.Errorf("root %d: a second %s one", i, r.phase)
 		}
 		s.roots = append(s.roots, r)
+	}
+	for i, fa := range f.Added {
+		d, err := fa.decode()
+		if err != nil {
+			return fmt.Errorf("added authority %d: %w", i, err)
+		}
+		s.added = append(s.added, d)
 	}
 	return nil
 }

@@ -4,6 +4,9 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"io"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +24,11 @@ import (
 	"github.com/hanse-mesh/hanse/identity/spiretypes"
 )
 
-const joinToken = "join_token"
+const (
+	joinToken      = "join_token"
+	attestTimeout  = 10 * time.Second // of each message of an unknown caller
+	examineTimeout = 20 * time.Second
+)
 
 // agentKept is how long an expired agent is remembered.
 const agentKept = 24 * time.Hour
@@ -31,32 +38,45 @@ type agentService struct {
 	service
 }
 
-// AttestAgent admits an agent by a token. Anyone may call it, at a limited rate.
+// AttestAgent admits an agent by a token or other evidence. Anyone may call it, at a limited rate.
 func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 	ctx := stream.Context()
 	if host := remoteHost(ctx); !s.limit.allow(host) {
+		s.attest.WithLabelValues("limited").Inc()
+		if s.floods.due(s.cfg.Now()) {
+			s.log.Warn("too many attestations; more of them are refused for now without a word here", "from", host)
+		}
 		return status.Errorf(codes.ResourceExhausted, "too many attestations from %s, try again later", host)
 	}
-	req, err := firstMessage(stream)
+	req, err := nextMessage(stream)
 	if err != nil {
 		return err
 	}
-	result, err := s.attestAgent(ctx, req.GetParams())
+	result, err := s.attestAgent(ctx, req.GetParams(), func(challenge []byte) ([]byte, error) {
+		if err := stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: challenge}}); err != nil {
+			return nil, err
+		}
+		next, err := nextMessage(stream)
+		if err != nil {
+			return nil, err
+		}
+		return next.GetChallengeResponse(), nil
+	})
 	if err != nil {
 		label := "refused"
 		if c := status.Code(err); c == codes.Internal || c == codes.Unavailable {
 			label = "error"
 		}
 		s.attest.WithLabelValues(label).Inc()
-		s.log.Warn("attestation refused", "from", remoteHost(ctx), "error", err)
+		s.log.Warn("attestation refused", "from", remoteHost(ctx), "type", req.GetParams().GetData().GetType(), "error", err)
 		return err
 	}
 	s.attest.WithLabelValues("ok").Inc()
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{Result: result}})
 }
 
-// firstMessage bounds how long an unknown caller may keep a stream open: its Recv ends when the method returns.
-func firstMessage(stream agentv1.Agent_AttestAgentServer) (*agentv1.AttestAgentRequest, error) {
+// nextMessage bounds how long an unknown caller may keep a stream open: its Recv ends when the method returns.
+func nextMessage(stream agentv1.Agent_AttestAgentServer) (*agentv1.AttestAgentRequest, error) {
 	type received struct {
 		req *agentv1.AttestAgentRequest
 		err error
@@ -66,78 +86,131 @@ func firstMessage(stream agentv1.Agent_AttestAgentServer) (*agentv1.AttestAgentR
 		req, err := stream.Recv()
 		ch <- received{req, err}
 	}()
-	timer := time.NewTimer(10 * time.Second)
+	timer := time.NewTimer(attestTimeout)
 	defer timer.Stop()
 	select {
 	case r := <-ch:
+		if errors.Is(r.err, io.EOF) {
+			return nil, invalid("the stream ended without attestation data")
+		}
 		return r.req, r.err
 	case <-timer.C:
 		return nil, status.Error(codes.DeadlineExceeded, "no attestation data within 10 s")
 	}
 }
 
-func (s *agentService) attestAgent(ctx context.Context, p *agentv1.AttestAgentRequest_Params) (*agentv1.AttestAgentResponse_Result, error) {
+// accepted is an agent whose evidence holds.
+type accepted struct {
+	id        spiffeid.ID
+	entry     spiffeid.ID // zero: what an administrator registers
+	kind      string
+	selectors []selectorRecord
+	reattest  bool
+}
+
+func (s *agentService) attestAgent(ctx context.Context, p *agentv1.AttestAgentRequest_Params, challenge attest.Challenge) (*agentv1.AttestAgentResponse_Result, error) {
 	switch {
 	case p == nil:
 		return nil, invalid("missing params")
 	case p.Data == nil:
 		return nil, invalid("missing attestation data")
-	case p.Data.Type != joinToken:
-		return nil, status.Errorf(codes.FailedPrecondition, "attestation of type %q is not served here, only %s", p.Data.Type, joinToken)
 	}
-	csr, err := parseCSR(p.GetParams().GetCsr())
+	attestor := s.cfg.Attestors[p.Data.Type]
+	if attestor == nil && p.Data.Type != joinToken {
+		return nil, status.Errorf(codes.FailedPrecondition, "attestation of type %q is not served here, only %v", p.Data.Type,
+			append([]string{joinToken}, slices.Sorted(maps.Keys(s.cfg.Attestors))...))
+	}
+	csr, err := parseAgentCSR(p.GetParams().GetCsr())
 	if err != nil {
 		return nil, err
 	}
-	red, err := s.cfg.Tokens.Redeem(ctx, strings.TrimSpace(string(p.Data.Payload)), keyHash(csr))
-	switch {
-	case errors.Is(err, attest.ErrUnknown), errors.Is(err, attest.ErrTampered), errors.Is(err, attest.ErrUsed), errors.Is(err, attest.ErrExpired):
-		return nil, invalid("attest agent: %v", err)
-	case err != nil:
-		return nil, s.internal("attest agent", err)
+	var who accepted
+	if attestor == nil {
+		who, err = s.redeem(ctx, string(p.Data.Payload), csr)
+	} else {
+		who, err = s.examine(ctx, attestor, p.Data, challenge)
 	}
-	if a := s.reg.agent(red.AgentID.String()); a != nil && a.Banned {
-		return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", red.AgentID)
-	}
-	chain, err := s.signAgent(ctx, red.AgentID, csr)
 	if err != nil {
 		return nil, err
 	}
-	_, err = s.reg.putAgent(ctx, red.AgentID.String(), func(a *agentRecord) error {
-		a.Type = joinToken
-		a.Serial, a.Expires = chain[0].SerialNumber.String(), chain[0].NotAfter.Unix()
-		a.NewSerial, a.NewExpires = "", 0
+	if a := s.reg.agent(who.id.String()); a != nil && a.Banned {
+		return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", who.id)
+	}
+	chain, err := s.signAgent(ctx, who.id, csr)
+	if err != nil {
+		return nil, err
+	}
+	_, err = s.reg.putAgent(ctx, who.id.String(), func(a *agentRecord) error {
+		a.Type, a.Selectors, a.CanReattest = who.kind, who.selectors, who.reattest
+		a.Serial, a.Expires, a.Authority = chain[0].SerialNumber.String(), chain[0].NotAfter.Unix(), authorityOf(chain[0])
+		a.NewSerial, a.NewExpires, a.NewAuthority = "", 0, ""
 		return nil
 	})
 	if err != nil {
 		return nil, s.internal("attest agent", err)
 	}
-	if !red.ID.IsZero() {
-		if err := s.grantEntry(ctx, red); err != nil {
+	if !who.entry.IsZero() {
+		if err := s.grantEntry(ctx, who); err != nil {
 			return nil, s.internal("attest agent", err)
 		}
 	}
-	s.log.Info("agent attested", "agent", red.AgentID.String(), "for", red.ID.String(), "from", remoteHost(ctx))
-	return &agentv1.AttestAgentResponse_Result{Svid: spiretypes.FromChain(red.AgentID, chain)}, nil
+	s.log.Info("agent attested", "agent", who.id.String(), "for", who.entry.String(), "from", remoteHost(ctx))
+	return &agentv1.AttestAgentResponse_Result{Svid: spiretypes.FromChain(who.id, chain), Reattestable: who.reattest}, nil
 }
 
-// tokenEntryID is the ID of the entry that came with an agent's token.
-func tokenEntryID(agent spiffeid.ID) string {
-	return "token." + agent.Path()[strings.LastIndexByte(agent.Path(), '/')+1:]
+// grantedEntryID is the ID of the entry that came with an agent's token or pod: of its kind and the last part of /spire/agent/<kind>/….
+func grantedEntryID(agent spiffeid.ID) string {
+	kind, rest, _ := strings.Cut(strings.TrimPrefix(agent.Path(), "/spire/agent/"), "/")
+	if kind == joinToken {
+		kind = "token"
+	}
+	return kind + "." + rest[strings.LastIndexByte(rest, '/')+1:]
 }
 
-// grantEntry gives an agent the one entry that its token is for.
-func (s *agentService) grantEntry(ctx context.Context, red attest.Redemption) error {
-	entryID := tokenEntryID(red.AgentID)
+func (s *agentService) redeem(ctx context.Context, token string, csr *x509.CertificateRequest) (accepted, error) {
+	red, err := s.cfg.Tokens.Redeem(ctx, strings.TrimSpace(token), keyHash(csr))
+	switch {
+	case errors.Is(err, attest.ErrUnknown), errors.Is(err, attest.ErrTampered), errors.Is(err, attest.ErrUsed), errors.Is(err, attest.ErrExpired):
+		return accepted{}, invalid("attest agent: %v", err)
+	case err != nil:
+		return accepted{}, s.internal("attest agent", err)
+	}
+	return accepted{id: red.AgentID, entry: red.ID, kind: joinToken}, nil
+}
+
+// examine has an Attestor check evidence that can be shown again.
+func (s *agentService) examine(ctx context.Context, by attest.Attestor, data *types.AttestationData, challenge attest.Challenge) (accepted, error) {
+	ctx, cancel := context.WithTimeout(ctx, examineTimeout)
+	defer cancel()
+	e, err := by.Attest(ctx, data.Payload, challenge)
+	switch st, isStatus := status.FromError(err); {
+	case errors.Is(err, attest.ErrRefused):
+		return accepted{}, status.Errorf(codes.PermissionDenied, "attest agent by %s: %v", data.Type, err)
+	case err != nil && isStatus: // of the stream
+		return accepted{}, st.Err()
+	case err != nil:
+		s.log.Error("cannot check an agent's evidence", "type", data.Type, "error", err)
+		return accepted{}, status.Errorf(codes.Unavailable, "attest agent by %s: the evidence cannot be checked now", data.Type)
+	}
+	out := accepted{id: e.AgentID, entry: e.Entry, kind: data.Type, reattest: true}
+	for _, v := range e.Selectors {
+		out.selectors = append(out.selectors, selectorRecord{Type: data.Type, Value: v})
+	}
+	return out, nil
+}
+
+// grantEntry gives an agent the one entry that its token or its pod is for.
+func (s *agentService) grantEntry(ctx context.Context, who accepted) error {
+	entryID := grantedEntryID(who.id)
 	_, err := s.reg.putEntry(ctx, entryID, func(cur *entryRecord) (*entryRecord, error) {
-		if cur != nil {
+		if cur != nil && cur.spiffeID == who.entry && cur.parentID == who.id {
 			return cur, nil
 		}
 		return newEntryRecord(&types.Entry{
 			Id:        entryID,
-			SpiffeId:  spiretypes.FromID(red.ID),
-			ParentId:  spiretypes.FromID(red.AgentID),
-			Selectors: []*types.Selector{{Type: "spiffe_id", Value: red.AgentID.String()}},
+			SpiffeId:  spiretypes.FromID(who.entry),
+			ParentId:  spiretypes.FromID(who.id),
+			Selectors: []*types.Selector{{Type: "spiffe_id", Value: who.id.String()}},
 			CreatedAt: s.cfg.Now().Unix(),
 		}, true)
 	})
@@ -169,7 +242,7 @@ func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	if a.CanReattest {
 		return nil, denied(types.PermissionDeniedDetails_AGENT_MUST_REATTEST, "agent %s must attest again", a.ID)
 	}
-	csr, err := parseCSR(req.GetParams().GetCsr())
+	csr, err := parseAgentCSR(req.GetParams().GetCsr())
 	if err != nil {
 		return nil, err
 	}
@@ -182,7 +255,7 @@ func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 		return nil, err
 	}
 	_, err = s.reg.updateAgent(ctx, a.ID, func(n *agentRecord) error {
-		n.NewSerial, n.NewExpires = chain[0].SerialNumber.String(), chain[0].NotAfter.Unix()
+		n.NewSerial, n.NewExpires, n.NewAuthority = chain[0].SerialNumber.String(), chain[0].NotAfter.Unix(), authorityOf(chain[0])
 		return nil
 	})
 	if err != nil {

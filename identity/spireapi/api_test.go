@@ -10,6 +10,8 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"fmt"
 	"io"
 	"net"
@@ -109,8 +111,8 @@ func newFixture(t *testing.T, edit ...func(*spireapi.Config)) *fixture {
 	}
 	f.api, err = spireapi.New(t.Context(), cfg)
 	check(t, err)
-	f.lis = serve(t, grpc.NewServer(grpc.Creds(credentials.NewTLS(f.api.TLSConfig()))), f.api.RegisterAgent)
-	adminLis := serve(t, grpc.NewServer(), f.api.RegisterAdmin)
+	f.lis = serve(t, grpc.NewServer(append(f.api.ServerOptions(), grpc.Creds(credentials.NewTLS(f.api.TLSConfig())))...), f.api.RegisterAgent)
+	adminLis := serve(t, grpc.NewServer(f.api.ServerOptions()...), f.api.RegisterAdmin)
 	f.admin = newClient(t, adminLis, insecure.NewCredentials())
 	return f
 }
@@ -189,6 +191,20 @@ func csr(t testing.TB, key crypto.Signer, ids ...string) []byte {
 	der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
 	check(t, err)
 	return der
+}
+
+func csrWith(t testing.TB, edit func(*x509.CertificateRequest)) []byte {
+	t.Helper()
+	template := &x509.CertificateRequest{}
+	edit(template)
+	der, err := x509.CreateCertificateRequest(rand.Reader, template, newKey(t))
+	check(t, err)
+	return der
+}
+
+// askForCA asks for basic constraints with the CA bit.
+func askForCA(r *x509.CertificateRequest) {
+	r.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 19}, Critical: true, Value: []byte{0x30, 0x03, 0x01, 0x01, 0xff}}}
 }
 
 func (c *client) attest(ctx context.Context, kind, token string, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
@@ -598,15 +614,30 @@ func TestAuthorization(t *testing.T) {
 			}
 		}
 	}
-	for name, call := range map[string]func(c *client) error{
+	for name, call := range map[string]func(c *client) error{ // for downstream servers, which none of these is
 		"NewDownstreamX509CA": func(c *client) error {
-			_, err := c.NewDownstreamX509CA(ctx, &svidv1.NewDownstreamX509CARequest{})
+			_, err := c.NewDownstreamX509CA(ctx, &svidv1.NewDownstreamX509CARequest{Csr: csr(t, newKey(t))})
 			return err
 		},
-		"AppendBundle": func(c *client) error { _, err := c.AppendBundle(ctx, &bundlev1.AppendBundleRequest{}); return err },
+		"PublishJWTAuthority": func(c *client) error {
+			_, err := c.PublishJWTAuthority(ctx, &bundlev1.PublishJWTAuthorityRequest{})
+			return err
+		},
 	} {
-		for _, c := range callers {
-			wantCode(t, name, call(c), codes.Unimplemented)
+		for who, c := range callers {
+			if code := status.Code(call(c)); code != codes.PermissionDenied && code != codes.Unauthenticated {
+				t.Errorf("%s by %s: %s", name, who, code)
+			}
+		}
+	}
+	for who, c := range callers {
+		_, err := c.AppendBundle(ctx, &bundlev1.AppendBundleRequest{})
+		want := codes.InvalidArgument // there is nothing to append
+		if !slices.Contains(adminOnly, who) {
+			want = codes.PermissionDenied
+		}
+		if code := status.Code(err); code != want && (want != codes.PermissionDenied || code != codes.Unauthenticated) {
+			t.Errorf("AppendBundle by %s: %s", who, code)
 		}
 	}
 }
@@ -718,6 +749,10 @@ func TestSigningRefusals(t *testing.T) {
 		"no entry":              {"", csr(t, newKey(t)), codes.InvalidArgument},
 		"another ID":            {mine, csr(t, newKey(t), "spiffe://west.demo/ns/shop/sa/payments"), codes.InvalidArgument},
 		"two IDs":               {mine, csr(t, newKey(t), frontend.String(), frontend.String()), codes.InvalidArgument},
+		"DNS names":             {mine, csrWith(t, func(r *x509.CertificateRequest) { r.DNSNames = []string{"bank.example"} }), codes.InvalidArgument},
+		"IP addresses":          {mine, csrWith(t, func(r *x509.CertificateRequest) { r.IPAddresses = []net.IP{{10, 0, 0, 1}} }), codes.InvalidArgument},
+		"email addresses":       {mine, csrWith(t, func(r *x509.CertificateRequest) { r.EmailAddresses = []string{"eve@bank.example"} }), codes.InvalidArgument},
+		"a CA's certificate":    {mine, csrWith(t, askForCA), codes.InvalidArgument},
 		"P-521":                 {mine, csr(t, weak, frontend.String()), codes.InvalidArgument},
 		"only the key":          {mine, csr(t, newKey(t)), codes.OK},
 	} {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -16,11 +17,13 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/ca"
 	"github.com/hanse-mesh/hanse/identity/spiretypes"
 )
 
-// bundleService serves bundles. AppendBundle and the Publish methods are not served: each replica publishes its own
-// authorities, and nobody writes another's.
+// bundleService serves bundles. What AppendBundle and PublishJWTAuthority bring is kept beside this replica's own roots and
+// published with them, so that replicas never write one another's. WIT-SVIDs are not issued here, so neither is their key
+// published.
 type bundleService struct {
 	bundlev1.UnimplementedBundleServer
 	service
@@ -60,6 +63,98 @@ func (s *bundleService) GetFederatedBundle(ctx context.Context, req *bundlev1.Ge
 	seq, _ := b.SequenceNumber()
 	s.noteLoaded(ctx, td, seq)
 	return s.bundleProto(b, req.OutputMask)
+}
+
+// AppendBundle adds authorities to this trust domain's bundle, for administrators.
+func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBundleRequest) (*types.Bundle, error) {
+	if err := s.admin(ctx); err != nil {
+		return nil, err
+	}
+	switch n := len(req.X509Authorities) + len(req.JwtAuthorities); {
+	case n == 0:
+		return nil, invalid("no authorities to append")
+	case n > maxBatch:
+		return nil, invalid("more than %d in one batch", maxBatch)
+	}
+	var all []ca.Added
+	for _, a := range req.X509Authorities {
+		certs, err := x509.ParseCertificates(a.GetAsn1())
+		if err != nil || len(certs) == 0 {
+			return nil, invalid("X.509 authority: %v", errors.Join(err, errors.New("want DER certificates")))
+		}
+		for _, c := range certs {
+			all = append(all, ca.Added{Certificate: c, Expires: c.NotAfter, Tainted: a.Tainted})
+		}
+	}
+	for _, k := range req.JwtAuthorities {
+		d, err := addedJWT(k)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, d)
+	}
+	if err := s.add(all...); err != nil {
+		return nil, err
+	}
+	return s.bundleProto(s.cfg.OwnBundle(), req.OutputMask)
+}
+
+// PublishJWTAuthority adds a downstream server's JWT key to the bundle, and returns all JWT keys.
+func (s *bundleService) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTAuthorityRequest) (*bundlev1.PublishJWTAuthorityResponse, error) {
+	if _, err := s.downstream(ctx); err != nil {
+		return nil, err
+	}
+	if req.JwtAuthority == nil {
+		return nil, invalid("missing JWT authority")
+	}
+	d, err := addedJWT(req.JwtAuthority)
+	if err != nil {
+		return nil, err
+	}
+	if d.Expires.IsZero() {
+		return nil, invalid("JWT authority %q does not expire: a downstream key must", d.JWTKeyID)
+	}
+	if err := s.add(d); err != nil {
+		return nil, err
+	}
+	b, err := s.bundleProto(s.cfg.OwnBundle(), &types.BundleMask{JwtAuthorities: true})
+	if err != nil {
+		return nil, err
+	}
+	return &bundlev1.PublishJWTAuthorityResponse{JwtAuthorities: b.JwtAuthorities}, nil
+}
+
+func addedJWT(k *types.JWTKey) (ca.Added, error) {
+	key, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
+	if err != nil {
+		return ca.Added{}, invalid("JWT authority %q: %v", k.GetKeyId(), err)
+	}
+	d := ca.Added{JWTKeyID: k.KeyId, JWTKey: key, Tainted: k.Tainted}
+	if len(k.KeyId) > maxString {
+		return d, invalid("the key ID of a JWT authority is too long")
+	}
+	if k.ExpiresAt != 0 {
+		d.Expires = time.Unix(k.ExpiresAt, 0)
+	}
+	return d, nil
+}
+
+func (s *service) add(all ...ca.Added) error {
+	for _, d := range all {
+		if !d.Expires.IsZero() && !s.cfg.Now().Before(d.Expires) {
+			return invalid("authority %q has expired", d.KeyID())
+		}
+	}
+	err := s.cfg.Authority.Add(all...)
+	switch {
+	case errors.Is(err, ca.ErrTooMany):
+		return status.Errorf(codes.ResourceExhausted, "%v", err)
+	case errors.Is(err, ca.ErrAdded):
+		return invalid("%v", err)
+	case err != nil:
+		return s.internal("add authority", err)
+	}
+	return nil
 }
 
 func (s *service) foreignTD(name string) (spiffeid.TrustDomain, error) {
@@ -118,6 +213,7 @@ func (s *bundleService) BatchCreateFederatedBundle(ctx context.Context, req *bun
 	resp := new(bundlev1.BatchCreateFederatedBundleResponse)
 	for _, p := range req.Bundle {
 		b, err := s.setBundle(p, nil, ifAbsent, req.OutputMask)
+		s.refusedPart(ctx, "BatchCreateFederatedBundle", err)
 		resp.Results = append(resp.Results, &bundlev1.BatchCreateFederatedBundleResponse_Result{Status: statusOf(err), Bundle: b})
 	}
 	return resp, nil
@@ -131,6 +227,7 @@ func (s *bundleService) BatchUpdateFederatedBundle(ctx context.Context, req *bun
 	resp := new(bundlev1.BatchUpdateFederatedBundleResponse)
 	for _, p := range req.Bundle {
 		b, err := s.setBundle(p, req.InputMask, ifPresent, req.OutputMask)
+		s.refusedPart(ctx, "BatchUpdateFederatedBundle", err)
 		resp.Results = append(resp.Results, &bundlev1.BatchUpdateFederatedBundleResponse_Result{Status: statusOf(err), Bundle: b})
 	}
 	return resp, nil
@@ -144,6 +241,7 @@ func (s *bundleService) BatchSetFederatedBundle(ctx context.Context, req *bundle
 	resp := new(bundlev1.BatchSetFederatedBundleResponse)
 	for _, p := range req.Bundle {
 		b, err := s.setBundle(p, nil, always, req.OutputMask)
+		s.refusedPart(ctx, "BatchSetFederatedBundle", err)
 		resp.Results = append(resp.Results, &bundlev1.BatchSetFederatedBundleResponse_Result{Status: statusOf(err), Bundle: b})
 	}
 	return resp, nil
@@ -303,7 +401,7 @@ func maskBundle(from *types.Bundle, m *types.BundleMask, to *types.Bundle) {
 	}
 }
 
-// markTainted tells agents which authorities of the own bundle to leave.
+// markTainted tells agents which authorities of the own bundle to leave, and when JWT keys end.
 func (s *service) markTainted(p *types.Bundle) {
 	tainted := map[string]bool{}
 	for _, r := range s.cfg.Authority.Roots() {
@@ -311,8 +409,17 @@ func (s *service) markTainted(p *types.Bundle) {
 			tainted[r.KeyID], tainted[r.JWTKeyID] = true, true
 		}
 	}
-	if len(tainted) == 0 {
-		return
+	ends := map[string]int64{} // of JWT keys
+	for _, d := range s.cfg.Authority.Added() {
+		if d.Tainted {
+			tainted[d.KeyID()] = true
+		}
+		if d.Certificate == nil && !d.Expires.IsZero() {
+			ends[d.JWTKeyID] = d.Expires.Unix()
+		}
+	}
+	for _, r := range s.cfg.Authority.Roots() {
+		ends[r.JWTKeyID] = r.Expires.Unix()
 	}
 	for _, c := range p.X509Authorities {
 		if cert, err := x509.ParseCertificate(c.Asn1); err == nil {
@@ -320,6 +427,6 @@ func (s *service) markTainted(p *types.Bundle) {
 		}
 	}
 	for _, k := range p.JwtAuthorities {
-		k.Tainted = tainted[k.KeyId]
+		k.Tainted, k.ExpiresAt = tainted[k.KeyId], ends[k.KeyId]
 	}
 }

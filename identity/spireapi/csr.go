@@ -7,6 +7,8 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/asn1"
+	"encoding/hex"
 	"fmt"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -62,6 +64,44 @@ func checkSubject(csr *x509.CertificateRequest, id spiffeid.ID) error {
 	}
 	return nil
 }
+
+// parseAgentCSR is parseCSR for a caller who is entitled to a certificate of one SPIFFE ID for its key, and to nothing else.
+func parseAgentCSR(der []byte) (*x509.CertificateRequest, error) {
+	csr, err := parseCSR(der)
+	if err != nil {
+		return nil, err
+	}
+	if len(csr.DNSNames) > 0 {
+		return nil, invalid("CSR asks for the DNS names %q; those are an entry's to give", csr.DNSNames)
+	}
+	return csr, plainCSR(csr)
+}
+
+// plainCSR refuses a CSR that asks for what no X509-SVID of ours has: what is left out of a certificate would not hurt, but
+// whoever asks for it is after something.
+func plainCSR(csr *x509.CertificateRequest) error {
+	if len(csr.IPAddresses)+len(csr.EmailAddresses) > 0 {
+		return invalid("CSR asks for names that no X509-SVID has here: IP addresses %v, email addresses %q", csr.IPAddresses, csr.EmailAddresses)
+	}
+	for _, e := range csr.Extensions {
+		if !e.Id.Equal(oidBasicConstraints) {
+			continue
+		}
+		var bc struct {
+			IsCA bool `asn1:"optional"`
+			Path int  `asn1:"optional,default:-1"`
+		}
+		if _, err := asn1.Unmarshal(e.Value, &bc); err != nil || bc.IsCA {
+			return invalid("CSR asks for the certificate of a CA")
+		}
+	}
+	return nil
+}
+
+var oidBasicConstraints = asn1.ObjectIdentifier{2, 5, 29, 19}
+
+// authorityOf is the hex key ID of what signed a certificate.
+func authorityOf(c *x509.Certificate) string { return hex.EncodeToString(c.AuthorityKeyId) }
 
 // keyHash identifies a public key.
 func keyHash(csr *x509.CertificateRequest) [32]byte {

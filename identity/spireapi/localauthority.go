@@ -3,6 +3,7 @@ package spireapi
 import (
 	"context"
 	"errors"
+	"strings"
 
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"google.golang.org/grpc/codes"
@@ -12,7 +13,7 @@ import (
 )
 
 // localAuthorityService rotates the roots of this replica, for administrators. A root's X.509 key and JWT key are one
-// authority with two names here: what is done to one is done to the other. Upstream and WIT authorities are not served.
+// authority with two names here: what is done to one is done to the other. Upstream authorities are those that others added. WIT-SVIDs are not issued, so theirs are not served.
 type localAuthorityService struct {
 	localauthorityv1.UnimplementedLocalAuthorityServer
 	service
@@ -134,10 +135,71 @@ func (s *localAuthorityService) revoke(ctx context.Context, n naming, id, unknow
 	case r.Phase != "old":
 		return nil, invalid("invalid authority ID: only Old local authority can be revoked")
 	}
+	if on := s.Resting(r.KeyID); len(on) > 0 {
+		return nil, status.Errorf(codes.FailedPrecondition, "%d agents would be shut out, since their own SVIDs rest on this authority: %s; they renew within a few seconds "+
+			"once it is tainted (localauthority x509 taint), so revoke it then, or evict those that are gone (agent evict)", len(on), some(on))
+	}
 	if err := s.cfg.Authority.Revoke(r.KeyID); err != nil {
 		return nil, s.internal("revoke authority", err)
 	}
 	return &localauthorityv1.AuthorityState{AuthorityId: id}, nil
+}
+
+// Resting names the agents whose own SVID, unexpired, is signed by the root with that key ID, or may be: revoking the root
+// would shut them out, and those that came by a token for good.
+func (s *Server) Resting(keyID string) []string {
+	now := s.cfg.Now().Unix()
+	var out []string
+	for _, a := range s.reg.allAgents() {
+		// A renewed SVID counts when it is used: its answer may be lost.
+		if !a.Banned && a.Expires > now && (a.Authority == keyID || a.Authority == "") {
+			out = append(out, a.ID)
+		}
+	}
+	return out
+}
+
+// some shows the first few.
+func some(names []string) string {
+	if len(names) > 3 {
+		return strings.Join(names[:3], ", ") + ", …"
+	}
+	return strings.Join(names, ", ")
+}
+
+// TaintX509UpstreamAuthority marks an authority that somebody else brought.
+func (s *localAuthorityService) TaintX509UpstreamAuthority(ctx context.Context, req *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
+	if err := s.upstream(ctx, req.SubjectKeyId, s.cfg.Authority.TaintAdded); err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.TaintX509UpstreamAuthorityResponse{UpstreamAuthoritySubjectKeyId: req.SubjectKeyId}, nil
+}
+
+// RevokeX509UpstreamAuthority takes an authority that somebody else brought out of the bundle.
+func (s *localAuthorityService) RevokeX509UpstreamAuthority(ctx context.Context, req *localauthorityv1.RevokeX509UpstreamAuthorityRequest) (*localauthorityv1.RevokeX509UpstreamAuthorityResponse, error) {
+	if err := s.upstream(ctx, req.SubjectKeyId, s.cfg.Authority.RevokeAdded); err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.RevokeX509UpstreamAuthorityResponse{UpstreamAuthoritySubjectKeyId: req.SubjectKeyId}, nil
+}
+
+func (s *localAuthorityService) upstream(ctx context.Context, keyID string, do func(keyID string) error) error {
+	if err := s.admin(ctx); err != nil {
+		return err
+	}
+	if keyID == "" {
+		return invalid("no subject key ID provided")
+	}
+	if s.named(x509Name, keyID) != nil {
+		return status.Errorf(codes.FailedPrecondition, "%s is a local authority, not an upstream one", keyID)
+	}
+	switch err := do(keyID); {
+	case errors.Is(err, ca.ErrUnknownRoot):
+		return status.Errorf(codes.NotFound, "no upstream authority has the subject key ID %s", keyID)
+	case err != nil:
+		return s.internal("change upstream authority", err)
+	}
+	return nil
 }
 
 const noX509, noJWT = "only Old local authority can be revoked", "no JWT authority found with provided authority ID"

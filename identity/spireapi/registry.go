@@ -37,12 +37,16 @@ const (
 
 // agentRecord is immutable once it is in a registry.
 type agentRecord struct {
-	ID          string           `json:"id"`
-	Type        string           `json:"type"` // of attestation
-	Serial      string           `json:"serial"`
-	Expires     int64            `json:"expires"`              // Unix seconds
-	NewSerial   string           `json:"new_serial,omitempty"` // renewed, not used yet
-	NewExpires  int64            `json:"new_expires,omitempty"`
+	ID         string `json:"id"`
+	Type       string `json:"type"` // of attestation
+	Serial     string `json:"serial"`
+	Expires    int64  `json:"expires"`              // Unix seconds
+	NewSerial  string `json:"new_serial,omitempty"` // renewed, not used yet
+	NewExpires int64  `json:"new_expires,omitempty"`
+	// Authority is the hex key ID of what signed it; "" where that was not noted yet.
+	Authority    string `json:"authority,omitempty"`
+	NewAuthority string `json:"new_authority,omitempty"` // of NewSerial's
+
 	Banned      bool             `json:"banned,omitempty"`
 	CanReattest bool             `json:"can_reattest,omitempty"`
 	Selectors   []selectorRecord `json:"selectors,omitempty"`
@@ -271,11 +275,11 @@ func (r *registry) changed(key string, value []byte) error {
 	return nil
 }
 
-// fetchAgent reads an agent that another replica may have attested or renewed a moment ago, and the entry that came with its token. It is
+// fetchAgent reads an agent that another replica may have attested or renewed a moment ago, and the entry that came with its token or pod. It is
 // nil if there is none.
 func (r *registry) fetchAgent(ctx context.Context, id spiffeid.ID) (*agentRecord, error) {
 	keys := []string{agentPrefix + id.String()}
-	if entry := tokenEntryID(id); r.entry(entry) == nil {
+	if entry := grantedEntryID(id); r.entry(entry) == nil {
 		keys = append(keys, entryPrefix+entry)
 	}
 	for _, key := range keys {
@@ -402,6 +406,18 @@ func (r *registry) isAdmin(id spiffeid.ID, now time.Time) bool {
 	defer r.mu.RUnlock()
 	for _, e := range r.entries {
 		if e.Admin && e.spiffeID == id && !e.expired(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// isDownstream reports whether an entry makes id a downstream server.
+func (r *registry) isDownstream(id spiffeid.ID, now time.Time) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, e := range r.entries {
+		if e.Downstream && e.spiffeID == id && !e.expired(now) {
 			return true
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"path"
 	"slices"
 	"sync"
 	"time"
@@ -50,6 +51,9 @@ type Config struct {
 	Tokens    *attest.Tokens
 	KV        KV // agents and entries
 
+	// Attestors check what agents show other than tokens, by the type that they call it: x509pop, k8s_psat, hanse_pod.
+	Attestors map[string]attest.Attestor
+
 	// OwnBundle is the bundle of the whole trust domain, with the roots of every replica. Default: Authority.Bundle.
 	OwnBundle func() *spiffebundle.Bundle
 	// Refresh pulls the bundle of a related trust domain from its endpoint, for RefreshBundle. May be nil.
@@ -71,14 +75,17 @@ type Config struct {
 // Server is the SPIRE Server API of one replica.
 type Server struct {
 	// read-only after New
-	cfg     Config
-	td      spiffeid.TrustDomain
-	log     *slog.Logger
-	src     *identity.Source // presents <td>/spire/server
-	reg     *registry
-	limit   *limiter
-	attest  *prometheus.CounterVec
-	started time.Time
+	cfg      Config
+	td       spiffeid.TrustDomain
+	log      *slog.Logger
+	src      *identity.Source // presents <td>/spire/server
+	reg      *registry
+	limit    *limiter
+	attest   *prometheus.CounterVec
+	refusals *prometheus.CounterVec
+	started  time.Time
+
+	floods, strangers seldom // of their lines in the log
 
 	mu   sync.Mutex
 	seen map[string]activity // guarded by mu; by agent ID
@@ -124,7 +131,9 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		seen:    map[string]activity{},
 		started: cfg.Now(),
 		attest: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, error)."}, []string{"result"}),
+			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, limited, error)."}, []string{"result"}),
+		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hanse_identity_refused_total", Help: "Calls of the SPIRE Server API, parts of batches and handshakes that were refused, by call and gRPC code."}, []string{"call", "code"}),
 	}
 	s.reg = newRegistry(cfg.KV, s.td)
 	if err := s.Reload(ctx); err != nil {
@@ -138,7 +147,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("serve SPIRE Server API of %s: %w", s.td, err)
 	}
 	if cfg.Registerer != nil {
-		for _, c := range []prometheus.Collector{s.attest,
+		for _, c := range []prometheus.Collector{s.attest, s.refusals,
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "hanse_identity_agents", Help: "Attested agents."},
 				func() float64 { agents, _ := s.reg.counts(); return float64(agents) }),
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "hanse_identity_entries", Help: "Registration entries."},
@@ -217,6 +226,50 @@ func (s *Server) register(r grpc.ServiceRegistrar, local bool) {
 	}
 }
 
+// ServerOptions makes a gRPC server count and log what is refused. Use them for each server that services are registered on.
+func (s *Server) ServerOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+			resp, err := h(ctx, req)
+			if err != nil {
+				s.refused(ctx, path.Base(info.FullMethod), err)
+			}
+			return resp, err
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+			err := h(srv, stream)
+			if err != nil {
+				s.refused(stream.Context(), path.Base(info.FullMethod), err)
+			}
+			return err
+		}),
+	}
+}
+
+// refused counts and logs what a caller was not given. Who asks for what is not there, or leaves, was not refused.
+func (s *Server) refused(ctx context.Context, call string, err error) {
+	code := status.Code(err)
+	others := code == codes.NotFound && (call == "BatchNewX509SVID" || call == "NewJWTSVID") // an entry that is another's is not told from none
+	switch {
+	case others, code == codes.PermissionDenied, code == codes.Unauthenticated, code == codes.InvalidArgument, code == codes.ResourceExhausted, code == codes.FailedPrecondition:
+		s.refusals.WithLabelValues(call, code.String()).Inc()
+		if call != "AttestAgent" { // which says more itself
+			var id string
+			if chain := callerChain(ctx); len(chain) > 0 && len(chain[0].URIs) > 0 {
+				id = chain[0].URIs[0].String()
+			}
+			s.log.Warn("caller refused", "call", call, "caller", id, "from", remoteHost(ctx), "error", err)
+		}
+	}
+}
+
+// refusedPart is refused for a part of a batch, whose call succeeds.
+func (s *Server) refusedPart(ctx context.Context, call string, err error) {
+	if err != nil {
+		s.refused(ctx, call, err)
+	}
+}
+
 // TLSConfig presents spiffe://<td>/spire/server, which stock agents insist on, and asks for a certificate. One that is
 // given must be of this trust domain and verify; agents attest without one. Session tickets are off.
 func (s *Server) TLSConfig() *tls.Config {
@@ -226,7 +279,11 @@ func (s *Server) TLSConfig() *tls.Config {
 		if len(state.PeerCertificates) == 0 {
 			return nil
 		}
-		if _, _, err := x509svid.Verify(state.PeerCertificates, s.cfg.OwnBundle(), x509svid.WithTime(s.cfg.Now())); err != nil {
+		if _, err := identity.Verify(state.PeerCertificates, s.cfg.OwnBundle(), s.cfg.Now()); err != nil {
+			s.refusals.WithLabelValues("handshake", codes.Unauthenticated.String()).Inc()
+			if s.strangers.due(s.cfg.Now()) {
+				s.log.Warn("caller refused; more of them in the next 10 s are only counted", "call", "handshake", "error", err)
+			}
 			return fmt.Errorf("verify caller: %w", err)
 		}
 		return nil
@@ -289,25 +346,26 @@ type service struct {
 	local bool // every caller is an administrator
 }
 
-// callerCert is the verified certificate of the caller, nil without one.
-func callerCert(ctx context.Context) *x509.Certificate {
+// callerChain is the certificates of the caller, leaf first, nil without one. The handshake has verified them.
+func callerChain(ctx context.Context) []*x509.Certificate {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return nil
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.PeerCertificates) == 0 {
+	if !ok {
 		return nil
 	}
-	return info.State.PeerCertificates[0]
+	return info.State.PeerCertificates
 }
 
 // callerID checks the caller's certificate again, since connections outlive both certificates and roots.
 func (s *service) callerID(ctx context.Context) (spiffeid.ID, *x509.Certificate, error) {
-	cert := callerCert(ctx)
-	if cert == nil {
+	chain := callerChain(ctx)
+	if len(chain) == 0 {
 		return spiffeid.ID{}, nil, status.Error(codes.Unauthenticated, "the caller presented no certificate")
 	}
+	cert := chain[0]
 	id, err := x509svid.IDFromCert(cert)
 	if err != nil {
 		return spiffeid.ID{}, nil, status.Errorf(codes.Unauthenticated, "the caller's certificate: %v", err)
@@ -315,12 +373,35 @@ func (s *service) callerID(ctx context.Context) (spiffeid.ID, *x509.Certificate,
 	if s.cfg.Now().After(cert.NotAfter) {
 		return spiffeid.ID{}, nil, denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "the SVID of %s has expired", id)
 	}
-	for _, root := range s.cfg.OwnBundle().X509Authorities() {
-		if string(root.SubjectKeyId) == string(cert.AuthorityKeyId) {
-			return id, cert, nil
+	own := s.cfg.OwnBundle()
+	if len(chain) == 1 { // verified before by a root that signed it itself: is that still there?
+		for _, root := range own.X509Authorities() {
+			if string(root.SubjectKeyId) == string(cert.AuthorityKeyId) {
+				return id, cert, nil
+			}
 		}
+	} else if _, err := identity.Verify(chain, own, s.cfg.Now()); err == nil {
+		return id, cert, nil
 	}
 	return spiffeid.ID{}, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "the root that signed the SVID of %s is not trusted any more", id)
+}
+
+// downstream refuses everybody but downstream servers.
+func (s *service) downstream(ctx context.Context) (spiffeid.ID, error) {
+	if s.local {
+		return spiffeid.ID{}, status.Error(codes.PermissionDenied, "a downstream server must present its SVID on the TLS port")
+	}
+	id, _, err := s.callerID(ctx)
+	if err != nil {
+		return id, err
+	}
+	if !s.reg.isDownstream(id, s.cfg.Now()) {
+		return id, status.Errorf(codes.PermissionDenied, "%s is not a downstream server: no entry of that ID has the downstream flag", id)
+	}
+	if !s.limit.allow("downstream " + id.String()) {
+		return id, status.Errorf(codes.ResourceExhausted, "too many calls of %s, try again later", id)
+	}
+	return id, nil
 }
 
 // admin refuses everybody but administrators.
@@ -362,7 +443,8 @@ func (s *service) agent(ctx context.Context) (*agentRecord, error) {
 	case a.NewSerial:
 		if a, err = s.reg.updateAgent(ctx, a.ID, func(n *agentRecord) error {
 			if n.NewSerial == serial {
-				n.Serial, n.Expires, n.NewSerial, n.NewExpires = n.NewSerial, n.NewExpires, "", 0
+				n.Serial, n.Expires, n.Authority = n.NewSerial, n.NewExpires, n.NewAuthority
+				n.NewSerial, n.NewExpires, n.NewAuthority = "", 0, ""
 			}
 			return nil
 		}); err != nil {

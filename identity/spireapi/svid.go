@@ -2,6 +2,7 @@ package spireapi
 
 import (
 	"context"
+	"encoding/hex"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -40,6 +41,9 @@ func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVID
 	}
 	csr, err := parseCSR(req.Csr)
 	if err != nil {
+		return nil, err
+	}
+	if err := plainCSR(csr); err != nil {
 		return nil, err
 	}
 	if len(csr.URIs) != 1 {
@@ -100,6 +104,7 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	resp := new(svidv1.BatchNewX509SVIDResponse)
 	for _, p := range req.Params {
 		svid, err := s.newX509(ctx, p, entries)
+		s.refusedPart(ctx, "BatchNewX509SVID", err)
 		resp.Results = append(resp.Results, &svidv1.BatchNewX509SVIDResponse_Result{Status: statusOf(err), Svid: svid})
 	}
 	return resp, nil
@@ -125,7 +130,7 @@ func (s *svidService) newX509(ctx context.Context, p *svidv1.NewX509SVIDParams, 
 		return nil, status.Errorf(codes.NotFound, "entry %q not found or not authorized", p.EntryId)
 	}
 	e := entries[p.EntryId]
-	csr, err := parseCSR(p.Csr)
+	csr, err := parseAgentCSR(p.Csr)
 	if err != nil {
 		return nil, err
 	}
@@ -187,6 +192,32 @@ func (s *svidService) signJWT(ctx context.Context, id spiffeid.ID, audience []st
 		return nil, s.signError(err)
 	}
 	return &types.JWTSVID{Token: j.Token, Id: spiretypes.FromID(id), ExpiresAt: j.Expires.Unix(), IssuedAt: j.IssuedAt.Unix()}, nil
+}
+
+// NewDownstreamX509CA signs an intermediate CA for the calling downstream server, which is one by an entry's flag. Only the
+// key of its CSR counts.
+func (s *svidService) NewDownstreamX509CA(ctx context.Context, req *svidv1.NewDownstreamX509CARequest) (*svidv1.NewDownstreamX509CAResponse, error) {
+	id, err := s.downstream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	csr, err := parseCSR(req.Csr)
+	if err != nil {
+		return nil, err
+	}
+	chain, err := s.cfg.Authority.SignDownstream(ctx, csr.PublicKey, seconds(req.PreferredTtl))
+	if err != nil {
+		return nil, s.signError(err)
+	}
+	s.log.Info("downstream CA signed", "for", id.String(), "key_id", hex.EncodeToString(chain[0].SubjectKeyId), "expires", chain[0].NotAfter)
+	resp := new(svidv1.NewDownstreamX509CAResponse)
+	for _, c := range chain {
+		resp.CaCertChain = append(resp.CaCertChain, c.Raw)
+	}
+	for _, c := range s.cfg.OwnBundle().X509Authorities() {
+		resp.X509Authorities = append(resp.X509Authorities, c.Raw)
+	}
+	return resp, nil
 }
 
 func seconds(n int32) time.Duration { return time.Duration(max(n, 0)) * time.Second }

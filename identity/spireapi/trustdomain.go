@@ -79,6 +79,7 @@ func (s *trustDomainService) BatchCreateFederationRelationship(ctx context.Conte
 			continue
 		}
 		out, err := s.setRelation(p, bundle.Relation{}, nil, req.OutputMask)
+		s.refusedPart(ctx, "BatchCreateFederationRelationship", err)
 		resp.Results = append(resp.Results, &trustdomainv1.BatchCreateFederationRelationshipResponse_Result{Status: statusOf(err), FederationRelationship: out})
 	}
 	return resp, nil

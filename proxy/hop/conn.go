@@ -8,7 +8,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/hanse-mesh/hanse/identity"
 )
 
 // meteredConn notes when the last byte came, below TLS.
@@ -48,7 +49,7 @@ func verifyNow(bundles x509bundle.Source, chain []*x509.Certificate, now time.Ti
 	if last := chain[0].NotAfter.Add(-time.Second); last.Before(at) {
 		at = last
 	}
-	_, _, err := x509svid.Verify(chain, bundles, x509svid.WithTime(at))
+	_, err := identity.Verify(chain, bundles, at)
 	return err
 }
 

@@ -87,7 +87,7 @@ func (s *Server) mesh(ctx context.Context, q question, name string, qtype uint16
 		if !found {
 			return noName, nil
 		}
-	case svc.Headless:
+	case svc.Headless && s.cfg.Fixed[svc.Host] == nil:
 		for _, i := range drawn(len(svc.Endpoints)) {
 			addresses = append(addresses, s.endpointAddresses(svc, &svc.Endpoints[i])...)
 		}

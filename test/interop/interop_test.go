@@ -120,6 +120,7 @@ workloads:
 		t.Run("websocket", func(t *testing.T) { testWebSocket(t, client) })
 		t.Run("headless", func(t *testing.T) { testHeadless(t, client) })
 		t.Run("near", func(t *testing.T) { testNear(t, near) })
+		t.Run("unprivileged", func(t *testing.T) { testUnprivileged(t, l) })
 		t.Run("redis", func(t *testing.T) { testRedis(t, client, set0) })
 		t.Run("postgres", func(t *testing.T) { testPostgres(t, client, set0) })
 		t.Run("ipv6", func(t *testing.T) { testIPv6(t, client) })
@@ -330,6 +331,35 @@ func testNear(t *testing.T, near *pod) {
 		}
 		return nil
 	})
+}
+
+// testUnprivileged: without capture, a service with a local listener is found by its name, at that listener.
+func testUnprivileged(t *testing.T, l *lab) {
+	p := l.plainPod("west", "plain", "10.1.1.", strings.Replace(sidecarYAML, "capture: {enabled: true, dns: true}\ndns: {", "dns: {listen: ['127.0.0.1:5353'], ", 1)+`
+listeners:
+- {listen: "127.0.1.1:8080", to: "app.shop:8080"}
+- {listen: "127.0.1.2:7000", to: "set.shop:7000"}
+`, "client")
+	p.start()
+	for name, want := range map[string]string{
+		"app" + domain + ".": "127.0.1.1", "set" + domain + ".": "127.0.1.2", "set-0.east.set" + domain + ".": "no address", "nobody" + domain + ".": "NXDOMAIN", "outside.example.": "10.9.0.53",
+	} {
+		m, err := p.askAt("127.0.0.1:5353", name, dns.TypeA, "udp")
+		must(t, err)
+		got := "no address"
+		if m.Rcode != dns.RcodeSuccess {
+			got = dns.RcodeToString[m.Rcode]
+		} else if len(m.Answer) > 0 {
+			got = m.Answer[0].(*dns.A).A.String()
+		}
+		if got != want {
+			t.Errorf("%s: %s, want %s", name, got, want)
+		}
+	}
+	out, err := p.output("curl", "-sS", "--max-time", "10", "--resolve", "app"+domain+":8080:127.0.1.1", "http://app"+domain+":8080/")
+	if err != nil || !strings.Contains(out, "spiffe://west.test/ns/shop/sa/client") {
+		t.Errorf("curl: %s %v", out, err)
+	}
 }
 
 // need fails where a program is missing and nothing may be skipped; without names what may be.

@@ -139,6 +139,17 @@ func newLab(t *testing.T) *lab {
 // pod makes a namespace that reaches core only, installs the rules in it and starts a sidecar there.
 func (l *lab) pod(cluster, name, net string, more string) *pod {
 	l.t.Helper()
+	p := l.plainPod(cluster, name, net, sidecarYAML+more, map[bool]string{false: "client", true: "server"}[more != ""])
+	if out, err := p.output("hanse-proxy", "capture", "install", "--config", l.path(cluster, name+".yaml")); err != nil {
+		l.t.Fatalf("%v: %s", err, out)
+	}
+	p.start()
+	return p
+}
+
+// plainPod makes the namespace, and the sidecar's file.
+func (l *lab) plainPod(cluster, name, net, config, account string) *pod {
+	l.t.Helper()
 	p := &pod{l: l, cluster: cluster, name: name, ns: netns.New(l.t), ip: net + "2"}
 	net6 := "fd00:" + strings.ReplaceAll(strings.TrimSuffix(net, "."), ".", ":") + "::"
 	if haveIPv6() {
@@ -148,17 +159,8 @@ func (l *lab) pod(cluster, name, net string, more string) *pod {
 		netns.Join(l.t, l.core, p.ns, net+"1/24", net+"2/24")
 	}
 	p.ns.Route(l.t, "default", net+"1")
-	account := "client"
-	if more != "" {
-		account = "server"
-	}
 	l.save(l.path(cluster, name+".token"), l.hanse(cluster, "", "token", "create", "--agent", "shop/"+account))
-	l.file(cluster, name+".yaml", sidecarYAML+more, "{POD}", name)
-	file := l.path(cluster, name+".yaml")
-	if out, err := p.output("hanse-proxy", "capture", "install", "--config", file); err != nil {
-		l.t.Fatalf("%v: %s", err, out)
-	}
-	p.start()
+	l.file(cluster, name+".yaml", config, "{POD}", name)
 	return p
 }
 
@@ -341,7 +343,11 @@ func (p *pod) output(argv ...string) (string, error) {
 
 // ask puts a question to a resolver far away; the rules lead it to the sidecar.
 func (p *pod) ask(name string, qtype uint16, network string) (*dns.Msg, error) {
-	c, err := p.ns.Dial(context.Background(), nil, network, "192.0.2.53:53")
+	return p.askAt("192.0.2.53:53", name, qtype, network)
+}
+
+func (p *pod) askAt(resolver, name string, qtype uint16, network string) (*dns.Msg, error) {
+	c, err := p.ns.Dial(context.Background(), nil, network, resolver)
 	if err != nil {
 		return nil, err
 	}

@@ -214,8 +214,16 @@ func (c *ServerConn) stopTimer() {
 	}
 }
 
-// Close ends the connection at once.
-func (c *ServerConn) Close() { _ = c.nc.Close() }
+// Close ends the connection at once, and what is open on it.
+func (c *ServerConn) Close() {
+	_ = c.nc.Close()
+	c.mu.Lock()
+	s := c.current
+	c.mu.Unlock()
+	if s != nil {
+		s.broken(&message.Error{Sent: true, Err: net.ErrClosed})
+	}
+}
 
 // refuse answers bytes that are no request, and ends the connection.
 func (c *ServerConn) refuse(r *Reject) error {

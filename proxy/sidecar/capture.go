@@ -201,19 +201,7 @@ func (s *Sidecar) serveCaptured(all *conns, nc net.Conn) {
 		s.refuseConn(nc, reporterSource, a, f)
 		return
 	}
-	s.addTCP(all, nc, func() { s.tcp(nc, table, listener, svc.Endpoint) })
-}
-
-// addTCP runs f, and closes the connection.
-func (s *Sidecar) addTCP(all *conns, nc net.Conn, f func()) {
-	c := tcpConn{nc}
-	if !all.add(c) {
-		reset(nc)
-		return
-	}
-	defer all.remove(c)
-	defer nc.Close()
-	f()
+	s.addTCP(all, nc, func(ctx context.Context) { s.tcp(ctx, nc, table, listener, svc.Endpoint) })
 }
 
 // serviceAt is nil without failure for what is none of the mesh's. Where no control plane answers, that is said only of what it was
@@ -308,12 +296,12 @@ func (s *Sidecar) serveOutside(all *conns, nc net.Conn, a arrival) {
 		return
 	}
 	count("allowed")
-	s.addTCP(all, nc, func() {
+	s.addTCP(all, nc, func(ctx context.Context) {
 		rec := s.begin(reporterSource, "tcp")
 		defer s.finish(rec)
 		rec.source, rec.service, rec.endpoint = s.ownID(), "outside", a.to.String()
-		ctx, cancel := context.WithTimeout(s.coreCtx, outsideTimeout)
-		up, err := s.cfg.Dial(ctx, "tcp", a.to.String())
+		dialCtx, cancel := context.WithTimeout(ctx, outsideTimeout)
+		up, err := s.cfg.Dial(dialCtx, "tcp", a.to.String())
 		cancel()
 		if err != nil {
 			rec.fail(failWith(codeUnreachable, "%v", err))
@@ -333,7 +321,7 @@ func (s *Sidecar) serveOutside(all *conns, nc net.Conn, a arrival) {
 			return
 		}
 		rec.status, rec.firstByte = http.StatusOK, time.Since(rec.start)
-		rec.in, rec.out = relay(connEnd{nc}, connEnd{up}, s.cfg.IdleTimeout)
+		rec.in, rec.out = relay(ctx, connEnd{nc}, connEnd{up}, s.cfg.IdleTimeout)
 	})
 }
 
@@ -402,7 +390,7 @@ func (s *Sidecar) serveInboundCaptured(all *conns, nc net.Conn) {
 		}
 	}
 	if protocol == proxy.TCP {
-		s.addTCP(all, nc, func() { s.inboundPlainTCP(nc, a, port, to, decision) })
+		s.addTCP(all, nc, func(ctx context.Context) { s.inboundPlainTCP(ctx, nc, a, port, to, decision) })
 		return
 	}
 	s.serveConn(all, nc, "plaintext", func(st message.ServerStream, h2 bool) { s.inboundPlain(st, a, port, protocol, to, decision, h2) })
@@ -464,13 +452,13 @@ func (s *Sidecar) inboundPlain(st message.ServerStream, a arrival, port *proxy.I
 	s.inboundHTTP(st, rec, to, hop.Caller{Address: net.TCPAddrFromAddrPort(a.from)}, protocol)
 }
 
-func (s *Sidecar) inboundPlainTCP(nc net.Conn, a arrival, port *proxy.InboundPort, to *app, decision string) {
+func (s *Sidecar) inboundPlainTCP(ctx context.Context, nc net.Conn, a arrival, port *proxy.InboundPort, to *app, decision string) {
 	rec, f := s.beginPlain("tcp", a, port, decision)
 	defer s.finish(rec)
 	var up net.Conn
 	if f == nil {
 		var err error
-		if up, err = to.dial(s.coreCtx); err != nil {
+		if up, err = to.dial(ctx); err != nil {
 			f = failWith(codeNoApp, "%v", err)
 		}
 	}
@@ -481,5 +469,5 @@ func (s *Sidecar) inboundPlainTCP(nc net.Conn, a arrival, port *proxy.InboundPor
 	}
 	defer up.Close()
 	rec.status, rec.firstByte = http.StatusOK, time.Since(rec.start)
-	rec.in, rec.out = relay(connEnd{nc}, connEnd{up}, s.cfg.IdleTimeout)
+	rec.in, rec.out = relay(ctx, connEnd{nc}, connEnd{up}, s.cfg.IdleTimeout)
 }

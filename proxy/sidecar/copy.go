@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"github.com/hanse-mesh/hanse/proxy/message"
+	"github.com/hanse-mesh/hanse/proxy/sock"
 )
 
 // pooledBuffers are 32 KiB each.
@@ -53,8 +55,9 @@ func (e *callerError) Unwrap() error { return e.err }
 
 // end is either end of a relay.
 type end interface {
-	io.Reader
 	io.Writer
+	// next waits for bytes, and returns them in b or elsewhere. While it waits b is not held: an idle tunnel has no buffers.
+	next(b *lateBuffer) ([]byte, error)
 	Flush() error
 	CloseWrite() error
 	Break() // ends both directions at once; what waits returns
@@ -62,6 +65,8 @@ type end interface {
 
 // serverEnd is an exchange that has become a tunnel, at its server.
 type serverEnd struct{ message.ServerStream }
+
+func (e serverEnd) next(b *lateBuffer) ([]byte, error) { return b.fill(e.ServerStream) }
 
 func (e serverEnd) CloseWrite() error { return e.End(nil) }
 func (e serverEnd) Break() {
@@ -72,6 +77,13 @@ func (e serverEnd) Break() {
 // clientEnd is the same at its client.
 type clientEnd struct{ message.ClientStream }
 
+func (e clientEnd) next(b *lateBuffer) ([]byte, error) {
+	if c, ok := e.ClientStream.(*connStream); ok {
+		return c.next(b)
+	}
+	return b.fill(e.ClientStream)
+}
+
 func (e clientEnd) CloseWrite() error { return e.End(nil) }
 func (e clientEnd) Break()            { e.Cancel(errBroken) }
 
@@ -79,6 +91,25 @@ var errBroken = errors.New("the other end is gone")
 
 // connEnd is a connection in the clear.
 type connEnd struct{ net.Conn }
+
+func (e connEnd) next(b *lateBuffer) ([]byte, error) {
+	nc := e.Conn
+	if r, ok := nc.(*replayedConn); ok && len(r.head) == 0 {
+		nc = r.Conn
+	}
+	if c, ok := nc.(interface {
+		ReadLate(sock.LateBuffer) (int, error)
+	}); ok {
+		n, err := c.ReadLate(b)
+		if n == 0 {
+			return nil, err
+		}
+		return b.large[:n], err
+	}
+	p := b.Take()
+	n, err := nc.Read(p)
+	return p[:n], err
+}
 
 func (e connEnd) Flush() error { return nil }
 func (e connEnd) Break()       { _ = e.Close() }
@@ -90,18 +121,23 @@ func (e connEnd) CloseWrite() error {
 }
 
 // relay carries bytes both ways, each direction to its own end, and returns when both are over: the bytes from a to b and back.
-// An end that cannot be passed on ends both.
-func relay(a, b end, idle time.Duration) (ab, ba int64) {
-	watch := newIdle(idle, func() { a.Break(); b.Break() })
+// An end that cannot be passed on ends both, as does ctx.
+func relay(ctx context.Context, a, b end, idle time.Duration) (ab, ba int64) {
+	both := func() { a.Break(); b.Break() }
+	watch := newIdle(idle, both)
 	defer watch.stop()
+	defer context.AfterFunc(ctx, both)()
+	if s, ok := a.(serverEnd); ok { // whose caller may vanish after its last byte, while b says nothing
+		s.OnAbort(func(error) { b.Break() })
+		defer s.OnAbort(nil)
+	}
 	direction := func(dst, src end, n *int64) {
 		var err error
 		*n, err = copyBytes(dst, src, watch)
 		if err == nil && dst.CloseWrite() == nil {
 			return
 		}
-		a.Break()
-		b.Break()
+		both()
 	}
 	var back sync.WaitGroup
 	back.Go(func() { direction(a, b, &ba) })
@@ -110,15 +146,54 @@ func relay(a, b end, idle time.Duration) (ab, ba int64) {
 	return ab, ba
 }
 
-func copyBytes(dst end, src io.Reader, watch *idleWatch) (int64, error) {
-	buf := pooledBuffers.Get().(*[32 << 10]byte)
-	defer pooledBuffers.Put(buf)
+// lateBuffer is a pooled buffer, held while there is something in it.
+type lateBuffer struct {
+	large *[32 << 10]byte
+	small [512]byte
+}
+
+// Take implements sock.LateBuffer, as does Give.
+func (b *lateBuffer) Take() []byte {
+	if b.large == nil {
+		b.large = pooledBuffers.Get().(*[32 << 10]byte)
+	}
+	return b.large[:]
+}
+
+func (b *lateBuffer) Give() {
+	if b.large != nil {
+		pooledBuffers.Put(b.large)
+		b.large = nil
+	}
+}
+
+// fill reads from a stream: into the small buffer where that has to wait, and into the large one what more there is.
+func (b *lateBuffer) fill(s interface {
+	Read(p []byte) (int, error)
+	Ready() bool
+}) ([]byte, error) {
+	n := 0
+	if !s.Ready() {
+		var err error
+		if n, err = s.Read(b.small[:]); err != nil || n < len(b.small) || !s.Ready() {
+			return b.small[:n], err
+		}
+	}
+	p := b.Take()
+	copy(p, b.small[:n])
+	m, err := s.Read(p[n:])
+	return p[:n+m], err
+}
+
+func copyBytes(dst, src end, watch *idleWatch) (int64, error) {
+	var buf lateBuffer
+	defer buf.Give()
 	var total int64
 	for {
-		n, err := src.Read(buf[:])
-		if n > 0 {
+		p, err := src.next(&buf)
+		if len(p) > 0 {
 			watch.touch()
-			m, writeErr := dst.Write(buf[:n])
+			m, writeErr := dst.Write(p)
 			total += int64(m)
 			if writeErr == nil {
 				writeErr = dst.Flush()
@@ -127,6 +202,7 @@ func copyBytes(dst end, src io.Reader, watch *idleWatch) (int64, error) {
 				return total, writeErr
 			}
 		}
+		buf.Give()
 		if errors.Is(err, io.EOF) {
 			return total, nil
 		}

@@ -289,7 +289,7 @@ func (s *Sidecar) upgraded(st message.ServerStream, rec *record, up message.Clie
 	switch {
 	case resp.Status == http.StatusSwitchingProtocols:
 		if st.Respond(resp, false) == nil && st.Flush() == nil {
-			rec.in, rec.out = relay(serverEnd{st}, clientEnd{up}, s.cfg.IdleTimeout)
+			rec.in, rec.out = relay(context.Background(), serverEnd{st}, clientEnd{up}, s.cfg.IdleTimeout)
 		}
 		return true
 	case resp.Status/100 != 2 || rec.source == "": // or the caller is no sidecar
@@ -334,7 +334,7 @@ func (s *Sidecar) inboundTCP(st message.ServerStream, rec *record, to *app) {
 		return
 	}
 	rec.status, rec.firstByte = http.StatusOK, time.Since(rec.start)
-	rec.in, rec.out = relay(serverEnd{st}, connEnd{conn}, s.cfg.IdleTimeout)
+	rec.in, rec.out = relay(context.Background(), serverEnd{st}, connEnd{conn}, s.cfg.IdleTimeout)
 }
 
 // admit refuses hop connections that come from elsewhere than the configured addresses.

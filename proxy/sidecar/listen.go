@@ -95,7 +95,7 @@ func (c *appConn) Shutdown() {
 	}
 }
 
-func (c *appConn) Close() { _ = c.nc.Close() }
+func (c *appConn) Close() { c.h1.Close() } // HTTP/2 sees its connection end
 
 // serveConn serves one connection of an application until it ends. from is who is counted where it is malformed.
 func (s *Sidecar) serveConn(all *conns, nc net.Conn, from string, handle func(st message.ServerStream, h2 bool)) {
@@ -171,20 +171,35 @@ func (s *Sidecar) serveTCP(all *conns, nc net.Conn, authority string) bool {
 	if f != nil || listener.Protocol != proxy.TCP {
 		return false
 	}
-	defer nc.Close()
-	c := tcpConn{nc}
-	if all.add(c) {
-		defer all.remove(c)
-		s.tcp(nc, table, listener, "")
-	}
+	s.addTCP(all, nc, func(ctx context.Context) { s.tcp(ctx, nc, table, listener, "") })
 	return true
 }
 
+// addTCP runs f, whose ctx ends when the connection is to, and closes the connection.
+func (s *Sidecar) addTCP(all *conns, nc net.Conn, f func(ctx context.Context)) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	c := &tcpConn{nc, cancel}
+	if !all.add(c) {
+		reset(nc)
+		return
+	}
+	defer all.remove(c)
+	defer nc.Close()
+	f(ctx)
+}
+
 // tcpConn goes on until it ends, or time is up.
-type tcpConn struct{ net.Conn }
+type tcpConn struct {
+	net.Conn
+	stop context.CancelFunc
+}
 
 // Shutdown implements conn.
-func (tcpConn) Shutdown() {}
+func (*tcpConn) Shutdown() {}
 
 // Close implements conn.
-func (c tcpConn) Close() { _ = c.Conn.Close() }
+func (c *tcpConn) Close() {
+	c.stop()
+	_ = c.Conn.Close()
+}

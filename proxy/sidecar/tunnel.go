@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"context"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -123,11 +124,11 @@ func (s *Sidecar) tunnel(st message.ServerStream, rec *record, table *proxy.Tabl
 	if st.Respond(&message.Response{Status: http.StatusOK, Length: message.Unknown}, false) != nil || st.Flush() != nil {
 		return
 	}
-	rec.in, rec.out = relay(serverEnd{st}, clientEnd{way.up}, s.cfg.IdleTimeout)
+	rec.in, rec.out = relay(context.Background(), serverEnd{st}, clientEnd{way.up}, s.cfg.IdleTimeout)
 }
 
 // tcp serves one connection of a local listener, or a captured one. only, if not empty, is the one endpoint that is meant.
-func (s *Sidecar) tcp(conn net.Conn, table *proxy.Table, l *proxy.Listener, only string) {
+func (s *Sidecar) tcp(ctx context.Context, conn net.Conn, table *proxy.Table, l *proxy.Listener, only string) {
 	rec := s.begin(reporterSource, "tcp")
 	defer s.finish(rec)
 	rec.source, rec.service, rec.only = s.ownID(), l.Authority, only
@@ -146,7 +147,7 @@ func (s *Sidecar) tcp(conn net.Conn, table *proxy.Table, l *proxy.Listener, only
 	defer way.up.Close()
 	rec.status, rec.firstByte = http.StatusOK, time.Since(rec.start)
 	defer way.pick.Done(balance.Result{Outcome: balance.Responded, Status: http.StatusOK, Latency: rec.firstByte})
-	rec.in, rec.out = relay(connEnd{conn}, clientEnd{way.up}, s.cfg.IdleTimeout)
+	rec.in, rec.out = relay(ctx, connEnd{conn}, clientEnd{way.up}, s.cfg.IdleTimeout)
 }
 
 // upgrade carries WebSocket and other upgraded connections as an extended CONNECT (RFC 8441). An application that answers with success
@@ -185,5 +186,5 @@ func (t *transfer) upgrade() {
 		return
 	}
 	_ = st.Flush()
-	rec.in, rec.out = relay(serverEnd{st}, clientEnd{way.up}, s.cfg.IdleTimeout)
+	rec.in, rec.out = relay(context.Background(), serverEnd{st}, clientEnd{way.up}, s.cfg.IdleTimeout)
 }

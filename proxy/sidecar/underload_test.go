@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -289,6 +290,78 @@ func TestApplicationSendsGoAway(t *testing.T) {
 		})
 	}
 	callers.Wait()
+}
+
+// TestTunnelOfDeadCaller: a tunnel ends with its caller's connection, and with the sidecars', though the caller had ended its own
+// direction before, and the application says nothing.
+func TestTunnelOfDeadCaller(t *testing.T) {
+	for _, captured := range []bool{false, true} {
+		ln, ended := listen(t), make(chan net.Conn, 1)
+		go func() {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.Copy(io.Discard, c)
+			ended <- c // and it keeps its own direction open
+		}()
+		k := newKernel(t)
+		mesh := &addresses{at: map[string]*proxy.Service{"240.0.0.7": service(proxy.TCP)}}
+		west := proxytest.NewDomain(t, "west.test")
+		pay := start(t, west.Source("/ns/shop/sa/payments"), func(c *sidecar.Config) { c.Apps[8080] = ln.Addr().String() })
+		pay.serves(proxy.TCP, authority)
+		front := start(t, west.Source("/ns/shop/sa/frontend"), k.outbound(mesh), func(c *sidecar.Config) { c.DrainTimeout = 50 * time.Millisecond })
+		front.calls(proxy.TCP, authority, []*proxy.Endpoint{pay.endpoint("e1")})
+		var c net.Conn
+		if captured {
+			c = k.connect("240.0.0.7:8080")
+		} else {
+			var err error
+			if c, err = net.Dial("tcp", front.outbound); err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			fmt.Fprint(c, "CONNECT payments.shop:8080 HTTP/1.1\r\nHost: payments.shop:8080\r\n\r\n")
+			if _, err := c.Read(make([]byte, 100)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_ = c.(*net.TCPConn).CloseWrite()
+		kept := <-ended
+		front.stop()
+		eventually(t, "the end of the tunnel", func() bool { return strings.Contains(pay.log.String(), `"protocol":"tcp"`) })
+		_ = kept.Close()
+	}
+}
+
+// TestIdleTunnelsHoldNoBuffers: a tunnel that carries nothing costs little, of all that is there: both sidecars, and both applications.
+func TestIdleTunnelsHoldNoBuffers(t *testing.T) {
+	k := newKernel(t)
+	mesh := &addresses{at: map[string]*proxy.Service{"240.0.0.7": service(proxy.TCP)}}
+	_, _ = pairWith(t, proxy.TCP, tcpApp(t), k.outbound(mesh))
+	open := func(n int) {
+		for range n {
+			if _, err := io.ReadFull(k.connect("240.0.0.7:8080"), make([]byte, 6)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	memory := func() int {
+		runtime.GC()
+		runtime.GC() // pools keep what they have for one more
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc + m.StackInuse)
+	}
+	open(50)
+	before := memory()
+	const n = 400
+	open(n)
+	if each := (memory() - before) / n; each > 2*30<<10 {
+		t.Errorf("%d bytes for a tunnel", each)
+	} else {
+		t.Logf("%d bytes for a tunnel", each)
+	}
 }
 
 // TestIdleHalfClosedTunnel: a tunnel that its application has half-closed ends when it is idle, though the caller never closes.

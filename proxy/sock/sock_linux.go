@@ -49,6 +49,7 @@ type operation struct {
 	p    []byte
 	n    int
 	err  error
+	late LateBuffer            // of reads; nil: p
 	call func(fd uintptr) bool // made once
 }
 
@@ -75,15 +76,50 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// LateBuffer is a buffer that a read takes when it may be filled, and gives back where there was nothing to read yet.
+type LateBuffer interface {
+	Take() []byte
+	Give()
+}
+
+// ReadLate reads into b, which it holds only if it returns more than 0.
+func (c *Conn) ReadLate(b LateBuffer) (int, error) {
+	o := &c.rd
+	o.mu.Lock()
+	o.late, o.n, o.err = b, 0, nil
+	err := c.raw.Read(o.call)
+	n, own := o.n, o.err
+	o.late, o.p = nil, nil
+	o.mu.Unlock()
+	switch {
+	case err != nil: // without a call: the buffer is given back already
+		return 0, renamed("read", err)
+	case own != nil:
+		b.Give()
+		if own == io.EOF {
+			return 0, io.EOF
+		}
+		return 0, c.failed("read", own)
+	}
+	return n, nil
+}
+
 // tryRead is false where there is nothing to read yet.
 func (c *Conn) tryRead(fd uintptr) bool {
 	o := &c.rd
+	if o.late != nil {
+		o.p = o.late.Take()
+	}
 	for {
 		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, fd, uintptr(unsafe.Pointer(unsafe.SliceData(o.p))), uintptr(len(o.p)))
 		switch {
 		case errno == syscall.EINTR:
 			continue
 		case errno == syscall.EAGAIN:
+			if o.late != nil {
+				o.p = nil
+				o.late.Give()
+			}
 			return false
 		case errno != 0:
 			o.err = errno

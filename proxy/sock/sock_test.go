@@ -166,3 +166,49 @@ func TestReadsAndWritesDoNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// late counts who holds it.
+type late struct {
+	buf   [64]byte
+	taken bool
+}
+
+func (l *late) Take() []byte { l.taken = true; return l.buf[:] }
+func (l *late) Give()        { l.taken = false }
+
+// TestLateReads: a buffer is held with bytes in it only.
+func TestLateReads(t *testing.T) {
+	each(t, func(t *testing.T, c, peer net.Conn) {
+		r, ok := c.(interface {
+			ReadLate(sock.LateBuffer) (int, error)
+		})
+		if !ok {
+			t.Skip("only where sockets are wrapped")
+		}
+		var b late
+		go func() {
+			time.Sleep(20 * time.Millisecond)
+			_, _ = peer.Write([]byte("late"))
+		}()
+		if n, err := r.ReadLate(&b); err != nil || string(b.buf[:n]) != "late" || !b.taken {
+			t.Errorf("%q, %v, held %t", b.buf[:n], err, b.taken)
+		}
+		b.Give()
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		if n, err := r.ReadLate(&b); !errors.Is(err, os.ErrDeadlineExceeded) || n != 0 || b.taken {
+			t.Errorf("deadline: %d, %v, held %t", n, err, b.taken)
+		}
+		if n, err := r.ReadLate(&b); !errors.Is(err, os.ErrDeadlineExceeded) || n != 0 || b.taken {
+			t.Errorf("past the deadline: %d, %v, held %t", n, err, b.taken)
+		}
+		_ = c.SetReadDeadline(time.Time{})
+		_ = peer.Close()
+		if n, err := r.ReadLate(&b); err != io.EOF || n != 0 || b.taken {
+			t.Errorf("end: %d, %v, held %t", n, err, b.taken)
+		}
+		_ = c.Close()
+		if n, err := r.ReadLate(&b); !errors.Is(err, net.ErrClosed) || n != 0 || b.taken {
+			t.Errorf("closed: %d, %v, held %t", n, err, b.taken)
+		}
+	})
+}

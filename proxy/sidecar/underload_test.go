@@ -101,6 +101,23 @@ func slowReaders(t *testing.T, m *mesh) {
 			answered(t, bufio.NewReaderSize(trickle{c}, 32<<10), id, size)
 		})
 	}
+	for i := range 4 { // over TCP
+		id := fmt.Sprintf("slow-raw-%d", i)
+		all.Go(func() {
+			want := append([]byte(id+"\n"), stamped(id, size)...)
+			c, err := net.Dial("tcp", m.tcp)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+			go func() { _, _ = c.Write(want); _ = c.(*net.TCPConn).CloseWrite() }()
+			if got, err := io.ReadAll(trickle{c}); err != nil || !bytes.HasPrefix(got, want) || !bytes.HasSuffix(got, []byte("the end of "+id+"\n")) {
+				t.Errorf("%s: %d bytes, %v", id, len(got), err)
+			}
+		})
+	}
 	for i := range 8 { // and such as never read
 		c, _ := request(t, m, "GET /?id=never-%d&n=%d HTTP/1.1\r\nHost: payments.shop:%d\r\n\r\n", i, 16<<20, 8080+i%2)
 		defer c.Close()
@@ -132,6 +149,16 @@ func slowWriters(t *testing.T, m *mesh) {
 }
 
 func resets(t *testing.T, m *mesh) {
+	for i := range 8 { // a tunnel, by the caller
+		c, err := net.Dial("tcp", m.tcp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(c, "reset-raw-%d\n%s", i, stamped("x", 100_000))
+		_, _ = io.ReadFull(c, make([]byte, 10))
+		_ = c.(*net.TCPConn).SetLinger(0)
+		_ = c.Close()
+	}
 	for i := range 40 {
 		port := 8080 + i%2
 		switch id := fmt.Sprintf("reset-%d", i); i / 2 % 3 {

@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -133,6 +135,11 @@ func answered(c net.Conn, id string, wants int64) error {
 	if err != nil {
 		return err
 	}
+	return judge(resp, id, wants)
+}
+
+// judge compares an answer.
+func judge(resp *http.Response, id string, wants int64) error {
 	defer resp.Body.Close()
 	if got := resp.Header.Get("X-Id"); resp.StatusCode != 200 || got != id {
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
@@ -143,6 +150,49 @@ func answered(c net.Conn, id string, wants int64) error {
 		err = fmt.Errorf("%d of %d bytes", n, wants)
 	}
 	return err
+}
+
+// tunnelled is a connection through a CONNECT: raw bytes on the hop.
+func tunnelled(l *lab) (net.Conn, error) {
+	c, err := net.Dial("tcp", l.cluster("west").workload("frontend").Outbound)
+	if err != nil {
+		return nil, err
+	}
+	_ = c.SetDeadline(time.Now().Add(5 * time.Minute))
+	if _, err = io.WriteString(c, "CONNECT payments.shop:8080 HTTP/1.1\r\nHost: payments.shop:8080\r\n\r\n"); err == nil {
+		const want = "HTTP/1.1 200"
+		head := make([]byte, 0, 512)
+		for one := make([]byte, 1); err == nil && !bytes.HasSuffix(head, []byte("\r\n\r\n")); head = append(head, one...) {
+			_, err = io.ReadFull(c, one)
+		}
+		if err == nil && !bytes.HasPrefix(head, []byte(want)) {
+			err = fmt.Errorf("CONNECT was answered %q", head)
+		}
+	}
+	if err != nil {
+		_ = c.Close()
+	}
+	return c, err
+}
+
+// overHTTP2 is exchange on a stream of HTTP/2.
+func overHTTP2(l *lab, id string, sends, wants int64) error {
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	tr := &http.Transport{Protocols: protocols, DisableCompression: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", l.cluster("west").workload("frontend").Outbound)
+	}}
+	defer tr.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(l.t.Context(), http.MethodPut, fmt.Sprintf("http://payments.shop:8080/?id=%s&n=%d", id, wants), newStamped(id, sends))
+	if err != nil {
+		return err
+	}
+	req.ContentLength = sends
+	resp, err := tr.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	return judge(resp, id, wants)
 }
 
 // memory is what the kernel says of a process: resident now, and at most since resetPeak; in KiB.
@@ -167,6 +217,49 @@ func (l *lab) resetPeak(name string) {
 	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", l.proc(name).cmd.Process.Pid), []byte("5"), 0); err != nil {
 		l.t.Fatal(err)
 	}
+}
+
+// TestManyTunnels: ten thousand tunnels are open at the same time, and each carries its own bytes.
+func TestManyTunnels(t *testing.T) {
+	const tunnels, dialers = 10_000, 50
+	l := stampedLab(t)
+	var failed atomic.Int64
+	lose := func(i int, err error) {
+		if failed.Add(1) <= 10 {
+			t.Errorf("tunnel %d: %v", i, err)
+		}
+	}
+	open := make([]net.Conn, tunnels)
+	each := func(f func(i int) error) {
+		var all sync.WaitGroup
+		for d := range dialers {
+			all.Go(func() {
+				for i := d; i < tunnels; i += dialers {
+					if err := f(i); err != nil {
+						lose(i, err)
+					}
+				}
+			})
+		}
+		all.Wait()
+	}
+	began := time.Now()
+	each(func(i int) (err error) {
+		open[i], err = tunnelled(l)
+		return err
+	})
+	each(func(i int) error {
+		if open[i] == nil {
+			return nil
+		}
+		defer open[i].Close()
+		if err := ask(open[i], fmt.Sprintf("t-%d", i), 10, 1000); err != nil {
+			return err
+		}
+		return answered(open[i], fmt.Sprintf("t-%d", i), 1000)
+	})
+	now, peak := l.memory("west/frontend")
+	t.Logf("%d tunnels in %s, %d lost; the caller's sidecar holds %d MiB, at most %d", tunnels, time.Since(began).Round(time.Millisecond), failed.Load(), now>>10, peak>>10)
 }
 
 const manyRequests = `
@@ -239,9 +332,9 @@ func TestManyConnections(t *testing.T) {
 	}
 }
 
-// TestLongBodies: a gibibyte (256 MiB without HANSE_SOAK) each way takes no more memory in the sidecars than a few buffers, also when it is read slowly.
+// TestLongBodies: a gibibyte (128 MiB without HANSE_SOAK) each way takes no more memory in the sidecars than a few buffers, also when it is read slowly.
 func TestLongBodies(t *testing.T) {
-	size := int64(256 << 20)
+	size := int64(128 << 20)
 	if soak() {
 		size = 1 << 30
 	}
@@ -256,11 +349,15 @@ func TestLongBodies(t *testing.T) {
 		name         string
 		sends, wants int64
 		streams      int
-		slow         bool
+		way          string
 	}{
-		{"up", size, 10, 1, false},
-		{"down", 0, size, 1, false},
-		{"eight down, read slowly", 0, 16 << 20, 8, true},
+		{"up", size, 10, 1, ""},
+		{"down", 0, size, 1, ""},
+		{"up over HTTP2", size, 10, 1, "h2"},
+		{"down over HTTP2", 0, size, 1, "h2"},
+		{"up a tunnel", size, 10, 1, "tcp"},
+		{"down a tunnel", 0, size, 1, "tcp"},
+		{"eight down, read slowly", 0, 16 << 20, 8, "slow"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			before := map[string]int64{}
@@ -273,20 +370,7 @@ func TestLongBodies(t *testing.T) {
 			for i := range c.streams {
 				id := fmt.Sprintf("long-%d", i)
 				all.Go(func() {
-					conn, err := net.Dial("tcp", l.cluster("west").workload("frontend").Outbound)
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					defer conn.Close()
-					_ = conn.SetDeadline(time.Now().Add(5 * time.Minute))
-					if err = ask(conn, id, c.sends, c.wants); err == nil {
-						if c.slow {
-							conn = slowly{conn}
-						}
-						err = answered(conn, id, c.wants)
-					}
-					if err != nil {
+					if err := long(l, c.way, id, c.sends, c.wants); err != nil {
 						t.Errorf("%s: %v", id, err)
 					}
 				})
@@ -302,6 +386,31 @@ func TestLongBodies(t *testing.T) {
 			}
 		})
 	}
+}
+
+func long(l *lab, way, id string, sends, wants int64) error {
+	dial := func() (net.Conn, error) {
+		return net.Dial("tcp", l.cluster("west").workload("frontend").Outbound)
+	}
+	switch way {
+	case "h2":
+		return overHTTP2(l, id, sends, wants)
+	case "tcp":
+		dial = func() (net.Conn, error) { return tunnelled(l) }
+	}
+	c, err := dial()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(5 * time.Minute))
+	if err := ask(c, id, sends, wants); err != nil {
+		return err
+	}
+	if way == "slow" {
+		c = slowly{c}
+	}
+	return answered(c, id, wants)
 }
 
 // slowly reads with pauses.

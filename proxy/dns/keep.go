@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"time"
 
 	"github.com/hanse-mesh/hanse/identity/atomicfile"
@@ -17,8 +18,27 @@ const (
 	keepEvery   = time.Second // at most
 )
 
-// load reads a kept Pool. There being none is no error.
+// lostAtMost is how many addresses a sidecar that was killed may have handed out and not kept.
+const lostAtMost = 4096
+
+// load reads a kept Pool. There being none is no error. An application may hold addresses that were not kept: those that are handed out
+// from now on are others.
 func (p *Pool) load(path string) error {
+	err := p.read(path)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.keys)+len(p.reals) > 0 {
+		p.next += lostAtMost
+	} else {
+		p.next = 1 + rand.Uint32N(min(p.last, 1<<24))
+	}
+	if p.next > p.last {
+		p.next = 1 + (p.next-1)%p.last
+	}
+	return err
+}
+
+func (p *Pool) read(path string) error {
 	b, err := atomicfile.Read(path, maxPoolFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

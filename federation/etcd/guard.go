@@ -27,9 +27,9 @@ import (
 
 // Limits of what a peer may ask.
 const (
-	maxPeerStreams = 256  // at one time, of one SPIFFE ID
-	maxWatches     = 256  // of one watch stream
-	maxRangeKeys   = 1000 // of one Range; longer ones by limit and pages, or by RangeStream
+	maxPeerStreams = 2*maxScopes + 64 // at one time, of one SPIFFE ID: each scope is watched, and listed or probed
+	maxWatches     = maxScopes + 16   // of one watch stream
+	maxRangeKeys   = 1000             // of one Range; longer ones by limit and pages, or by RangeStream
 	maxRequest     = 64 << 10
 )
 

@@ -270,3 +270,24 @@ func TestMirror(t *testing.T) {
 	w.flush()
 	w.converge("all")
 }
+
+// TestManyScopes has as many audiences as a peer may be in.
+func TestManyScopes(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	var scopes []string
+	for i := range 500 {
+		name := fmt.Sprintf("for-%016x", i)
+		scopes = append(scopes, name)
+		w.exporter.Set(name, services(1, "v1"))
+	}
+	w.allow(append([]string{"members", "acks", "peers/" + self}, scopes...)...)
+	w.exporter.Set("peers/"+self, scopeList(scopes...))
+	w.flush()
+	w.startMirror()
+	eventually(t, "synced", func() bool { return w.mirror.Status().Synced && len(w.mirror.Status().Scopes) == 503 })
+	w.converge(scopes[0], scopes[499])
+	w.exporter.Set(scopes[499], services(1, "v2"))
+	w.flush()
+	w.converge(scopes[499])
+}

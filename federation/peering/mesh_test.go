@@ -637,6 +637,7 @@ func TestAMoveBetweenScopesIsSeamless(t *testing.T) {
 		"by label":           {{"east"}, {"tier=gold"}},
 		"label to all":       {{"tier=gold"}, nil},
 		"member and a label": {{"tier=gold"}, {"east", "tier=tin"}},
+		"over a restart":     {{"east"}, {"tier=gold"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -670,7 +671,14 @@ func TestAMoveBetweenScopesIsSeamless(t *testing.T) {
 						}
 					}
 				})
+				if name == "over a restart" {
+					west.stop()
+				}
 				west.export(payments, 60, move[1]...)
+				if west.stop == nil {
+					west.start()
+					west.healLinks()
+				}
 				settle(29 * time.Second)
 				old := federation.AudienceScope(move[0])
 				if old != federation.AudienceScope(move[1]) && len(west.own.Dump("exports/v1/"+old+"/svc/")) == 0 {

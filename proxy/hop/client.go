@@ -61,6 +61,27 @@ type Client struct {
 	mu     sync.Mutex // held to change pools
 	closed bool       // guarded by mu
 	pools  atomic.Pointer[map[poolKey]*pool]
+	lately [64]atomic.Pointer[found] // by port: comparing costs less than hashing
+}
+
+// found is a pool that was found in pools.
+type found struct {
+	in  *map[poolKey]*pool
+	key poolKey
+	p   *pool
+}
+
+// find returns the pool of a key, or nil.
+func (c *Client) find(key *poolKey) *pool {
+	pools, at := c.pools.Load(), &c.lately[key.address.Port()%uint16(len(c.lately))]
+	if f := at.Load(); f != nil && f.in == pools && f.key == *key {
+		return f.p
+	}
+	p := (*pools)[*key]
+	if p != nil {
+		at.Store(&found{pools, *key, p})
+	}
+	return p
 }
 
 type clientMetrics struct {
@@ -612,7 +633,7 @@ func (c *Client) get(ctx context.Context, peer *Peer) (*clientConn, time.Time, e
 			return nil, now, fail(StageHandshake, err)
 		}
 		key := poolKey{own: svid.ID.String(), peer: peer.SPIFFEID, address: peer.Address, gateway: peer.Gateway, sni: peer.SNI}
-		p := (*c.pools.Load())[key]
+		p := c.find(&key)
 		if p != nil {
 			ch := c.choose(p.all(), now)
 			if ch.wanted {

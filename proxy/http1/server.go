@@ -459,7 +459,7 @@ func (s *serverStream) OnAbort(f func(err error)) {
 		s.onAbort = f
 	}
 	if f != nil && err == nil && s.since.IsZero() && s.in.over() {
-		s.since = time.Now()
+		s.since = c.readAt // just before the head came, or long before: then it was waiting behind another
 		c.arm(watchAfter)
 	}
 	c.mu.Unlock()

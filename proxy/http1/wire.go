@@ -20,6 +20,7 @@ type wire struct {
 	r, w         int
 	pooled       bool // buf is one of responses, unless it is longer
 	readDeadline time.Time
+	readAt       time.Time // of the last within
 
 	mu            sync.Mutex // of the writer
 	out           []byte     // guarded by mu
@@ -95,6 +96,7 @@ func (w *wire) unread() []byte { return w.buf[w.r:w.w] }
 // within bounds reads by d from now on. Moving a deadline costs as much as a small read: it is moved when a quarter of it has passed.
 func (w *wire) within(d time.Duration) {
 	now := time.Now()
+	w.readAt = now
 	if left := w.readDeadline.Sub(now); left < d*3/4 || left > d {
 		w.readDeadline = now.Add(d)
 		_ = w.nc.SetReadDeadline(w.readDeadline)

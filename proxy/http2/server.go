@@ -192,7 +192,7 @@ func (c *ServerConn) start(s *serverStream) {
 	go c.work(s)
 }
 
-const maxIdleWorkers = 64
+const maxIdleWorkers = 256
 
 // work serves one stream after the other: a goroutine that has grown its stack is worth keeping for a while.
 func (c *ServerConn) work(s *serverStream) {

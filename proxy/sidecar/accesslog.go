@@ -19,12 +19,27 @@ type accessLog struct {
 	timer   *time.Timer // guarded by mu
 	armed   bool        // guarded by mu
 	writing bool        // guarded by mu
+	lines   lines       // guarded by mu
 }
 
+// lines writes records as JSON. What is alike in one record and the next, which is most of it, is kept.
+type lines struct {
+	second       int64 // Unix: that date is of
+	date, offset []byte
+	ends         ends
+	text         []byte // of ends
+}
+
+// ends are who speaks with whom.
+type ends struct {
+	reporter, protocol, source, peer, service, dest, endpoint, cluster, region, zone string
+}
+
+// Each write of a file wakes the scheduler's monitor, which then looks around every 20 µs for a while: few long ones are better than many.
 const (
-	logDelay = 50 * time.Millisecond
-	logFlush = 32 << 10
-	logLimit = 1 << 20
+	logDelay = 100 * time.Millisecond
+	logFlush = 256 << 10
+	logLimit = 2 << 20
 )
 
 func newAccessLog(w io.Writer, dropped func()) *accessLog {
@@ -42,7 +57,7 @@ func (l *accessLog) add(rec *record, now time.Time, took, head time.Duration) {
 		l.dropped()
 		return
 	}
-	l.buf = rec.appendJSON(l.buf, now, took, head)
+	l.buf = l.lines.append(l.buf, rec, now, took, head)
 	switch {
 	case len(l.buf) >= logFlush && !l.writing:
 		l.writing = true
@@ -82,7 +97,7 @@ func (l *accessLog) write() {
 			l.dropped()
 		}
 		l.mu.Lock()
-		if cap(b) <= 4*logFlush {
+		if cap(b) <= 2*logFlush {
 			l.spare = b[:0]
 		}
 	}
@@ -90,21 +105,40 @@ func (l *accessLog) write() {
 	l.mu.Unlock()
 }
 
-// appendJSON appends the record as one line; the keys are documented in docs/operations.md.
-func (rec *record) appendJSON(b []byte, now time.Time, took, head time.Duration) []byte {
+// stamp appends a time as RFC 3339 has it, in nanoseconds.
+func (l *lines) stamp(b []byte, now time.Time) []byte {
+	if s := now.Unix(); s != l.second || l.date == nil {
+		l.second = s
+		l.date = now.AppendFormat(l.date[:0], "2006-01-02T15:04:05.")
+		l.offset = now.AppendFormat(l.offset[:0], "Z07:00")
+	}
+	b = append(b, l.date...)
+	ns := now.Nanosecond()
+	for unit := 100_000_000; unit > 0; unit /= 10 {
+		b = append(b, byte('0'+ns/unit%10))
+	}
+	return append(b, l.offset...)
+}
+
+// append adds a record as one line; the keys are documented in docs/operations.md.
+func (l *lines) append(b []byte, rec *record, now time.Time, took, head time.Duration) []byte {
 	b = append(b, `{"time":"`...)
-	b = now.AppendFormat(b, time.RFC3339Nano)
+	b = l.stamp(b, now)
 	b = append(b, `","level":"INFO","msg":"access"`...)
-	b = appendString(b, "reporter", rec.reporter)
-	b = appendString(b, "protocol", rec.protocol)
-	b = appendString(b, "source", rec.source)
-	b = appendString(b, "peer", rec.peer)
-	b = appendString(b, "service", rec.service)
-	b = appendString(b, "destination", rec.dest)
-	b = appendString(b, "endpoint", rec.endpoint)
-	b = appendString(b, "cluster", rec.cluster)
-	b = appendString(b, "region", rec.region)
-	b = appendString(b, "zone", rec.zone)
+	if e := (ends{rec.reporter, rec.protocol, rec.source, rec.peer, rec.service, rec.dest, rec.endpoint, rec.cluster, rec.region, rec.zone}); e != l.ends || l.text == nil {
+		t := appendString(l.text[:0], "reporter", e.reporter)
+		t = appendString(t, "protocol", e.protocol)
+		t = appendString(t, "source", e.source)
+		t = appendString(t, "peer", e.peer)
+		t = appendString(t, "service", e.service)
+		t = appendString(t, "destination", e.dest)
+		t = appendString(t, "endpoint", e.endpoint)
+		t = appendString(t, "cluster", e.cluster)
+		t = appendString(t, "region", e.region)
+		t = appendString(t, "zone", e.zone)
+		l.ends, l.text = e, t
+	}
+	b = append(b, l.text...)
 	b = appendString(b, "method", rec.method)
 	b = appendString(b, "path", rec.path)
 	b = appendString(b, "route", rec.route)

@@ -62,6 +62,7 @@ type metrics struct {
 
 	mu     sync.Mutex // held to add to series
 	series atomic.Pointer[map[seriesKey]*series]
+	last   atomic.Pointer[series] // used last: most requests are like the one before, and comparing costs less than hashing
 }
 
 // seriesKey are the labels of a request.
@@ -73,6 +74,7 @@ type seriesKey struct {
 
 // series are a request's metrics, found once.
 type series struct {
+	key      seriesKey
 	requests prometheus.Counter
 	duration prometheus.Observer
 	in, out  prometheus.Counter
@@ -111,10 +113,15 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 }
 
 func (m *metrics) of(k seriesKey) *series {
+	if s := m.last.Load(); s != nil && s.key == k {
+		return s
+	}
 	if s := (*m.series.Load())[k]; s != nil {
+		m.last.Store(s)
 		return s
 	}
 	s := &series{
+		key:      k,
 		requests: m.requests.WithLabelValues(k.reporter, k.protocol, k.source, k.dest, k.service, k.cluster, k.region, k.zone, strconv.Itoa(k.status), k.grpc, k.code),
 		duration: m.duration.WithLabelValues(k.reporter, k.service, k.cluster, k.region, k.zone),
 		in:       m.bytes.WithLabelValues(k.reporter, k.service, "request"),

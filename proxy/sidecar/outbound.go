@@ -249,6 +249,8 @@ type attempt struct {
 	failure *failure // resp is nil then
 	retry   bool     // the policy would try again
 
+	answered time.Time // when resp came
+
 	brokeOff bool // the application took the request and ended without an answer
 	safe     bool // nothing reached the application
 }
@@ -531,7 +533,8 @@ func (t *transfer) classify(a *attempt, err error) {
 
 // judge decides on an answer.
 func (t *transfer) judge(a *attempt) {
-	a.result = balance.Result{Outcome: balance.Responded, Status: a.resp.Status, Latency: time.Since(a.started)}
+	a.answered = time.Now()
+	a.result = balance.Result{Outcome: balance.Responded, Status: a.resp.Status, Latency: a.answered.Sub(a.started)}
 	if a.resp.Status == http.StatusOK && t.rec.protocol != "grpc" {
 		return // no field of ours comes with it
 	}
@@ -580,7 +583,7 @@ func (t *transfer) finish(a *attempt) {
 		t.refuse(a.failure)
 		return
 	}
-	rec.firstByte = time.Since(rec.start)
+	rec.firstByte = a.answered.Sub(rec.start)
 	rec.status = a.resp.Status
 	rec.code = a.resp.Fields.Value(headerError)
 	a.pick.Connected()

@@ -92,7 +92,7 @@ const (
 
 	// Floods, per second.
 	maxControl = 2000 // PING, SETTINGS, PRIORITY, empty DATA, WINDOW_UPDATE of nobody …
-	maxResets  = 1000 // streams that the peer opened and reset, beside as many that it let finish
+	maxResets  = 1000 // streams that the peer opened and reset before an answer, beside as many as it let us answer
 
 	headFrames = 64 // CONTINUATION frames of one head
 )

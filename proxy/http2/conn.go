@@ -53,6 +53,9 @@ type conn struct {
 	forgotten [256]uint32
 	forgetAt  int
 
+	answeredStreams uint64 // guarded by mu, server: streams with an answer
+	answeredBefore  uint64 // owned by the reader: before the current second
+
 	sendWindow  int64 // guarded by mu: all below
 	starved     int   // streams that wait for it
 	recvWindow  int64
@@ -615,6 +618,7 @@ func (c *conn) resetFrame(f *xhttp2.RSTStreamFrame) error {
 	}
 	calls := s.fail(&message.Error{Sent: f.ErrCode != xhttp2.ErrCodeRefusedStream, Code: uint32(f.ErrCode), Err: ErrReset}, nil)
 	c.forget(s)
+	flood := s.server != nil && !s.server.responded && c.floodOfResets()
 	drained := c.drainedLocked()
 	c.mu.Unlock()
 	for _, f := range calls {
@@ -623,10 +627,19 @@ func (c *conn) resetFrame(f *xhttp2.RSTStreamFrame) error {
 	if drained {
 		go c.farewell(ErrClosed)
 	}
-	if !c.client && c.resets.add() > maxResets {
+	if flood {
 		return &connError{xhttp2.ErrCodeEnhanceYourCalm, "flood of resets"}
 	}
 	return nil
+}
+
+// floodOfResets counts a stream that its peer has opened in vain: work for us, and none for it. Who lets as many be answered is busy. It needs mu.
+func (c *conn) floodOfResets() bool {
+	n := c.resets.add()
+	if n == 1 {
+		c.answeredBefore = c.answeredStreams
+	}
+	return uint64(n) > maxResets+c.answeredStreams-c.answeredBefore
 }
 
 // forget takes a stream off the connection. It needs mu.

@@ -783,6 +783,21 @@ func TestFloods(t *testing.T) {
 	}
 }
 
+// TestResetsAfterAnAnswer are how tunnels end whose caller resets its connection: no flood, however many there are.
+func TestResetsAfterAnAnswer(t *testing.T) {
+	cc, _ := both(t, Config{}, echo)
+	for i := range 4 * maxResets {
+		st, err := cc.Open(&message.Request{Method: "CONNECT", Authority: "app.test:1", Length: message.Unknown}, message.Options{})
+		if err == nil {
+			_, err = st.Response()
+		}
+		if err != nil {
+			t.Fatalf("stream %d: %v", i, err)
+		}
+		st.Close()
+	}
+}
+
 // A peer that takes no bytes is given up, and with it everybody who waits to write to it.
 func TestStuckPeer(t *testing.T) {
 	c, s := pair(t)

@@ -118,8 +118,9 @@ func (c *conn) requestHead(id uint32) error {
 		c.frame32(xhttp2.FrameRSTStream, id, uint32(xhttp2.ErrCodeRefusedStream))
 		c.remember(id)
 		err := c.answered()
+		flood := c.floodOfResets()
 		c.mu.Unlock()
-		if err == nil && c.resets.add() > maxResets {
+		if err == nil && flood {
 			err = &connError{xhttp2.ErrCodeEnhanceYourCalm, "flood of streams"}
 		}
 		return err
@@ -323,6 +324,7 @@ func (s *serverStream) Respond(r *message.Response, end bool) error {
 		length = 0
 	}
 	s.responded = true
+	c.answeredStreams++
 	s.noBody = s.head || status == 204 || status == 304
 	if !tunnel && !s.noBody {
 		s.promised = r.Length

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -16,7 +17,9 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/hanse-mesh/hanse/federation/etcd"
+	"github.com/hanse-mesh/hanse/federation/etcd/etcdpb"
 	"github.com/hanse-mesh/hanse/federation/federationpb"
+	"github.com/hanse-mesh/hanse/federation/storetest"
 	"github.com/hanse-mesh/hanse/identity"
 )
 
@@ -221,9 +224,11 @@ func (w *world) flush() {
 	}
 }
 
-func (w *world) newMirror() *etcd.Mirror {
+func (w *world) newMirror() *etcd.Mirror { return w.newMirrorTo(w.east.Store()) }
+
+func (w *world) newMirrorTo(local etcd.Store) *etcd.Mirror {
 	return etcd.NewMirror(etcd.MirrorConfig{
-		Peer: "west", Self: self, Local: w.east.Store(), Log: testLog(w.t), Timers: w.timers, QuotaBytes: w.quota,
+		Peer: "west", Self: self, Local: local, Log: testLog(w.t), Timers: w.timers, QuotaBytes: w.quota,
 		Dial: func(ctx context.Context) (etcd.Remote, error) {
 			return etcd.DialPeer(ctx, etcd.PeerConfig{
 				Addresses: []string{w.listener.addr}, Dialer: w.net.dial,
@@ -271,23 +276,43 @@ func TestMirror(t *testing.T) {
 	w.converge("all")
 }
 
-// TestManyScopes has as many audiences as a peer may be in.
+// TestManyScopes has more audiences than a gRPC server's or etcd's defaults allow streams.
 func TestManyScopes(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
+	w.timers = etcd.MirrorTimers{} // 400 scopes with a probe each 100 ms would be a load of its own
+	const many = 400
 	var scopes []string
-	for i := range 500 {
+	var puts []etcd.Op
+	complete, err := proto.Marshal(&etcdpb.Meta{Keys: 1, Complete: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(key string, value []byte) {
+		puts = append(puts, etcd.Op{Key: etcd.ExportPrefix + key, Value: value})
+	}
+	for i := range many {
 		name := fmt.Sprintf("for-%016x", i)
 		scopes = append(scopes, name)
-		w.exporter.Set(name, services(1, "v1"))
+		put(name+"/!epoch", []byte(name))
+		put(name+"/meta", complete)
+		put(name+"/svc/shop/s", []byte("v1"))
+	}
+	w.stopExport()
+	for _, scope := range []string{"members", "acks"} {
+		put(scope+"/!epoch", []byte(scope))
+	}
+	put("peers/"+self+"/scopes", scopeList(scopes...).Keys["scopes"])
+	for part := range slices.Chunk(puts, etcd.MaxOps) {
+		if _, _, err := w.west.Store().Txn(t.Context(), nil, part); err != nil {
+			t.Fatal(err)
+		}
 	}
 	w.allow(append([]string{"members", "acks", "peers/" + self}, scopes...)...)
-	w.exporter.Set("peers/"+self, scopeList(scopes...))
-	w.flush()
-	w.startMirror()
-	eventually(t, "synced", func() bool { return w.mirror.Status().Synced && len(w.mirror.Status().Scopes) == 503 })
-	w.converge(scopes[0], scopes[499])
-	w.exporter.Set(scopes[499], services(1, "v2"))
-	w.flush()
-	w.converge(scopes[499])
+	m := w.newMirrorTo(storetest.NewMemory(9))
+	background(t, m.Run)
+	eventually(t, "synced", func() bool {
+		st := m.Status()
+		return st.Synced && len(st.Scopes) == many+3 && st.Keys == many+1
+	})
 }

@@ -410,7 +410,14 @@ func TestInclusions(t *testing.T) {
 				t.Errorf("%s: %q, want %q", tc.to, got, tc.want)
 			}
 		}
-		cfg.OnlyUIDs = []uint32{1000}
+		cfg.OnlyUIDs, cfg.UIDs = nil, []uint32{0}
+		if _, err := capture.In(p.ns.Path()).Install(cfg); err != nil {
+			t.Fatal(err)
+		}
+		if got := ask(p.ns, nil, "10.0.0.2:80"); got != "world" {
+			t.Errorf("of an exempt user: %q", got)
+		}
+		cfg.OnlyUIDs, cfg.UIDs = []uint32{1000}, nil
 		if _, err := capture.In(p.ns.Path()).Install(cfg); err != nil {
 			t.Fatal(err)
 		}

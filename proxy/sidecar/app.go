@@ -29,7 +29,7 @@ func (s *Sidecar) newApp(address string) *app {
 		a.network, a.address = "unix", path
 	}
 	a.http1 = http1.NewClient(http1.ClientConfig{Dial: a.dial, ConnectTimeout: a.connectTimeout})
-	a.h2c.dial = a.dial
+	a.h2c.dial, a.h2c.idle = a.dial, h2cIdle
 	return a
 }
 
@@ -59,24 +59,33 @@ func (a *app) close() {
 // h2cPool keeps HTTP/2 connections to one address.
 type h2cPool struct {
 	dial func(ctx context.Context) (net.Conn, error)
+	idle time.Duration // without streams for so long, connections are closed
 
 	mu      sync.Mutex
-	conns   []*http2.ClientConn // guarded by mu
-	dialing chan struct{}       // guarded by mu; closed when the dial under way has ended
-	err     error               // guarded by mu: of the last dial
-	closed  bool                // guarded by mu
+	conns   []*h2cConn    // guarded by mu
+	sweep   *time.Timer   // guarded by mu; nil: there are no connections
+	dialing chan struct{} // guarded by mu; closed when the dial under way has ended
+	err     error         // guarded by mu: of the last dial
+	closed  bool          // guarded by mu
+}
+
+// h2cConn is one connection.
+type h2cConn struct {
+	*http2.ClientConn
+	used bool // guarded by h2cPool.mu: since the last sweep
 }
 
 const (
 	h2cConns   = 16
 	h2cStreams = 100 // of a connection before another is opened
+	h2cIdle    = 30 * time.Second
 )
 
 // open uses the connection with the fewest streams.
 func (p *h2cPool) open(ctx context.Context, r *message.Request, o message.Options) (message.ClientStream, error) {
 	for {
 		p.mu.Lock()
-		var best *http2.ClientConn
+		var best *h2cConn
 		least, usable := 0, p.conns[:0]
 		for _, c := range p.conns {
 			if !c.Usable() {
@@ -100,6 +109,9 @@ func (p *h2cPool) open(ctx context.Context, r *message.Request, o message.Option
 				p.dialing = wait
 				go p.add(wait)
 			}
+		}
+		if best != nil {
+			best.used = true
 		}
 		p.mu.Unlock()
 		if best != nil {
@@ -136,7 +148,34 @@ func (p *h2cPool) add(done chan struct{}) {
 		_ = nc.Close()
 		p.err = http2.ErrClosed
 	default:
-		p.conns = append(p.conns, http2.NewClientConn(nc, http2.Config{MaxHeadBytes: 256 << 10}))
+		p.conns = append(p.conns, &h2cConn{ClientConn: http2.NewClientConn(nc, http2.Config{MaxHeadBytes: 256 << 10}), used: true})
+		if p.sweep == nil {
+			p.sweep = time.AfterFunc(p.idle, p.closeIdle)
+		}
+	}
+}
+
+// closeIdle closes what nobody has used since it was last called.
+func (p *h2cPool) closeIdle() {
+	p.mu.Lock()
+	var rest, idle []*h2cConn
+	for _, c := range p.conns {
+		if open, _ := c.Streams(); open > 0 || c.used {
+			rest = append(rest, c)
+		} else {
+			idle = append(idle, c)
+		}
+		c.used = false
+	}
+	p.conns = rest
+	if len(rest) > 0 {
+		p.sweep.Reset(p.idle)
+	} else {
+		p.sweep = nil
+	}
+	p.mu.Unlock()
+	for _, c := range idle {
+		c.Shutdown() // who has chosen it meanwhile chooses again
 	}
 }
 
@@ -144,6 +183,9 @@ func (p *h2cPool) close() {
 	p.mu.Lock()
 	conns := p.conns
 	p.conns, p.closed = nil, true
+	if p.sweep != nil {
+		p.sweep.Stop()
+	}
 	p.mu.Unlock()
 	for _, c := range conns {
 		c.Close(nil)

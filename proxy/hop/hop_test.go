@@ -23,7 +23,7 @@ import (
 const payments = "/ns/shop/sa/payments"
 
 // serve starts a Server on loopback and returns the Peer to dial, and what stops it.
-func serve(t *testing.T, src *identity.Source, h http.Handler, change ...func(*hop.ServerConfig)) (hop.Peer, *hop.Server, func()) {
+func serve(t testing.TB, src *identity.Source, h http.Handler, change ...func(*hop.ServerConfig)) (hop.Peer, *hop.Server, func()) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -45,7 +45,7 @@ func serve(t *testing.T, src *identity.Source, h http.Handler, change ...func(*h
 	return hop.Peer{ID: "e1", Address: netip.MustParseAddrPort(ln.Addr().String()), SNI: "e1.endpoint.hanse", SPIFFEID: svid.ID.String()}, s, stop
 }
 
-func run(t *testing.T, f func(context.Context) error) (stop func()) {
+func run(t testing.TB, f func(context.Context) error) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -61,7 +61,7 @@ func run(t *testing.T, f func(context.Context) error) (stop func()) {
 	return stop
 }
 
-func client(t *testing.T, src *identity.Source, change ...func(*hop.ClientConfig)) *hop.Client {
+func client(t testing.TB, src *identity.Source, change ...func(*hop.ClientConfig)) *hop.Client {
 	t.Helper()
 	cfg := hop.ClientConfig{Source: src, ConnectTimeout: 3 * time.Second}
 	for _, f := range change {
@@ -72,7 +72,7 @@ func client(t *testing.T, src *identity.Source, change ...func(*hop.ClientConfig
 	return c
 }
 
-func request(t *testing.T, method, path string, body io.Reader) *http.Request {
+func request(t testing.TB, method, path string, body io.Reader) *http.Request {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, "https://payments.shop.svc.clusterset.local:8080"+path, body)
 	if err != nil {

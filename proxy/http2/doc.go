@@ -4,7 +4,7 @@
 //	net.Conn ─► one reader per connection ─► streams ─► ServerStream's handler, ClientStream's user
 //	streams ─► pending bytes of the connection ─► whoever flushes first yields once, and writes for all
 //
-// Frames are read by golang.org/x/net/http2's Framer and heads by its hpack package; everything else is here. A connection's reader
+// Frames are read by golang.org/x/net/http2's Framer and heads by its hpack package; everything else is here, HPACK's encoder included. A connection's reader
 // never waits for anybody: what arrives is held by its stream up to the stream's window, and a slow reader so holds up its own stream
 // only. The connection's window is given back when bytes arrive, until all streams together hold MaxBuffered; from then on, when
 // they are read. Priorities are ignored, as RFC 9113 §5.3.2 allows.

@@ -90,7 +90,7 @@ func (m *Mesh) Run(ctx context.Context) error {
 		}()
 		err := m.work(working, m.begin(role))
 		if over := working.Err() != nil; err != nil && !over {
-			m.log.Error("federation begins anew", "leads", role.Leads, "error", err)
+			m.log.Warn("federation begins anew", "leads", role.Leads, "error", err)
 			pause(working, time.Second)
 		}
 		if errors.Is(err, etcd.ErrNotLeader) { // and Role will say so in a moment

@@ -141,7 +141,11 @@ func TestFilesAndAppliedDoNotHideEachOther(t *testing.T) {
 	}
 
 	// A file that breaks keeps its last good version in force, and is named.
-	if err := os.WriteFile(filepath.Join(dir, "payments.yaml"), []byte("apiVersion: v1\nkind: Service\nmetadata: {name: [}\n"), 0o600); err != nil {
+	broken := filepath.Join(dir, "payments.yaml.tmp") // moved into place: while it is being written it would be an empty one
+	if err := os.WriteFile(broken, []byte("apiVersion: v1\nkind: Service\nmetadata: {name: [}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(broken, filepath.Join(dir, "payments.yaml")); err != nil {
 		t.Fatal(err)
 	}
 	s := wait("payments from the last good file", func(s *discovery.Snapshot) bool { return len(c.Faults()) > 0 })

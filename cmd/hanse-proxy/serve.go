@@ -138,6 +138,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 			if err != nil {
 				return err
 			}
+			p.sidecar.Store(s)
 			p.serving.Store(true)
 			log.Info("serving", "id", ownID(p.source), "outbound", cfg.Outbound.Listen, "workloads", len(cfg.Workloads), "listeners", len(cfg.Listeners))
 			return s.Run(ctx)
@@ -188,10 +189,11 @@ type process struct {
 	hop       *hop.Client
 	balancer  *balance.Balancer
 	gateway   atomic.Pointer[gateway.Gateway]
+	sidecar   atomic.Pointer[sidecar.Sidecar]
 	serving   atomic.Bool
 }
 
-// trust loads bundles that the control plane has announced.
+// trust loads bundles that the control plane has announced. When it returns nil, no connection rests on what they do not vouch for.
 func (p *process) trust(ctx context.Context, sequences map[string]uint64) error {
 	want := make(map[spiffeid.TrustDomain]uint64, len(sequences))
 	for name, seq := range sequences {
@@ -201,7 +203,13 @@ func (p *process) trust(ctx context.Context, sequences map[string]uint64) error 
 		}
 		want[td] = seq
 	}
-	return p.ids.TrustRefresh(ctx, want)
+	if err := p.ids.TrustRefresh(ctx, want); err != nil {
+		return err
+	}
+	if s := p.sidecar.Load(); s != nil {
+		s.Reverify()
+	}
+	return nil
 }
 
 // ready says whether the proxy can do its work, also with what was kept while no control plane answers.

@@ -106,6 +106,8 @@ func TestOnATerminal(t *testing.T) {
 		{"leave asks", "n\n", "leave north --force", 1, nil, []string{"Remove north from the mesh? [y/N]", "Nothing was changed."}},
 		{"leave does", "yes\n", "leave north --force", 0, []string{"north left the mesh."}, nil},
 		{"trust remove asks", "\n", "trust remove east.demo", 1, nil, []string{"Refuse every identity of east.demo"}},
+		{"trust distrust asks", "n\n", "trust distrust east.demo", 1, nil, []string{"Refuse every identity that rests on east.demo", "Nothing was changed."}},
+		{"trust rotate shows progress", "", "trust rotate", 0, []string{"signs now"}, []string{"root 1f2a33c4d5e6f708 waits to be loaded by cluster north   0s   at the latest in 2d   Ctrl-C is harmless"}},
 		{"drill shows its plan and asks", "n\n", "drill run --drain", 1, nil, []string{"NOT COVERED", "Start it? [y/N]", "Nothing started."}},
 		{"drill shows progress", "y\n", "drill run --drain --for 60s", 0, []string{"PASSED"}, []string{"▁▁▁▁▁▁▁▁▁▁ 0s of 60s", "Ctrl-C stops and heals"}},
 		{"states are coloured", "", "clusters", 0, []string{"\x1b[33msuspect\x1b[0m", "\x1b[32mfresh\x1b[0m"}, nil},

@@ -59,6 +59,9 @@ themselves; add here the trust domains of others, and remove any that this clust
 				if td.Note != "" {
 					fmt.Fprintf(c.out, "\n%s: %s\n", td.Name, td.Note)
 				}
+				if td.Refused != nil {
+					fmt.Fprintf(c.out, "\n%s: a bundle from %s was refused %s ago; the one before it is in force. See: hanse trust show %s\n", td.Name, td.Refused.Source, age(td.Refused.Age), td.Name)
+				}
 			}
 			return nil
 		},
@@ -191,7 +194,7 @@ mesh that was removed is trusted again.`,
 		},
 	}
 	remove.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
-	group.AddCommand(list, show, add, remove)
+	group.AddCommand(list, show, add, remove, c.trustRefreshCommand(names), c.trustExportCommand(names), c.trustRotateCommand(), c.trustDistrustCommand(names))
 	return group
 }
 
@@ -216,6 +219,9 @@ func (c *cli) printTrust(td admin.TrustDomain) {
 	for _, a := range td.Authorities {
 		t.row(plain("root"), plain(a))
 	}
+	for _, d := range td.Distrusted {
+		t.row(plain("distrusted"), cell{d, bad})
+	}
 	if len(td.Acked) > 0 {
 		t.row(plain("loaded by"), plain(strings.Join(td.Acked, ", ")))
 	}
@@ -223,6 +229,10 @@ func (c *cli) printTrust(td admin.TrustDomain) {
 		t.row(plain("not yet by"), cell{strings.Join(td.Missing, ", "), doubtful})
 	}
 	c.table(t)
+	if r := td.Refused; r != nil {
+		fmt.Fprintf(c.out, "%s %s ago, from %s: %s\n", c.palette().red("refused"), age(r.Age), r.Source, r.Reason)
+		fmt.Fprintf(c.out, "remedy: ask that trust domain what happened; if it is meant: hanse trust add %s --bundle FILE\n", td.Name)
+	}
 	if td.Note != "" {
 		fmt.Fprintln(c.out, td.Note)
 	}

@@ -27,7 +27,9 @@ func (p *controlPlane) TrustList(context.Context) ([]admin.TrustDomain, error) {
 	for _, r := range p.bundles.Relations() {
 		if _, ok := rows[r.TrustDomain]; !ok {
 			row := p.trustRow(r.TrustDomain, nil)
-			row.Note = "waits for its bundle"
+			if row.Note == "" {
+				row.Note = "waits for its bundle"
+			}
 			rows[r.TrustDomain] = row
 		}
 	}
@@ -51,6 +53,19 @@ func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
 	}
 	if row.Own {
 		row.Source, row.Member = "own authority", p.cfg.Cluster
+	}
+	for _, d := range p.bundles.Distrusted() {
+		switch {
+		case d.TrustDomain != td.Name():
+		case d.Authority == "":
+			row.Distrusted = append(row.Distrusted, "all")
+			row.Note = fmt.Sprintf("distrusted %s ago; undo: hanse trust distrust %s --undo", p.now().Sub(d.Since).Round(time.Second), td.Name())
+		default:
+			row.Distrusted = append(row.Distrusted, d.Authority)
+		}
+	}
+	if r, ok := p.bundles.Refusals()[td]; ok {
+		row.Refused = &admin.RefusedBundle{Age: age(p.now(), r.At), Source: r.Source, Sequence: r.Sequence, Reason: r.Reason}
 	}
 	if b == nil {
 		return row
@@ -108,6 +123,11 @@ func (p *controlPlane) TrustAdd(ctx context.Context, req admin.TrustAdd) (admin.
 	if td == p.td {
 		return admin.TrustDomain{}, admin.Invalid("its roots are this cluster's own authority", "%s is this cluster's own trust domain", td)
 	}
+	if found, err := p.bundles.Trust(td, ""); err != nil {
+		return admin.TrustDomain{}, err
+	} else if _, related := p.bundles.Related(td); found && related && req.EndpointURL == "" && len(req.Bundle) == 0 {
+		return p.TrustShow(ctx, td.Name()) // its bundle was kept
+	}
 	o := v1alpha1.ClusterFederatedTrustDomain{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "spire.spiffe.io/v1alpha1", Kind: "ClusterFederatedTrustDomain"},
 		ObjectMeta: metav1.ObjectMeta{Name: td.Name()},
@@ -150,6 +170,8 @@ func (p *controlPlane) TrustRemove(ctx context.Context, name string) error {
 
 // relate brings one configured relation into force.
 func (p *controlPlane) relate(domain, url, profile, endpointID, bundleJSON string) error {
+	p.relating.Lock()
+	defer p.relating.Unlock()
 	td, err := spiffeid.TrustDomainFromString(domain)
 	if err != nil {
 		return fmt.Errorf("trust domain %q: %w", domain, err)
@@ -165,17 +187,27 @@ func (p *controlPlane) relate(domain, url, profile, endpointID, bundleJSON strin
 			return err
 		}
 	}
-	if bundleJSON == "" {
-		return nil
+	if bundleJSON == "" || p.initial[td] == bundleJSON {
+		return nil // an initial bundle is taken once: what came since is newer
 	}
 	b, err := bundle.Parse(td, []byte(bundleJSON))
 	if err != nil {
 		return admin.Invalid("it must be the SPIFFE JSON form: hanse trust show -o json, or spire-server bundle show -format spiffe", "bundle of %s: %v", td, err)
 	}
-	if have, ok := p.bundles.Get(td); ok && !newer(b, have) {
-		return nil
+	// The first look of this process at a bundle without a sequence does not tell whether a person has changed it.
+	_, seen := p.initial[td]
+	if have, ok := p.bundles.Get(td); !ok || newer(b, have) && (seen || numbered(b)) {
+		if err := p.bundles.Replace(td, b, "applied"); err != nil {
+			return err
+		}
 	}
-	return p.bundles.Set(td, b, "applied")
+	p.initial[td] = bundleJSON
+	return nil
+}
+
+func numbered(b *spiffebundle.Bundle) bool {
+	_, ok := b.SequenceNumber()
+	return ok
 }
 
 // bundleAge is how long ago a bundle was made: our authorities number them by time; of others it is the age of the newest authority.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -63,7 +64,9 @@ type controlPlane struct {
 
 	listening chan struct{} // closed when every listener is open
 
-	configured map[spiffeid.TrustDomain]bool // relations that the catalog asked for; owned by reconcileTrust
+	relating   sync.Mutex
+	initial    map[spiffeid.TrustDomain]string // bundles of configured relations that were taken; guarded by relating
+	configured map[spiffeid.TrustDomain]bool   // relations that the catalog asked for; owned by reconcileTrust
 }
 
 // build opens the stores and joins the parts. Nothing runs yet; the caller closes p.stores.
@@ -72,8 +75,10 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if err != nil {
 		return nil, err
 	}
-	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, board: newSwitchboard(), source: identity.NewSource(),
-		health: newHealthBook(time.Now), listening: make(chan struct{}), configured: map[spiffeid.TrustDomain]bool{}}
+	source := identity.NewSource()
+	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, board: newSwitchboard(source), source: source,
+		health: newHealthBook(time.Now), listening: make(chan struct{}), configured: map[spiffeid.TrustDomain]bool{},
+		initial: map[spiffeid.TrustDomain]string{}}
 	if err := atomicfile.MakeDir(cfg.DataDir); err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.DataDir, err)
 	}
@@ -102,7 +107,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	leader := leaderStore{p.stores.own, p.replicas}
 
 	// Identity.
-	if p.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(cfg.DataDir, "bundles"), TrustDomain: td, Log: log.With("part", "bundles")}); err != nil {
+	if p.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(cfg.DataDir, "bundles"), TrustDomain: td, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
 		return nil, err
 	}
 	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: td, RootLife: cfg.Identity.RootLife.Duration,
@@ -217,6 +222,7 @@ func (p *controlPlane) Run(ctx context.Context) error {
 		run("drills of replicas", p.followDrills)
 	}
 	run("bundles", func(ctx context.Context) error { return p.bundles.RunSource(ctx, p.source) })
+	run("connections", func(ctx context.Context) error { return p.board.watch(ctx, p.log) })
 	run("bundle endpoints", p.puller.Run)
 	run("SPIRE API", p.spire.Run)
 	if p.files != nil {
@@ -288,7 +294,7 @@ func (p *controlPlane) publishViews(ctx context.Context) error {
 		if set := p.mesh.Clusterset(); set.Local.Complete {
 			p.xds.SetView(set)
 		}
-		p.xds.SetTrust(names(p.bundles.Sequences()))
+		p.xds.SetTrust(names(p.bundles.Sequences()), uint64(p.bundles.Revision()))
 		select {
 		case <-ctx.Done():
 			return nil
@@ -403,8 +409,11 @@ func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 			missing = append(missing, "cluster "+member)
 		}
 	}
-	if p.xds.TrustAcked()[p.td.Name()] < sequence {
-		missing = append(missing, "a proxy of this cluster")
+	for _, id := range p.xds.TrustLacking(p.td.Name(), sequence) {
+		missing = append(missing, "proxy "+id)
+	}
+	if len(missing) == 0 && p.xds.TrustAcked()[p.td.Name()] < sequence {
+		missing = append(missing, "this control plane") // which has not announced it yet
 	}
 	for _, a := range p.spire.Missing(p.td, sequence) {
 		missing = append(missing, "agent "+a)

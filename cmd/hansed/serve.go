@@ -62,7 +62,7 @@ func (p *controlPlane) serve(ctx context.Context) error {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 10 * time.Minute}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true})}
 	limits = append(limits, p.spire.ServerOptions()...)
-	agents := grpc.NewServer(append(limits, grpc.Creds(credentials.NewTLS(p.spire.TLSConfig())))...)
+	agents := grpc.NewServer(append(limits, grpc.Creds(credentials.NewTLS(identity.Reporting(p.spire.TLSConfig()))))...)
 	p.spire.RegisterAgent(agents)
 	servers = append(servers, serveGRPC(agents, l))
 
@@ -110,12 +110,12 @@ func (p *controlPlane) serve(ctx context.Context) error {
 			return fail(err)
 		}
 		remote := streaming(handler, p.log)
-		remote.TLSConfig = identity.ServerTLS(p.source, func(id spiffeid.ID) error {
+		remote.TLSConfig = identity.Reporting(identity.ServerTLS(p.source, func(id spiffeid.ID) error {
 			if !identity.IsAdminID(p.td, id) {
 				return fmt.Errorf("%s is no administrator of %s", id, p.td)
 			}
 			return nil
-		}, "http/1.1")
+		}, "http/1.1"))
 		servers = append(servers, serveHTTP(remote, l, true))
 	}
 	p.log.Info("serving", "federation", p.cfg.Federation.Listen, "identity", p.cfg.Identity.Listen, "xds", p.cfg.XDS.Listen,

@@ -76,7 +76,7 @@ func etcdTLS(c Etcd) (*tls.Config, error) {
 	if c.CertFile == "" && c.CAFile == "" {
 		return nil, nil
 	}
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
+	t := &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true}
 	if c.CertFile != "" {
 		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
 		if err != nil {

@@ -2,11 +2,16 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
+	"log/slog"
+	"maps"
 	"net"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/hanse-mesh/hanse/identity"
 )
 
 var errCut = errors.New("federation link cut by a drill")
@@ -20,12 +25,74 @@ type switchboard struct {
 	mu    sync.Mutex
 	timer *time.Timer            // guarded by mu; heals by itself
 	links map[*switched]struct{} // guarded by mu; open federation connections
+	rests map[*switched]resting  // guarded by mu; connections whose peer was verified
+	ended []time.Time            // guarded by mu; when connections were closed for their peers, the newest last
+	src   *identity.Source       // that verified them; read-only
 }
+
+// resting is what an open connection rests on.
+type resting struct{ chain []*x509.Certificate }
 
 // gate is closed while the control plane is silent.
 type gate struct{ opened chan struct{} }
 
-func newSwitchboard() *switchboard { return &switchboard{links: map[*switched]struct{}{}} }
+func newSwitchboard(src *identity.Source) *switchboard {
+	return &switchboard{links: map[*switched]struct{}{}, rests: map[*switched]resting{}, src: src}
+}
+
+// watch closes each connection as soon as the bundles no longer verify its peer, until ctx ends.
+func (s *switchboard) watch(ctx context.Context, log *slog.Logger) error {
+	for {
+		changed := s.src.Changed()
+		if n := s.reverify(); n > 0 {
+			log.Warn("connections closed: their peers are no longer trusted", "connections", n)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// reverify closes the connections whose peer is no longer trusted, and says how many.
+func (s *switchboard) reverify() int {
+	s.mu.Lock()
+	open := maps.Clone(s.rests)
+	s.mu.Unlock()
+	now, closed := time.Now(), 0
+	for c, r := range open {
+		if s.src.StillTrusts(r.chain, now) != nil && c.Close() == nil {
+			closed++
+		}
+	}
+	if closed == 0 {
+		return 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for range closed {
+		s.ended = append(s.ended, time.Now())
+	}
+	s.ended = s.ended[max(0, len(s.ended)-maxEnded):]
+	return closed
+}
+
+// maxEnded is how many closed connections are remembered.
+const maxEnded = 10000
+
+// closed says how many connections were closed for their peers since.
+func (s *switchboard) closed(since time.Time) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for _, at := range s.ended {
+		if !at.Before(since) {
+			n++
+		}
+	}
+	return n
+}
 
 // Silence stops every answer for d, or until Heal.
 func (s *switchboard) Silence(d time.Duration) {
@@ -130,6 +197,20 @@ func (c *switched) Exempt() {
 	c.board.mu.Unlock()
 }
 
+// RestsOn notes whose chain the connection rests on. A bundle may have changed since it was verified, unseen by watch.
+func (c *switched) RestsOn(chain []*x509.Certificate) {
+	c.board.mu.Lock()
+	select {
+	case <-c.closed:
+	default:
+		c.board.rests[c] = resting{chain}
+	}
+	c.board.mu.Unlock()
+	if c.board.src.StillTrusts(chain, time.Now()) != nil {
+		c.Close()
+	}
+}
+
 // pass waits while the control plane is silent.
 func (c *switched) pass() error {
 	for {
@@ -161,11 +242,14 @@ func (c *switched) Write(b []byte) (int, error) {
 }
 
 func (c *switched) Close() error {
+	err := net.ErrClosed
 	c.once.Do(func() {
 		close(c.closed)
 		c.board.mu.Lock()
 		delete(c.board.links, c)
+		delete(c.board.rests, c)
 		c.board.mu.Unlock()
+		err = c.Conn.Close()
 	})
-	return c.Conn.Close()
+	return err
 }

@@ -658,6 +658,7 @@ func (x *ServiceEndpoint) GetTargets() map[string]uint32 {
 type Trust struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sequences     map[string]uint64      `protobuf:"bytes,1,rep,name=sequences,proto3" json:"sequences,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"` // grows when what is trusted changes otherwise: a bundle may then hold less under the same sequence
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -697,6 +698,13 @@ func (x *Trust) GetSequences() map[string]uint64 {
 		return x.Sequences
 	}
 	return nil
+}
+
+func (x *Trust) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
 }
 
 // Faults is one resource, named "faults": the drills in force for this proxy. It is sent again every 5 s while a drill runs.
@@ -1084,9 +1092,10 @@ const file_discovery_xdspb_hanse_proto_rawDesc = "" +
 	"\atargets\x18\x06 \x03(\v2*.hanse.xds.v1.ServiceEndpoint.TargetsEntryR\atargets\x1a:\n" +
 	"\fTargetsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\x87\x01\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\xa3\x01\n" +
 	"\x05Trust\x12@\n" +
-	"\tsequences\x18\x01 \x03(\v2\".hanse.xds.v1.Trust.SequencesEntryR\tsequences\x1a<\n" +
+	"\tsequences\x18\x01 \x03(\v2\".hanse.xds.v1.Trust.SequencesEntryR\tsequences\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x1a<\n" +
 	"\x0eSequencesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"5\n" +

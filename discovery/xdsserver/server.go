@@ -68,6 +68,7 @@ type Server struct {
 	sessions     map[*session]struct{}                    // guarded by mu
 	reporters    map[*reporter]struct{}                   // guarded by mu
 	trust        map[string]uint64                        // guarded by mu; nil until SetTrust. Never changed in place
+	trustRev     uint64                                   // guarded by mu; goes with trust
 	trustGen     uint64                                   // guarded by mu
 	faults       func(viewer xdsgen.Viewer) *xdspb.Faults // guarded by mu
 	faultGen     uint64                                   // guarded by mu
@@ -217,14 +218,15 @@ func (s *Server) View() *xdsgen.View {
 	return v
 }
 
-// SetTrust announces the newest bundle sequence of each trusted domain to all proxies.
-func (s *Server) SetTrust(sequences map[string]uint64) {
+// SetTrust announces the newest bundle sequence of each trusted domain to all proxies. revision differs whenever what is trusted
+// has changed otherwise; a proxy then loads every bundle anew.
+func (s *Server) SetTrust(sequences map[string]uint64, revision uint64) {
 	s.mu.Lock()
-	if s.trust != nil && maps.Equal(s.trust, sequences) {
+	if s.trust != nil && s.trustRev == revision && maps.Equal(s.trust, sequences) {
 		s.mu.Unlock()
 		return
 	}
-	s.trust = maps.Clone(sequences)
+	s.trust, s.trustRev = maps.Clone(sequences), revision
 	s.trustGen++
 	s.mu.Unlock()
 	s.wakeAll()

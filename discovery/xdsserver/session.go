@@ -52,11 +52,12 @@ type session struct {
 	types    map[string]*subscriptions
 	subjects map[subject]map[key]struct{} // what to look at when a subject changed
 
-	mu     sync.Mutex
-	viewer xdsgen.Viewer          // guarded by mu; written once, with the first request
-	client client                 // guarded by mu; likewise
-	status map[string]*TypeStatus // guarded by mu
-	acked  map[string]uint64      // guarded by mu; trust sequences that the client has loaded
+	mu       sync.Mutex
+	viewer   xdsgen.Viewer          // guarded by mu; written once, with the first request
+	client   client                 // guarded by mu; likewise
+	status   map[string]*TypeStatus // guarded by mu
+	acked    map[string]uint64      // guarded by mu; trust sequences that the client has loaded
+	ackedRev uint64                 // guarded by mu; goes with acked
 }
 
 // key is one subscribed resource.
@@ -95,6 +96,7 @@ type wild struct {
 type response struct {
 	nonce, version string
 	trust          map[string]uint64
+	trustRev       uint64
 }
 
 func (s *Server) open(ctx context.Context, protocol string) (context.Context, *session, error) {
@@ -241,13 +243,13 @@ func (ss *session) resource(typeURL, name string) *xdsgen.Resource {
 
 func (ss *session) trustResource(name string) (*xdsgen.Resource, error) {
 	ss.s.mu.Lock()
-	sequences, gen := ss.s.trust, ss.s.trustGen
+	sequences, revision, gen := ss.s.trust, ss.s.trustRev, ss.s.trustGen
 	ss.s.mu.Unlock()
 	ss.trustGen = gen
 	if name != trustName || sequences == nil {
 		return nil, nil
 	}
-	return xdsgen.NewResource(trustName, &xdspb.Trust{Sequences: sequences})
+	return xdsgen.NewResource(trustName, &xdspb.Trust{Sequences: sequences, Revision: revision})
 }
 
 // faultsResource asks for the drills in force once per generation: their remaining times differ at each asking.
@@ -342,7 +344,7 @@ func (ss *session) sent(typeURL string, t *subscriptions, version string, bytes,
 	r := response{nonce: nonce, version: version}
 	if typeURL == xdsgen.TrustType {
 		ss.s.mu.Lock()
-		r.trust = ss.s.trust
+		r.trust, r.trustRev = ss.s.trust, ss.s.trustRev
 		ss.s.mu.Unlock()
 	}
 	if len(t.outstanding) == maxOutstanding {
@@ -372,7 +374,7 @@ func (ss *session) answered(typeURL, nonce string, t *subscriptions, detail *rpc
 	if detail == nil {
 		st.Acked, st.AckedAt, st.NACK = r.version, now, ""
 		if r.trust != nil {
-			ss.acked = r.trust
+			ss.acked, ss.ackedRev = r.trust, r.trustRev
 		}
 	} else {
 		st.NACK, st.NACKAt = detail.GetMessage(), now

@@ -60,6 +60,54 @@ func (s *Server) Proxies() []ProxyStatus {
 	return out
 }
 
+// TrustBehind names the connected Hanse proxies that have not acknowledged the trust that was announced last, and says how many have.
+func (s *Server) TrustBehind() (behind []string, current int) {
+	s.mu.Lock()
+	trust, revision := s.trust, s.trustRev
+	sessions := slices.Collect(maps.Keys(s.sessions))
+	s.mu.Unlock()
+	for _, ss := range sessions {
+		ss.mu.Lock()
+		switch {
+		case !ss.client.hanse:
+		case ss.acked != nil && ss.ackedRev == revision && maps.Equal(ss.acked, trust):
+			current++
+		default:
+			behind = append(behind, ss.viewer.ID)
+		}
+		ss.mu.Unlock()
+	}
+	slices.Sort(behind)
+	return behind, current
+}
+
+// TrustRevision is the one that was announced last.
+func (s *Server) TrustRevision() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.trustRev
+}
+
+// TrustLacking names the connected Hanse proxies that have not loaded a trust domain's bundle with at least that sequence. One that
+// has only just connected may take trustGrace.
+func (s *Server) TrustLacking(td string, sequence uint64) []string {
+	s.mu.Lock()
+	announced := s.trust[td]
+	sessions := slices.Collect(maps.Keys(s.sessions))
+	s.mu.Unlock()
+	now := s.now()
+	var out []string
+	for _, ss := range sessions {
+		ss.mu.Lock()
+		if ss.client.hanse && (ss.acked != nil || now.Sub(ss.since) > trustGrace) && min(announced, ss.acked[td]) < sequence {
+			out = append(out, ss.viewer.ID)
+		}
+		ss.mu.Unlock()
+	}
+	slices.Sort(out)
+	return out
+}
+
 // TrustAcked returns, for each trusted domain, the lowest bundle sequence that all connected Hanse proxies have loaded; the
 // announced one where none is connected. gRPC clients and Envoys are not counted: their agent is.
 func (s *Server) TrustAcked() map[string]uint64 {

@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
+
+	"github.com/hanse-mesh/hanse/identity"
 )
 
 // maxResponse bounds one message of a peer: RangeStream sends chunks of about 2 MiB.
@@ -39,7 +41,7 @@ func DialPeer(_ context.Context, cfg PeerConfig) (Remote, error) {
 	r.InitialState(state)
 	opts := []grpc.DialOption{
 		grpc.WithResolvers(r),
-		grpc.WithTransportCredentials(credentials.NewTLS(cfg.TLS)),
+		grpc.WithTransportCredentials(reporting{credentials.NewTLS(cfg.TLS)}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResponse)),
 		connectParams(),
@@ -52,6 +54,23 @@ func DialPeer(_ context.Context, cfg PeerConfig) (Remote, error) {
 		return nil, fmt.Errorf("connect to %v: %w", cfg.Addresses, err)
 	}
 	return &remote{newWire(conn), conn}, nil
+}
+
+// reporting tells a connection on whose chain it rests, so that it ends when the bundles no longer verify it.
+type reporting struct{ credentials.TransportCredentials }
+
+// ClientHandshake is the wrapped one's, and a report.
+func (r reporting) ClientHandshake(ctx context.Context, authority string, below net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := r.TransportCredentials.ClientHandshake(ctx, authority, below)
+	if t, ok := info.(credentials.TLSInfo); ok && err == nil {
+		identity.Report(below, t.State)
+	}
+	return conn, info, err
+}
+
+// Clone keeps the reports.
+func (r reporting) Clone() credentials.TransportCredentials {
+	return reporting{r.TransportCredentials.Clone()}
 }
 
 type remote struct {

@@ -108,6 +108,7 @@ func (m *Mesh) accept(ctx context.Context, raw net.Conn, cfg *tls.Config, toPeer
 		}
 		m.replicas.give(ctx, conn)
 	default:
+		identity.Report(raw, conn.ConnectionState())
 		toPeers.give(ctx, conn)
 	}
 }

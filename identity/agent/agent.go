@@ -219,8 +219,9 @@ func (a *Agent) lock(ctx context.Context) error {
 // jitter returns d less up to a tenth.
 func jitter(d time.Duration) time.Duration { return d - time.Duration(rand.Int64N(int64(d)/10+1)) }
 
-// TrustRefresh loads bundles until each named trust domain's has at least the given sequence, and returns when they are
-// in the Source: a proxy may then acknowledge them. A trust domain that this workload does not federate with is not waited
+// TrustRefresh loads all bundles anew, until each named trust domain's has at least the given sequence, and returns when they are
+// in the Source: a proxy may then acknowledge them. At least one load begins after the call, so that what is no longer
+// trusted is gone from the Source too. A trust domain that this workload does not federate with is not waited
 // for. It returns the last error when ctx ends first. Following another agent's Workload API, where sequences are unknown,
 // it returns after one sync interval.
 func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]uint64) error {
@@ -236,17 +237,15 @@ func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]
 	}
 	wait := 50 * time.Millisecond
 	want = maps.Clone(want)
-	for {
-		behind := a.behind(want)
-		if len(behind) == 0 {
-			return nil
-		}
+	for loaded := false; ; {
 		if err := a.lock(ctx); err != nil {
-			return fmt.Errorf("refresh trust in %v: %w", behind, err)
+			return fmt.Errorf("refresh trust in %v: %w", a.behind(want), err)
 		}
 		var err error
-		if behind = a.behind(want); len(behind) > 0 { // another caller may have fetched them
+		behind := a.behind(want)
+		if len(behind) > 0 || !loaded {
 			if err = a.step(ctx); err == nil {
+				loaded = true
 				maps.DeleteFunc(want, func(td spiffeid.TrustDomain, _ uint64) bool {
 					return td != a.cfg.TrustDomain && !slices.Contains(a.state.federates, td.Name())
 				})
@@ -254,7 +253,7 @@ func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]
 			behind = a.behind(want)
 		}
 		<-a.work
-		if len(behind) == 0 {
+		if len(behind) == 0 && loaded {
 			return nil
 		}
 		timer := time.NewTimer(jitter(wait))

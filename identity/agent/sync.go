@@ -268,9 +268,17 @@ func (a *Agent) sync(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("sync with %s: %w", c.addr, err)
 	}
-	bundles, err := c.bundles(ctx, a.cfg.TrustDomain, entry.FederatesWith)
+	bundles, tainted, err := c.bundles(ctx, a.cfg.TrustDomain, entry.FederatesWith)
 	if err != nil {
 		return fmt.Errorf("sync with %s: %w", c.addr, err)
+	}
+	if tainted.signed(a.state.agent) { // before it is revoked, and this agent with it
+		if err := a.renewAgent(ctx); err != nil {
+			return err
+		}
+		if c, err = a.mutual(); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
 	}
 	id, err := spiretypes.ToID(entry.SpiffeId)
 	if err != nil {
@@ -282,7 +290,7 @@ func (a *Agent) sync(ctx context.Context) error {
 	next.bundles, next.entryID, next.revision = bundles, entry.Id, entry.RevisionNumber
 	now := a.cfg.Now()
 	due := !next.svid.valid(now) || !now.Before(next.svid.renewAt) || next.svid.id != id ||
-		entry.Id != a.state.entryID || !trusted(next.svid, own)
+		entry.Id != a.state.entryID || !trusted(next.svid, own) || tainted.signed(next.svid)
 	if due {
 		if next.svid, err = a.newSVID(ctx, c, entry.Id, id, own); err != nil {
 			return fmt.Errorf("sync with %s: %w", c.addr, err)
@@ -291,8 +299,11 @@ func (a *Agent) sync(ctx context.Context) error {
 	if !due && entry.RevisionNumber == a.state.revision && sameBundles(a.state.bundles, bundles) {
 		return nil
 	}
-	if a.state.svid != nil && a.state.svid.id != id {
-		a.jwts.drop()
+	if was := a.state.bundles[a.cfg.TrustDomain]; a.state.svid != nil && a.state.svid.id != id || was != nil && !was.JWTBundle().Equal(own.JWTBundle()) {
+		a.jwts.drop() // of another ID, or by a key that is no more
+	}
+	if was := a.state.bundles[a.cfg.TrustDomain]; was == nil || !was.X509Bundle().Equal(own.X509Bundle()) {
+		defer a.dropClient(false) // the next connection is verified by the new bundle
 	}
 	a.state = next
 	a.publish()
@@ -301,6 +312,14 @@ func (a *Agent) sync(ctx context.Context) error {
 		a.log.Info("X509-SVID renewed", "id", id.String(), "expires", next.svid.chain[0].NotAfter, "server", c.addr)
 	}
 	return a.keep()
+}
+
+// taints are the key IDs of the own authorities that are to be left.
+type taints map[string]bool
+
+// signed reports whether a tainted authority signed c.
+func (t taints) signed(c *credential) bool {
+	return c != nil && len(c.chain) > 0 && t[string(c.chain[len(c.chain)-1].AuthorityKeyId)]
 }
 
 // trusted reports whether the root that signed c is in the own bundle.
@@ -400,38 +419,57 @@ func (c *client) entry(ctx context.Context) (*types.Entry, error) {
 }
 
 func (c *client) ownBundle(ctx context.Context, td spiffeid.TrustDomain) (*spiffebundle.Bundle, error) {
+	b, _, err := c.taintedBundle(ctx, td)
+	return b, err
+}
+
+// taintedBundle returns the own bundle, and which of its authorities are tainted.
+func (c *client) taintedBundle(ctx context.Context, td spiffeid.TrustDomain) (*spiffebundle.Bundle, taints, error) {
 	p, err := c.bundleAPI.GetBundle(ctx, &bundlev1.GetBundleRequest{})
 	if err != nil {
-		return nil, fmt.Errorf("get bundle of %s: %w", td, err)
+		return nil, nil, fmt.Errorf("get bundle of %s: %w", td, err)
 	}
-	return toBundle(p, td)
+	b, err := toBundle(p, td)
+	if err != nil {
+		return nil, nil, err
+	}
+	tainted := taints{}
+	for _, a := range p.X509Authorities {
+		if !a.Tainted {
+			continue
+		}
+		if cert, err := x509.ParseCertificate(a.Asn1); err == nil { // toBundle has parsed it
+			tainted[string(cert.SubjectKeyId)] = true
+		}
+	}
+	return b, tainted, nil
 }
 
 // bundles returns the own bundle and those of the trust domains in names that the server has one of.
-func (c *client) bundles(ctx context.Context, own spiffeid.TrustDomain, names []string) (map[spiffeid.TrustDomain]*spiffebundle.Bundle, error) {
+func (c *client) bundles(ctx context.Context, own spiffeid.TrustDomain, names []string) (map[spiffeid.TrustDomain]*spiffebundle.Bundle, taints, error) {
 	out := map[spiffeid.TrustDomain]*spiffebundle.Bundle{}
-	b, err := c.ownBundle(ctx, own)
+	b, tainted, err := c.taintedBundle(ctx, own)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	out[own] = b
 	for _, name := range names {
 		td, err := spiffeid.TrustDomainFromString(name)
 		if err != nil {
-			return nil, fmt.Errorf("get bundle of %q: %w", name, err)
+			return nil, nil, fmt.Errorf("get bundle of %q: %w", name, err)
 		}
 		p, err := c.bundleAPI.GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: td.Name()})
 		if status.Code(err) == codes.NotFound {
 			continue // a relation may exist before its bundle
 		}
 		if err != nil {
-			return nil, fmt.Errorf("get bundle of %s: %w", td, err)
+			return nil, nil, fmt.Errorf("get bundle of %s: %w", td, err)
 		}
 		if out[td], err = toBundle(p, td); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
-	return out, nil
+	return out, tainted, nil
 }
 
 func toBundle(p *types.Bundle, td spiffeid.TrustDomain) (*spiffebundle.Bundle, error) {

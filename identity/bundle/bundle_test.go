@@ -102,7 +102,7 @@ func TestSet(t *testing.T) {
 			}
 		})
 	}
-	check(t, s.Set(east, numbered(b, 6), "test"))
+	check(t, s.SetVouched(east, numbered(b, 6), "test"))
 	check(t, s.Set(west, authority(t, west).Bundle(), "own")) // needs no relation
 	if got := open(t, dir); s.Sequences()[east] != 6 || !got.All()[east].Equal(s.All()[east]) || !got.All()[west].Equal(s.All()[west]) {
 		t.Error("a restart forgets")
@@ -133,9 +133,10 @@ func TestSet(t *testing.T) {
 func TestWithoutSequence(t *testing.T) {
 	s := open(t, "")
 	check(t, s.Relate(bundle.Relation{TrustDomain: east}))
+	b := spiffebundle.New(east)
 	for i := range uint64(3) {
-		b := authority(t, east).Bundle()
-		b.ClearSequenceNumber()
+		b = b.Clone()
+		b.AddX509Authority(authority(t, east).Bundle().X509Authorities()[0])
 		check(t, s.Set(east, b, "test"))
 		check(t, s.Set(east, b, "test"))
 		if got := s.Sequences()[east]; got != i+1 {

@@ -15,7 +15,9 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -30,13 +32,16 @@ var (
 	ErrTrustDomain = errors.New("the bundle of another trust domain")
 	ErrEmpty       = errors.New("no X.509 authority in the bundle")
 	ErrUnrelated   = errors.New("no relation with this trust domain")
+	ErrShrinks     = errors.New("authorities that have not expired are gone, and nothing vouches for that")
 )
 
 // Config of a Store.
 type Config struct {
 	Dir         string // mode 0700; empty: in memory only
 	TrustDomain spiffeid.TrustDomain
+	Now         func() time.Time // default time.Now
 	Log         *slog.Logger
+	Registerer  prometheus.Registerer // may be nil
 }
 
 // Profile is how a bundle endpoint is authenticated (SPIFFE Federation §5.2).
@@ -77,19 +82,26 @@ func (r Relation) validate() error {
 // Store holds bundles by trust domain. It is safe for concurrent use.
 type Store struct {
 	// read-only after Open
-	cfg Config
-	log *slog.Logger
+	cfg     Config
+	log     *slog.Logger
+	refused *prometheus.CounterVec
 
 	state atomic.Pointer[state]
 	mu    sync.Mutex // serialises writers of state
+
+	refusedMu sync.Mutex
+	refusals  map[spiffeid.TrustDomain]Refusal // guarded by refusedMu
 }
 
 // state is immutable once stored.
 type state struct {
-	bundles   map[spiffeid.TrustDomain]*spiffebundle.Bundle // never changed once here
-	relations map[spiffeid.TrustDomain]Relation
-	revision  int64 // grows with each change of relations; persisted
-	changed   chan struct{}
+	bundles    map[spiffeid.TrustDomain]*spiffebundle.Bundle // as they came; never changed once here
+	relations  map[spiffeid.TrustDomain]Relation
+	distrusted []Distrust
+	revision   int64 // grows with each change of relations and of what is distrusted; persisted
+	changed    chan struct{}
+
+	inForce map[spiffeid.TrustDomain]*spiffebundle.Bundle // bundles without what is distrusted
 }
 
 // Open loads the bundles and relations in cfg.Dir. A bundle that does not decode is logged and absent until it is set
@@ -101,7 +113,17 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{cfg: cfg, log: cfg.Log}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	s := &Store{cfg: cfg, log: cfg.Log, refusals: map[spiffeid.TrustDomain]Refusal{}, refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "hanse_bundle_refused_total", Help: "Bundles that were refused, by trust domain and reason (backwards, shrinks, trust_domain, empty, unrelated, other)."},
+		[]string{"trust_domain", "reason"})}
+	if cfg.Registerer != nil {
+		if err := cfg.Registerer.Register(s.refused); err != nil {
+			return nil, fmt.Errorf("open bundle store: register metrics: %w", err)
+		}
+	}
 	st := &state{bundles: map[spiffeid.TrustDomain]*spiffebundle.Bundle{}, relations: map[spiffeid.TrustDomain]Relation{}, changed: make(chan struct{})}
 	s.state.Store(st)
 	if cfg.Dir == "" {
@@ -117,6 +139,7 @@ func Open(cfg Config) (*Store, error) {
 		s.loadBundle(st, td)
 	}
 	s.loadBundle(st, cfg.TrustDomain)
+	st.apply()
 	return s, nil
 }
 
@@ -144,8 +167,9 @@ func (s *Store) loadBundle(st *state, td spiffeid.TrustDomain) {
 }
 
 type fileRelations struct {
-	Revision  int64          `json:"revision"`
-	Relations []fileRelation `json:"relations"`
+	Revision   int64          `json:"revision"`
+	Relations  []fileRelation `json:"relations"`
+	Distrusted []Distrust     `json:"distrusted,omitempty"`
 }
 
 type fileRelation struct {
@@ -170,7 +194,7 @@ func (s *Store) loadRelations(st *state) error {
 	if err := dec.Decode(&f); err != nil {
 		return fmt.Errorf("%s is damaged, and is left as it is: %w", path, err)
 	}
-	st.revision = f.Revision
+	st.revision, st.distrusted = f.Revision, f.Distrusted
 	for _, fr := range f.Relations {
 		r := Relation{URL: fr.URL, Profile: fr.Profile}
 		if r.TrustDomain, err = spiffeid.TrustDomainFromString(fr.TrustDomain); err != nil {
@@ -190,7 +214,7 @@ func (s *Store) storeRelations(st *state) error {
 	if s.cfg.Dir == "" {
 		return nil
 	}
-	f := fileRelations{Revision: st.revision, Relations: []fileRelation{}}
+	f := fileRelations{Revision: st.revision, Relations: []fileRelation{}, Distrusted: st.distrusted}
 	for _, r := range sorted(st.relations) {
 		fr := fileRelation{TrustDomain: r.TrustDomain.Name(), URL: r.URL, Profile: r.Profile}
 		if !r.EndpointID.IsZero() {
@@ -216,11 +240,13 @@ func (s *Store) change(f func(next *state) (bool, error)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	cur := s.state.Load()
-	next := &state{bundles: maps.Clone(cur.bundles), relations: maps.Clone(cur.relations), revision: cur.revision, changed: make(chan struct{})}
+	next := &state{bundles: maps.Clone(cur.bundles), relations: maps.Clone(cur.relations), distrusted: cur.distrusted,
+		revision: cur.revision, changed: make(chan struct{})}
 	ok, err := f(next)
 	if err != nil || !ok {
 		return err
 	}
+	next.apply()
 	s.state.Store(next)
 	close(cur.changed)
 	return nil
@@ -228,18 +254,41 @@ func (s *Store) change(f func(next *state) (bool, error)) error {
 
 // Set takes the bundle of td, if it is newer than the one in force. The same bundle again is no error. A bundle without
 // a sequence number (it is optional) counts as newer, and is given the next number, so that readers see a change.
-// source says in the log where it came from. Errors: ErrStale, ErrTrustDomain, ErrEmpty, ErrUnrelated.
+// source says in the log where it came from. Errors: ErrStale, ErrTrustDomain, ErrEmpty, ErrUnrelated, ErrShrinks.
+//
+// Authorities that have not expired may go only with a newer sequence that was given by the authority itself, and never all at
+// once: whoever hands over a bundle was verified by the one in force (https_spiffe, federation), and an authority that no
+// longer vouches for its own messenger is not believed.
 func (s *Store) Set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source string) error {
-	return s.set(td, b, source, false)
+	return s.set(td, b, source, believed)
+}
+
+// SetVouched is Set for what came from one who is verified by other means than the bundle in force, such as the web's
+// authorities: with a newer sequence such a bundle may replace all authorities at once.
+func (s *Store) SetVouched(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source string) error {
+	return s.set(td, b, source, vouched)
 }
 
 // Replace is Set by an administrator: whatever the sequence, this bundle is now in force.
 func (s *Store) Replace(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source string) error {
-	return s.set(td, b, source, true)
+	return s.set(td, b, source, forced)
 }
 
-func (s *Store) set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source string, force bool) error {
-	fail := func(err error) error { return fmt.Errorf("bundle of %s from %s: %w", td, source, err) }
+// standing is what speaks for a bundle.
+type standing int
+
+const (
+	believed standing = iota // the bundle in force verified who brought it
+	vouched                  // something else did
+	forced                   // a person
+)
+
+func (s *Store) set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source string, by standing) error {
+	fail := func(err error) error {
+		s.note(td, b, source, err)
+		return fmt.Errorf("bundle of %s from %s: %w", td, source, err)
+	}
+	force := by == forced
 	switch {
 	case b.TrustDomain() != td:
 		return fail(fmt.Errorf("%w: %s", ErrTrustDomain, b.TrustDomain()))
@@ -254,6 +303,11 @@ func (s *Store) set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source stri
 		cur := n.bundles[td]
 		if cur != nil && sameAuthorities(cur, b) && sameOrNoSequence(cur, b) && (!force || sameHint(cur, b)) {
 			return false, nil
+		}
+		if cur != nil && td != s.cfg.TrustDomain && !force {
+			if err := shrinks(cur, b, by, s.cfg.Now()); err != nil {
+				return false, err
+			}
 		}
 		if err := orderSequence(cur, b, force); err != nil {
 			return false, err
@@ -273,6 +327,7 @@ func (s *Store) set(td spiffeid.TrustDomain, b *spiffebundle.Bundle, source stri
 	if err != nil {
 		return fail(err)
 	}
+	s.forgive(td, source)
 	return nil
 }
 
@@ -377,24 +432,24 @@ func (s *Store) removeFile(td spiffeid.TrustDomain) error {
 	return atomicfile.SyncDir(s.cfg.Dir)
 }
 
-// Get returns a copy of the bundle of td.
+// Get returns a copy of the bundle of td, without what is distrusted.
 func (s *Store) Get(td spiffeid.TrustDomain) (*spiffebundle.Bundle, bool) {
-	b, ok := s.state.Load().bundles[td]
+	b, ok := s.state.Load().inForce[td]
 	if !ok {
 		return nil, false
 	}
 	return b.Clone(), true
 }
 
-// All returns every bundle, the own one too. They must not be changed.
+// All returns every bundle, the own one too, without what is distrusted. They must not be changed.
 func (s *Store) All() map[spiffeid.TrustDomain]*spiffebundle.Bundle {
-	return maps.Clone(s.state.Load().bundles)
+	return maps.Clone(s.state.Load().inForce)
 }
 
 // Sequences returns the sequence of every bundle.
 func (s *Store) Sequences() map[spiffeid.TrustDomain]uint64 {
 	out := map[spiffeid.TrustDomain]uint64{}
-	for td, b := range s.state.Load().bundles {
+	for td, b := range s.state.Load().inForce {
 		out[td], _ = b.SequenceNumber()
 	}
 	return out
@@ -409,7 +464,7 @@ func (s *Store) Related(td spiffeid.TrustDomain) (Relation, bool) {
 	return r, ok
 }
 
-// Revision grows with each change of the relations, over restarts too.
+// Revision grows with each change of the relations and of what is distrusted, over restarts too.
 func (s *Store) Revision() int64 { return s.state.Load().revision }
 
 // Changed returns a channel that is closed at the next change. Take it before reading.
@@ -417,7 +472,7 @@ func (s *Store) Changed() <-chan struct{} { return s.state.Load().changed }
 
 // GetX509BundleForTrustDomain makes a Store a bundle source of go-spiffe.
 func (s *Store) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
-	b, ok := s.state.Load().bundles[td]
+	b, ok := s.state.Load().inForce[td]
 	if !ok {
 		return nil, fmt.Errorf("no bundle for trust domain %s: it is not federated with this one", td)
 	}

@@ -75,6 +75,7 @@ type Authority struct {
 	log     *slog.Logger
 	path    string
 	metrics *metrics
+	wake    chan struct{} // size 1; makes Run look
 
 	state atomic.Pointer[state]
 	mu    sync.Mutex // serialises writers of state
@@ -98,7 +99,8 @@ func Open(cfg Config) (*Authority, error) {
 	if err := atomicfile.MakeDir(cfg.Dir); err != nil {
 		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)
 	}
-	a := &Authority{cfg: cfg, log: cfg.Log.With("trust_domain", cfg.TrustDomain.Name()), path: filepath.Join(cfg.Dir, "authority.json")}
+	a := &Authority{cfg: cfg, log: cfg.Log.With("trust_domain", cfg.TrustDomain.Name()), path: filepath.Join(cfg.Dir, "authority.json"),
+		wake: make(chan struct{}, 1)}
 	st, err := load(a.path, cfg.TrustDomain)
 	if err != nil {
 		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -21,15 +22,21 @@ type Root struct {
 	KeyID    string // subject key ID of the certificate, hex
 	JWTKeyID string
 	Phase    string // prepared, active or old
+	Created  time.Time
 	Expires  time.Time
-	Tainted  bool
+	// SignedUntil is when the last SVID of the root ends; an old root is dropped then.
+	SignedUntil time.Time
+	Held        bool // prepared, and a person activates it
+	Tainted     bool
+	Certificate *x509.Certificate // must not be changed
 }
 
 // Roots lists the roots of this replica, oldest first.
 func (a *Authority) Roots() []Root {
 	var out []Root
 	for _, r := range a.state.Load().roots {
-		out = append(out, Root{KeyID: hex.EncodeToString(r.cert.SubjectKeyId), JWTKeyID: r.kid, Phase: string(r.phase), Expires: r.cert.NotAfter, Tainted: r.tainted})
+		out = append(out, Root{KeyID: hex.EncodeToString(r.cert.SubjectKeyId), JWTKeyID: r.kid, Phase: string(r.phase), Created: r.created, Expires: r.cert.NotAfter,
+			SignedUntil: r.signedUntil, Held: r.held, Tainted: r.tainted, Certificate: r.cert})
 	}
 	slices.SortStableFunc(out, func(x, y Root) int { return x.Expires.Compare(y.Expires) })
 	return out
@@ -38,6 +45,39 @@ func (a *Authority) Roots() []Root {
 // PrepareHeld is Prepare, for a person: the root waits for ActivateRoot, however many have acknowledged it. Only when a
 // quarter of the active root's life remains does Run activate it.
 func (a *Authority) PrepareHeld() error { return a.prepare(true) }
+
+// Rotate prepares a root, unless one is, for Run to activate as soon as it is acknowledged: one that a person held back is so no
+// more. It returns that root, and when Run activates it though not all have acknowledged it.
+func (a *Authority) Rotate() (Root, time.Time, error) {
+	if err := a.Prepare(); err != nil {
+		return Root{}, time.Time{}, err
+	}
+	if r := a.state.Load().with(prepared); r != nil && r.held {
+		if err := a.editRoot("", prepared, false, func(r *root) { r.held = false }); err != nil {
+			return Root{}, time.Time{}, fmt.Errorf("rotate root of %s: %w", a.cfg.TrustDomain, err)
+		}
+	}
+	st := a.state.Load()
+	next := st.with(prepared)
+	if next == nil { // Run was quicker
+		next = st.with(active)
+	}
+	for _, r := range a.Roots() {
+		if r.KeyID == hex.EncodeToString(next.cert.SubjectKeyId) {
+			a.kick()
+			return r, patience(st.with(active), next), nil
+		}
+	}
+	return Root{}, time.Time{}, fmt.Errorf("rotate root of %s: %w", a.cfg.TrustDomain, ErrUnknownRoot)
+}
+
+// kick makes Run look at once.
+func (a *Authority) kick() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
 
 // ActivateRoot is Activate if the prepared root is that one.
 func (a *Authority) ActivateRoot(keyID string) error {
@@ -54,6 +94,15 @@ func (a *Authority) Taint(keyID string) error {
 		return fmt.Errorf("taint root of %s: %w", a.cfg.TrustDomain, err)
 	}
 	a.log.Warn("root tainted", "key_id", keyID, "sequence", a.Sequence())
+	return nil
+}
+
+// Withdraw takes a prepared root out of the bundle again: it has signed nothing.
+func (a *Authority) Withdraw(keyID string) error {
+	if err := a.editRoot(keyID, prepared, true, nil); err != nil {
+		return fmt.Errorf("withdraw root of %s: %w", a.cfg.TrustDomain, err)
+	}
+	a.log.Warn("prepared root withdrawn", "key_id", keyID, "sequence", a.Sequence())
 	return nil
 }
 

@@ -2,6 +2,7 @@ package ca_test
 
 import (
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -61,6 +62,51 @@ func TestRootsByHand(t *testing.T) {
 		must(a.Revoke(first))
 		if b := a.Bundle(); len(b.X509Authorities()) != 1 || len(b.JWTAuthorities()) != 1 {
 			t.Errorf("after Revoke the bundle has %d and %d authorities", len(b.X509Authorities()), len(b.JWTAuthorities()))
+		}
+	})
+}
+
+// Rotate releases a root that a person held back, is patient as long as the active root allows, and a prepared root can be withdrawn.
+func TestRotate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var acked atomic.Bool
+		a, err := ca.Open(ca.Config{Dir: t.TempDir(), TrustDomain: spiffeid.RequireTrustDomainFromString("west.demo"),
+			Acked: func(uint64) (bool, []string) { return acked.Load(), []string{"cluster east"} }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { _ = a.Run(t.Context()) }()
+		if err := a.PrepareHeld(); err != nil {
+			t.Fatal(err)
+		}
+		first := a.Roots()[0]
+		root, deadline, err := a.Rotate()
+		if err != nil || root.Phase != "prepared" || root.Held {
+			t.Fatalf("%+v, %v", root, err)
+		}
+		if want := first.Expires.Add(-42 * time.Hour); !deadline.Equal(want) { // a quarter of 7 days
+			t.Errorf("waits until %v, want %v", deadline, want)
+		}
+		if again, _, err := a.Rotate(); err != nil || again.KeyID != root.KeyID {
+			t.Errorf("a second Rotate makes a second root: %+v, %v", again, err)
+		}
+		time.Sleep(time.Hour)
+		if err := a.Withdraw(root.KeyID); err != nil || len(a.Roots()) != 1 {
+			t.Fatalf("withdrawn: %v, %d roots", err, len(a.Roots()))
+		}
+		if err := a.Withdraw(first.KeyID); !errors.Is(err, ca.ErrWrongPhase) {
+			t.Errorf("withdraws the active root: %v", err)
+		}
+		if root, _, err = a.Rotate(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		acked.Store(true)
+		time.Sleep(6 * time.Second)
+		for _, r := range a.Roots() {
+			if r.KeyID == root.KeyID && r.Phase != "active" || r.KeyID == first.KeyID && r.Phase != "old" {
+				t.Errorf("acknowledged for 6s: %s is %s", r.KeyID, r.Phase)
+			}
 		}
 	})
 }

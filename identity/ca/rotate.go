@@ -99,6 +99,7 @@ func (a *Authority) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
+		case <-a.wake:
 		}
 		wait, err := a.step()
 		if err != nil {
@@ -133,12 +134,17 @@ func (a *Authority) step() (time.Duration, error) {
 	return min(max(due.Sub(now), 20*time.Millisecond), time.Minute), nil // a minute: wall clocks jump
 }
 
+// patience is until when acknowledgements are waited for: a quarter of the active root's life must remain. act may be nil.
+func patience(act, next *root) time.Time {
+	if act == nil {
+		return next.created.Add(next.life() / 4) // the first root of a joining replica
+	}
+	return act.cert.NotAfter.Add(-act.life() / 4)
+}
+
 // activateWhenKnown activates next when it is acknowledged, or when the time to wait is over.
 func (a *Authority) activateWhenKnown(now time.Time, sequence uint64, act, next *root) error {
-	deadline := next.created.Add(next.life() / 4) // the first root of a joining replica
-	if act != nil {
-		deadline = act.cert.NotAfter.Add(-act.life() / 4)
-	}
+	deadline := patience(act, next)
 	var missing []string
 	if a.cfg.Acked != nil {
 		ok, m := a.cfg.Acked(sequence)

@@ -135,7 +135,7 @@ func (s *localAuthorityService) revoke(ctx context.Context, n naming, id, unknow
 	case r.Phase != "old":
 		return nil, invalid("invalid authority ID: only Old local authority can be revoked")
 	}
-	if on := s.Resting(r.KeyID); len(on) > 0 {
+	if on := s.RestingOn(r.KeyID); len(on) > 0 {
 		return nil, status.Errorf(codes.FailedPrecondition, "%d agents would be shut out, since their own SVIDs rest on this authority: %s; they renew within a few seconds "+
 			"once it is tainted (localauthority x509 taint), so revoke it then, or evict those that are gone (agent evict)", len(on), some(on))
 	}
@@ -143,20 +143,6 @@ func (s *localAuthorityService) revoke(ctx context.Context, n naming, id, unknow
 		return nil, s.internal("revoke authority", err)
 	}
 	return &localauthorityv1.AuthorityState{AuthorityId: id}, nil
-}
-
-// Resting names the agents whose own SVID, unexpired, is signed by the root with that key ID, or may be: revoking the root
-// would shut them out, and those that came by a token for good.
-func (s *Server) Resting(keyID string) []string {
-	now := s.cfg.Now().Unix()
-	var out []string
-	for _, a := range s.reg.allAgents() {
-		// A renewed SVID counts when it is used: its answer may be lost.
-		if !a.Banned && a.Expires > now && (a.Authority == keyID || a.Authority == "") {
-			out = append(out, a.ID)
-		}
-	}
-	return out
 }
 
 // some shows the first few.

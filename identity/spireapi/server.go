@@ -93,8 +93,9 @@ type Server struct {
 
 // activity is what an agent has loaded.
 type activity struct {
-	at     time.Time // of its last call
-	loaded map[spiffeid.TrustDomain]loaded
+	at       time.Time // of its last call
+	loaded   map[spiffeid.TrustDomain]loaded
+	signedBy string // key ID of the root of the newest X509-SVID for a workload
 }
 
 type loaded struct {

@@ -91,7 +91,7 @@ func (s *svidService) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRe
 
 // BatchNewX509SVID signs SVIDs for entries of the calling agent.
 func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
-	entries, err := s.callersEntries(ctx)
+	a, entries, err := s.callersEntries(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -103,26 +103,26 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	}
 	resp := new(svidv1.BatchNewX509SVIDResponse)
 	for _, p := range req.Params {
-		svid, err := s.newX509(ctx, p, entries)
+		svid, err := s.newX509(ctx, a.ID, p, entries)
 		s.refusedPart(ctx, "BatchNewX509SVID", err)
 		resp.Results = append(resp.Results, &svidv1.BatchNewX509SVIDResponse_Result{Status: statusOf(err), Svid: svid})
 	}
 	return resp, nil
 }
 
-func (s *svidService) callersEntries(ctx context.Context) (map[string]*entryRecord, error) {
+func (s *svidService) callersEntries(ctx context.Context) (*agentRecord, map[string]*entryRecord, error) {
 	a, err := s.agent(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	out := map[string]*entryRecord{}
 	for _, e := range s.reg.authorized(a, s.cfg.Now()) {
 		out[e.Id] = e
 	}
-	return out, nil
+	return a, out, nil
 }
 
-func (s *svidService) newX509(ctx context.Context, p *svidv1.NewX509SVIDParams, entries map[string]*entryRecord) (*types.X509SVID, error) {
+func (s *svidService) newX509(ctx context.Context, agentID string, p *svidv1.NewX509SVIDParams, entries map[string]*entryRecord) (*types.X509SVID, error) {
 	switch {
 	case p.GetEntryId() == "":
 		return nil, invalid("missing entry ID")
@@ -142,6 +142,7 @@ func (s *svidService) newX509(ctx context.Context, p *svidv1.NewX509SVIDParams, 
 		return nil, s.signError(err)
 	}
 	s.log.Debug("X509-SVID signed", "id", e.spiffeID.String(), "entry", e.Id, "expires", chain[0].NotAfter)
+	s.noteSigned(agentID, chain)
 	svid := spiretypes.FromChain(e.spiffeID, chain)
 	svid.Hint = e.Hint
 	return svid, nil
@@ -162,7 +163,7 @@ func (s *svidService) entryTTL(e *entryRecord, asked int32) time.Duration {
 
 // NewJWTSVID signs a JWT-SVID for an entry of the calling agent.
 func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
-	entries, err := s.callersEntries(ctx)
+	_, entries, err := s.callersEntries(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -184,7 +184,7 @@ func (c *Client) Run(ctx context.Context) error {
 	defer c.close()
 	for {
 		changed := c.cfg.Source.Changed()
-		c.reverify()
+		c.Reverify()
 		for again := false; !again; {
 			select {
 			case <-ctx.Done():
@@ -227,8 +227,9 @@ func (c *Client) pace() time.Duration {
 	return max(c.cfg.PingAfter/4, 5*time.Millisecond)
 }
 
-// reverify closes connections whose peer the current bundles do not vouch for.
-func (c *Client) reverify() {
+// Reverify closes connections whose peer the current bundles do not vouch for. Run does so at each change; a caller who has to
+// know that they are closed calls it too.
+func (c *Client) Reverify() {
 	conns := c.all()
 	now := time.Now()
 	for _, cc := range conns {

@@ -7,8 +7,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-
 	"github.com/hanse-mesh/hanse/identity"
 )
 
@@ -44,13 +42,8 @@ func (c *meteredConn) Write(p []byte) (int, error) {
 
 // verifyNow checks a chain again as a bundle change demands. An expired SVID alone does not fail here: its streams may go on,
 // and expiry refuses new ones.
-func verifyNow(bundles x509bundle.Source, chain []*x509.Certificate, now time.Time) error {
-	at := now
-	if last := chain[0].NotAfter.Add(-time.Second); last.Before(at) {
-		at = last
-	}
-	_, err := identity.Verify(chain, bundles, at)
-	return err
+func verifyNow(bundles *identity.Source, chain []*x509.Certificate, now time.Time) error {
+	return bundles.StillTrusts(chain, now)
 }
 
 // expiry is the earlier end of own and peer's SVID.

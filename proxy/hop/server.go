@@ -223,25 +223,31 @@ func (s *Server) remove(sc *serverConn, mine map[*serverConn]struct{}) {
 	s.metrics.open.Dec()
 }
 
+// Reverify closes connections whose caller the current bundles do not vouch for. Serve does so at each change; a caller who has
+// to know that they are closed calls it too.
+func (s *Server) Reverify() {
+	now := time.Now()
+	s.mu.Lock()
+	var all []*serverConn
+	for sc := range s.conns {
+		if sc.session != nil {
+			all = append(all, sc)
+		}
+	}
+	s.mu.Unlock()
+	for _, sc := range all {
+		if err := verifyNow(s.cfg.Source, sc.chain, now); err != nil {
+			s.cfg.Log.Warn("hop connection closed: caller is no longer trusted", "caller", sc.caller.ID, "address", sc.caller.Address, "error", err)
+			_ = sc.raw.Close()
+		}
+	}
+}
+
 // watch closes connections whose caller is no longer trusted.
 func (s *Server) watch(ctx context.Context) {
 	for {
 		changed := s.cfg.Source.Changed()
-		now := time.Now()
-		s.mu.Lock()
-		var all []*serverConn
-		for sc := range s.conns {
-			if sc.session != nil {
-				all = append(all, sc)
-			}
-		}
-		s.mu.Unlock()
-		for _, sc := range all {
-			if err := verifyNow(s.cfg.Source, sc.chain, now); err != nil {
-				s.cfg.Log.Warn("hop connection closed: caller is no longer trusted", "caller", sc.caller.ID, "address", sc.caller.Address, "error", err)
-				_ = sc.raw.Close()
-			}
-		}
+		s.Reverify()
 		select {
 		case <-changed:
 		case <-ctx.Done():

@@ -282,6 +282,15 @@ func (s *Sidecar) watchTables(ctx context.Context) error {
 	}
 }
 
+// Reverify closes the hop connections, of both directions, whose peer the current bundles do not vouch for. That happens at each
+// change of the bundles by itself; when Reverify returns it has happened.
+func (s *Sidecar) Reverify() {
+	s.hop.Reverify()
+	if s.server != nil {
+		s.server.Reverify()
+	}
+}
+
 // watchFaults sends all callers away when a drill drains this workload.
 func (s *Sidecar) watchFaults(ctx context.Context) error {
 	for {

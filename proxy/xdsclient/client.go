@@ -17,6 +17,7 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
@@ -294,6 +295,7 @@ type run struct {
 	kept    bool // nothing has come from the control plane yet
 
 	trustCancel context.CancelFunc
+	trustFor    *discoveryv3.DeltaDiscoveryResponse // that trustCancel ends the load of
 	trustErr    string
 	saving      bool
 	nextSave    time.Time

@@ -236,6 +236,7 @@ type trustResult struct {
 // loadTrust loads bundles beside the loop; a newer response ends the load of an older one.
 func (r *run) loadTrust(ctx context.Context, m *discoveryv3.DeltaDiscoveryResponse, loaded chan<- trustResult, running *sync.WaitGroup) {
 	r.endTrust()
+	r.trustFor = m
 	sequences := r.store.sequences()
 	if r.cfg.Trust == nil {
 		r.store.trusted = sequences
@@ -273,7 +274,7 @@ func (r *run) endTrust() {
 }
 
 func (r *run) trustLoaded(res trustResult) {
-	if r.trustCancel == nil || !maps.Equal(res.sequences, r.store.sequences()) {
+	if r.trustCancel == nil || res.response != r.trustFor || !maps.Equal(res.sequences, r.store.sequences()) {
 		return // of before
 	}
 	if res.err != nil {

@@ -34,6 +34,14 @@ type Backend interface {
 	TrustShow(ctx context.Context, trustDomain string) (TrustDomain, error)
 	TrustAdd(ctx context.Context, req TrustAdd) (TrustDomain, error)
 	TrustRemove(ctx context.Context, trustDomain string) error
+	// TrustRefresh fetches a trust domain's bundle from its endpoint now.
+	TrustRefresh(ctx context.Context, trustDomain string) (TrustDomain, error)
+	// TrustRotate prepares the next root of this cluster, and activates it when all have loaded it. It emits a Rotation whenever that
+	// has changed, and about each second. The rotation goes on without its watcher.
+	TrustRotate(ctx context.Context, req RotateRequest, emit func(Event) error) (Rotation, error)
+	// TrustDistrust takes a trust domain or an authority out of force and waits for all to confirm it. It emits a Distrusted whenever
+	// that has changed, and about each second. What is done stays done without its watcher.
+	TrustDistrust(ctx context.Context, req DistrustRequest, emit func(Event) error) (Distrusted, error)
 
 	// Apply stores the objects of a YAML stream, all or none. A refused one is an *Error with Faults. With dryRun it says what would happen.
 	Apply(ctx context.Context, yaml []byte, dryRun bool) ([]Applied, error)

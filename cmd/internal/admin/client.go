@@ -159,6 +159,21 @@ func (c *Client) TrustRemove(ctx context.Context, trustDomain string) error {
 	return c.call(ctx, http.MethodDelete, "/v1/trust/"+url.PathEscape(trustDomain), nil, "", nil, &struct{}{})
 }
 
+// TrustRefresh fetches a bundle now.
+func (c *Client) TrustRefresh(ctx context.Context, trustDomain string) (v TrustDomain, err error) {
+	return v, c.post(ctx, "/v1/trust/"+url.PathEscape(trustDomain)+"/refresh", struct{}{}, &v)
+}
+
+// TrustRotate rotates the root.
+func (c *Client) TrustRotate(ctx context.Context, req RotateRequest, emit func(Event) error) (v Rotation, err error) {
+	return v, c.stream(ctx, "/v1/trust-rotate", req, emit, &v)
+}
+
+// TrustDistrust takes something out of force.
+func (c *Client) TrustDistrust(ctx context.Context, req DistrustRequest, emit func(Event) error) (v Distrusted, err error) {
+	return v, c.stream(ctx, "/v1/trust-distrust", req, emit, &v)
+}
+
 // Apply stores objects.
 func (c *Client) Apply(ctx context.Context, yaml []byte, dryRun bool) (v []Applied, err error) {
 	q := url.Values{}

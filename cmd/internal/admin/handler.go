@@ -56,6 +56,16 @@ func Handler(b Backend, log *slog.Logger) http.Handler {
 		return struct{}{}, b.TrustRemove(ctx, r.PathValue("name"))
 	})
 
+	answer(h, "POST /v1/trust/{name}/refresh", func(ctx context.Context, r *http.Request) (any, error) {
+		return b.TrustRefresh(ctx, r.PathValue("name"))
+	})
+	stream(h, "POST /v1/trust-rotate", func(ctx context.Context, req RotateRequest, emit func(Event) error) (any, error) {
+		return b.TrustRotate(ctx, req, emit)
+	})
+	stream(h, "POST /v1/trust-distrust", func(ctx context.Context, req DistrustRequest, emit func(Event) error) (any, error) {
+		return b.TrustDistrust(ctx, req, emit)
+	})
+
 	answer(h, "POST /v1/apply", h.apply)
 	answer(h, "GET /v1/objects", func(ctx context.Context, r *http.Request) (any, error) {
 		q := r.URL.Query()
@@ -278,7 +288,10 @@ func StepEvent(format string, args ...any) Event { return Event{Step: fmt.Sprint
 func CheckEvent(c Check) Event { return Event{Check: &c} }
 
 // DrillEvent is a drill as it stands.
-func DrillEvent(d Drill) (Event, error) {
-	b, err := json.Marshal(d)
+func DrillEvent(d Drill) (Event, error) { return DataEvent(d) }
+
+// DataEvent is an operation's payload as it stands.
+func DataEvent(v any) (Event, error) {
+	b, err := json.Marshal(v)
 	return Event{Data: b}, err
 }

@@ -298,8 +298,64 @@ type TrustDomain struct {
 	Acked       []string `json:"acked,omitempty"`   // members that loaded this sequence (own domain only)
 	Missing     []string `json:"missing,omitempty"` // members that have not
 	Note        string   `json:"note,omitempty"`
+	// Distrusted lists what a person took out of force: the AuthorityID of an authority, or "all".
+	Distrusted []string `json:"distrusted,omitempty"`
+	// Refused is the newest bundle that was not taken; the one before it is in force.
+	Refused *RefusedBundle `json:"refused,omitempty"`
 
 	Bundle json.RawMessage `json:"bundle,omitempty"` // SPIFFE JSON, when one domain is asked for: GET /v1/trust/NAME
+}
+
+// RefusedBundle is a bundle that was not taken.
+type RefusedBundle struct {
+	Age      float64 `json:"ageSeconds"`
+	Source   string  `json:"source"`
+	Sequence uint64  `json:"sequence,omitempty"`
+	Reason   string  `json:"reason"`
+}
+
+// RotateRequest is POST /v1/trust-rotate (streamed).
+type RotateRequest struct {
+	// ActivateNow does not wait for acknowledgements. Where one is missing it needs Force.
+	ActivateNow bool `json:"activateNow,omitempty"`
+	Force       bool `json:"force,omitempty"`
+}
+
+// Rotation is how far a rotation of this cluster's root has come. It is the payload of the stream, and its end.
+type Rotation struct {
+	State    string    `json:"state"` // waiting, active
+	Root     string    `json:"root"`  // the new one's key, SHA-256
+	Old      string    `json:"old,omitempty"`
+	Sequence uint64    `json:"sequence"` // of the bundle that announces it
+	Elapsed  float64   `json:"elapsedSeconds"`
+	Missing  []string  `json:"missing"`         // who has not loaded it
+	Deadline time.Time `json:"deadline"`        // when it is activated anyway, with an alarm
+	Left     float64   `json:"deadlineSeconds"` // until then
+	// OldUntil is when the old root leaves the bundle: when the last SVID that it signed has ended.
+	OldUntil *time.Time `json:"oldUntil,omitempty"`
+	OldLeft  float64    `json:"oldSeconds,omitempty"`
+	Forced   bool       `json:"forced,omitempty"` // activated though not acknowledged by all
+}
+
+// DistrustRequest is POST /v1/trust-distrust (streamed).
+type DistrustRequest struct {
+	What  string  `json:"what"` // a trust domain, or an authority: the beginning of its key's SHA-256, key ID or JWT key ID
+	Undo  bool    `json:"undo,omitempty"`
+	Force bool    `json:"force,omitempty"`       // an own root: also if agents rest on it, which then need new tokens
+	Wait  float64 `json:"waitSeconds,omitempty"` // for confirmations; default 30
+}
+
+// Distrusted is what came of it. It is the payload of the stream, and its end.
+type Distrusted struct {
+	TrustDomain string   `json:"trustDomain"`
+	Authority   string   `json:"authority,omitempty"` // SHA-256 of the key, or a JWT key ID; empty is all of the domain
+	Closed      int      `json:"closed"`              // connections of hansed
+	HansedIn    float64  `json:"hansedSeconds"`       // until the last of them was closed
+	Confirmed   int      `json:"confirmed"`           // proxies that say that no connection of theirs rests on it any more
+	LastIn      float64  `json:"lastSeconds"`         // until the last of them said so
+	Missing     []string `json:"missing"`             // who has not confirmed
+	Undone      bool     `json:"undone,omitempty"`
+	Note        string   `json:"note,omitempty"`
 }
 
 // TrustAdd is POST /v1/trust.

@@ -305,6 +305,57 @@ func (f *Fake) TrustRemove(_ context.Context, name string) error {
 	return nil
 }
 
+// TrustRefresh refuses members, which have no endpoint.
+func (f *Fake) TrustRefresh(ctx context.Context, name string) (admin.TrustDomain, error) {
+	td, err := f.TrustShow(ctx, name)
+	if err == nil && td.Source != "endpoint" {
+		err = admin.Refused("members of the mesh push theirs within seconds", "%s has no bundle endpoint to ask", name)
+	}
+	return td, err
+}
+
+// TrustRotate waits for north, and then not any more.
+func (f *Fake) TrustRotate(_ context.Context, req admin.RotateRequest, emit func(admin.Event) error) (admin.Rotation, error) {
+	until := f.now().Add(2 * time.Hour)
+	r := admin.Rotation{State: "waiting", Root: "1f2a33c4d5e6f708", Old: "9f3a004100000000", Sequence: 4, Missing: []string{"cluster north"},
+		Deadline: f.now().Add(50 * time.Hour), Left: 180000}
+	if req.ActivateNow && !req.Force {
+		return r, admin.Refused("hanse trust rotate --activate-now --force", "the root is prepared, but one has not loaded it and would refuse what it signs: cluster north")
+	}
+	if !req.ActivateNow {
+		ev, err := admin.DataEvent(r)
+		if err == nil {
+			err = emit(ev)
+		}
+		if err != nil {
+			return r, err
+		}
+		r.Missing = []string{}
+	}
+	r.State, r.Elapsed, r.OldUntil, r.OldLeft, r.Forced = "active", 1.4, &until, 7200, req.Force
+	return r, nil
+}
+
+// TrustDistrust hears from two proxies of three.
+func (f *Fake) TrustDistrust(ctx context.Context, req admin.DistrustRequest, emit func(admin.Event) error) (admin.Distrusted, error) {
+	td, err := f.TrustShow(ctx, req.What)
+	if err != nil {
+		return admin.Distrusted{}, err
+	}
+	if td.Own {
+		return admin.Distrusted{}, admin.Refused("name one of its roots: hanse trust show", "%s is this cluster's own trust domain", td.Name)
+	}
+	d := admin.Distrusted{TrustDomain: td.Name, Closed: 2, HansedIn: 0.0012, Confirmed: 2, LastIn: 0.084, Missing: []string{"sidecar-3"}, Undone: req.Undo}
+	ev, err := admin.DataEvent(d)
+	if err == nil {
+		err = emit(ev)
+	}
+	if td.Name == "east.demo" {
+		d.Confirmed, d.Missing = 3, []string{}
+	}
+	return d, err
+}
+
 // Apply stores objects; one named "bad" is refused with a fault at its line.
 func (f *Fake) Apply(_ context.Context, stream []byte, dryRun bool) ([]admin.Applied, error) {
 	f.mu.Lock()

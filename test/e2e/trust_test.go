@@ -1,0 +1,96 @@
+package e2e
+
+import (
+	"fmt"
+	"testing"
+	"time"
+)
+
+type rotation struct {
+	State   string
+	Root    string
+	Old     string
+	Missing []string
+	Elapsed float64 `json:"elapsedSeconds"`
+}
+
+type distrusted struct {
+	TrustDomain string
+	Closed      int
+	HansedIn    float64 `json:"hansedSeconds"`
+	Confirmed   int
+	LastIn      float64 `json:"lastSeconds"`
+	Missing     []string
+}
+
+type trustPage struct{ Authorities []string }
+
+// TestTrustVerbs rotates the roots of both clusters by hand while calls cross, revokes the old ones, and distrusts a cluster and trusts
+// it again. Nothing fails but what is distrusted.
+func TestTrustVerbs(t *testing.T) {
+	l := newLab(t, shortTimers, "west", "east")
+	l.up()
+	l.kill("east/pay-a", "east/pay-a-app", "east/pay-b", "east/pay-b-app")
+	local, across := l.load("west", payments, 2), l.load("east", payments, 2) // east has none left: its calls cross
+	across.from(l, 20*time.Second, "west")
+
+	for _, c := range []string{"west", "east"} {
+		r := get[rotation](l, c, "trust", "rotate")
+		t.Logf("%s: root active after %.2fs", c, r.Elapsed)
+		if r.State != "active" || len(r.Missing) > 0 || r.Old == "" {
+			t.Fatalf("%s: %+v", c, r)
+		}
+		d := get[distrusted](l, c, "trust", "distrust", r.Old[:12], "--yes")
+		t.Logf("%s: old root revoked: %+v", c, d)
+		if len(d.Missing) > 0 || d.Confirmed == 0 {
+			t.Errorf("%s: %+v", c, d)
+		}
+		if td := get[trustPage](l, c, "trust", "show", c+".test"); len(td.Authorities) != 1 {
+			t.Errorf("%s has %d roots, want the new one only", c, len(td.Authorities))
+		}
+	}
+	time.Sleep(3 * time.Second)
+	local.stop()
+	across.stop()
+	local.none(l, "rotation and revocation by hand, within a cluster")
+	across.none(l, "rotation and revocation by hand, across clusters")
+	l.known("west", "east")
+
+	client := l.client("east", "frontend")
+	if a, err := call(client, payments); err != nil || a.Cluster != "west" {
+		t.Fatalf("before: %+v, %v", a, err)
+	}
+	d := get[distrusted](l, "west", "trust", "distrust", "east.test", "--yes")
+	t.Logf("east distrusted by west: %+v", d)
+	if len(d.Missing) > 0 || d.Confirmed == 0 || d.Closed == 0 || d.LastIn > 5 {
+		t.Errorf("%+v", d)
+	}
+	for range 5 {
+		if a, err := call(client, payments); err == nil {
+			t.Errorf("a distrusted caller is answered: %+v", a)
+		}
+	}
+	get[distrusted](l, "west", "trust", "distrust", "east.test", "--undo")
+	l.eventually(30*time.Second, "east's calls reach west again", func() error {
+		a, err := call(client, payments)
+		if err == nil && a.Cluster != "west" {
+			err = fmt.Errorf("%+v", a)
+		}
+		return err
+	})
+}
+
+// known waits until the clusters hold each other fresh and synced, whatever their services.
+func (l *lab) known(clusters ...string) {
+	l.t.Helper()
+	for _, c := range clusters {
+		l.eventually(20*time.Second, c+" is well", func() error {
+			for _, x := range get[clusterList](l, c, "clusters").Clusters {
+				if x.State != "self" && x.State != "fresh" {
+					return fmt.Errorf("%s is %s", x.Name, x.State)
+				}
+			}
+			return nil
+		})
+	}
+}

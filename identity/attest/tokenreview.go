@@ -51,7 +51,7 @@ func NewKubeAPI(url, caFile, tokenFile string) (*KubeAPI, error) {
 	}
 	return &KubeAPI{url: strings.TrimSuffix(url, "/") + "/apis/authentication.k8s.io/v1/tokenreviews", tokenFile: tokenFile, client: &http.Client{
 		Timeout: reviewTimeout,
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool}, TLSHandshakeTimeout: reviewTimeout,
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool, SessionTicketsDisabled: true}, TLSHandshakeTimeout: reviewTimeout,
 			MaxIdleConns: 4, IdleConnTimeout: time.Minute, ForceAttemptHTTP2: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return errors.New("the API server redirects") },
 	}}, nil

@@ -57,7 +57,9 @@ func DialPeer(_ context.Context, cfg PeerConfig) (Remote, error) {
 }
 
 // reporting tells a connection on whose chain it rests, so that it ends when the bundles no longer verify it.
-type reporting struct{ credentials.TransportCredentials }
+type reporting struct {
+	credentials.TransportCredentials
+}
 
 // ClientHandshake is the wrapped one's, and a report.
 func (r reporting) ClientHandshake(ctx context.Context, authority string, below net.Conn) (net.Conn, credentials.AuthInfo, error) {

@@ -315,6 +315,9 @@ func two(ctx context.Context, name, binary, dir string, version []string, config
 	if err != nil {
 		return nil, exec.ErrNotFound
 	}
+	if binary, err = filepath.Abs(binary); err != nil { // it runs elsewhere
+		return nil, err
+	}
 	if err := certificates(dir); err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +17,9 @@ import (
 
 // settle is how long a load runs before it is measured: connections, pools, caches.
 const settle = 300 * time.Millisecond
+
+// errNone is of a measurement without a single answer that counts.
+var errNone = errors.New("no answer within the time of the measurement")
 
 // window is the time that counts.
 type window struct{ begin, end chan struct{} }
@@ -69,7 +73,7 @@ func loop(ctx context.Context, p *product, n int, length time.Duration, caller f
 		times = append(times, t.took...)
 	}
 	if len(times) == 0 {
-		return r, fmt.Errorf("no answer in %s", length)
+		return r, errNone
 	}
 	slices.Sort(times)
 	r.CPU = cpu.Seconds() / float64(len(times))

@@ -6,13 +6,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/discovery"
-	"github.com/hanse-mesh/hanse/discovery/file"
 	"github.com/hanse-mesh/hanse/discovery/objects"
 	"github.com/hanse-mesh/hanse/federation/etcd"
 )
@@ -21,11 +21,13 @@ import (
 // It builds the local Snapshot.
 type catalog struct {
 	self    discovery.Self
-	store   records      // applied objects, by "Kind/namespace/name"
-	files   *file.Source // nil without a directory
+	store   records        // applied objects, by "Kind/namespace/name"
+	sources []objectSource // what is configured elsewhere; an earlier one wins
 	memory  memory
 	log     *slog.Logger
 	onBuild func(*discovery.Snapshot) // called by Run after each Build, in order
+
+	clustersetIPs func() map[netip.Addr]discovery.Name // read-only; nil: there are none
 
 	wake chan struct{}
 	sync chan chan struct{} // closed by Run after a Build
@@ -35,12 +37,55 @@ type catalog struct {
 	mu      sync.Mutex
 	applied *objects.Set     // guarded by mu
 	state   *objects.State   // guarded by mu; of the last Build
-	faults  []*objects.Fault // guarded by mu; of the last Build and of the files
+	faults  []*objects.Fault // guarded by mu; of the last Build and of the sources
 }
 
-func newCatalog(self discovery.Self, store records, files *file.Source, memory memory, log *slog.Logger, onBuild func(*discovery.Snapshot)) *catalog {
-	return &catalog{self: self, store: store, files: files, memory: memory, log: log, onBuild: onBuild,
+func newCatalog(self discovery.Self, store records, sources []objectSource, memory memory, log *slog.Logger, onBuild func(*discovery.Snapshot)) *catalog {
+	return &catalog{self: self, store: store, sources: sources, memory: memory, log: log, onBuild: onBuild,
 		wake: make(chan struct{}, 1), sync: make(chan chan struct{}), applied: objects.NewSet()}
+}
+
+// objectSource is where configuration comes from that is not applied to hansed itself.
+type objectSource interface {
+	Set() *objects.Set
+	Complete() bool // it has been read whole at least once
+	Faults() []*objects.Fault
+	Updated() <-chan struct{} // signalled after any of them changed; one reader
+}
+
+// forward calls f for each signal, until ctx ends.
+func forward(ctx context.Context, signals <-chan struct{}, f func()) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-signals:
+			f()
+		}
+	}
+}
+
+func (c *catalog) complete() bool {
+	return !slices.ContainsFunc(c.sources, func(s objectSource) bool { return !s.Complete() })
+}
+
+// layered is applied over what the sources have.
+func (c *catalog) layered(applied *objects.Set) (*objects.Set, []*objects.Fault) {
+	sets := []*objects.Set{applied}
+	for _, s := range c.sources {
+		sets = append(sets, s.Set())
+	}
+	return objects.Layer(sets...)
+}
+
+// configured finds an object in the sources.
+func (c *catalog) configured(k objects.Key) (objects.Object, bool) {
+	for _, s := range c.sources {
+		if o, ok := s.Set().Get(k); ok {
+			return o, true
+		}
+	}
+	return objects.Object{}, false
 }
 
 // Run reads what was applied, then rebuilds the Snapshot whenever a source changes.
@@ -52,13 +97,14 @@ func (c *catalog) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var updated <-chan struct{}
-	if c.files != nil {
-		updated = c.files.Updated()
+	var forwarding sync.WaitGroup
+	defer forwarding.Wait()
+	for _, s := range c.sources {
+		forwarding.Go(func() { forward(ctx, s.Updated(), c.kick) })
 	}
 	var built chan struct{}
 	for {
-		if c.files == nil || c.files.Complete() {
+		if c.complete() {
 			var snap *discovery.Snapshot
 			snap, state = c.build(c.memory.refresh(state))
 			// IDs and export times are stored before anybody hears of them: a restart must not change them.
@@ -74,7 +120,6 @@ func (c *catalog) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-updated:
 		case <-c.wake:
 		case built = <-c.sync:
 		}
@@ -149,13 +194,15 @@ func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.Sta
 	c.mu.Lock()
 	applied := c.applied
 	c.mu.Unlock()
-	var files *objects.Set
+	set, doubled := c.layered(applied)
 	var faults []*objects.Fault
-	if c.files != nil {
-		files, faults = c.files.Set(), c.files.Faults()
+	for _, s := range c.sources {
+		faults = append(faults, s.Faults()...)
 	}
-	set, doubled := objects.Layer(applied, files)
 	snap, next, built := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), NewID: c.memory.newID(), Complete: true})
+	if c.clustersetIPs != nil {
+		snap.ClustersetIPs = c.clustersetIPs()
+	}
 	faults = append(append(slices.Clone(faults), doubled...), built...)
 	c.mu.Lock()
 	before := c.faults
@@ -211,10 +258,8 @@ func (c *catalog) Apply(ctx context.Context, yaml []byte, dryRun bool) ([]admin.
 			return nil, admin.Invalid("keep one of them", "%s is given twice", o.Key())
 		}
 		seen[o.Key()] = true
-		if c.files != nil {
-			if f, ok := c.files.Set().Get(o.Key()); ok {
-				return nil, admin.Refused("change it in that file, or remove it there first", "%s is already configured by %s", o.Key(), f.File)
-			}
+		if f, ok := c.configured(o.Key()); ok {
+			return nil, admin.Refused("change it there, or remove it there first", "%s is already configured by %s", o.Key(), f.File)
 		}
 		action := "created"
 		if old, ok := applied.Get(o.Key()); ok {
@@ -252,14 +297,10 @@ func (c *catalog) Apply(ctx context.Context, yaml []byte, dryRun bool) ([]admin.
 // fits refuses a Set of applied objects of which one of the named would be left out by Build. What only waits for another object is
 // taken, as by an API server.
 func (c *catalog) fits(next *objects.Set, named map[objects.Key]bool) error {
-	var files *objects.Set
-	if c.files != nil {
-		files = c.files.Set()
-	}
 	c.mu.Lock()
 	state := c.state
 	c.mu.Unlock()
-	set, _ := objects.Layer(next, files)
+	set, _ := c.layered(next)
 	_, _, faults := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), Complete: true})
 	var mine []*objects.Fault
 	for _, f := range faults {
@@ -315,10 +356,8 @@ func (c *catalog) Delete(ctx context.Context, kind, namespace, name string) (adm
 	applied := c.applied
 	c.mu.Unlock()
 	if _, ok := applied.Get(key); !ok {
-		if c.files != nil {
-			if f, ok := c.files.Set().Get(key); ok {
-				return admin.Applied{}, admin.Refused("remove it in that file", "%s is configured by %s", key, f.File)
-			}
+		if f, ok := c.configured(key); ok {
+			return admin.Applied{}, admin.Refused("remove it there", "%s is configured by %s", key, f.File)
 		}
 		return admin.Applied{}, admin.NotFound("hanse get "+k.Plural, "%s does not exist", key)
 	}
@@ -344,11 +383,7 @@ func (c *catalog) List(kind, namespace, name string) ([]admin.Object, error) {
 	c.mu.Lock()
 	applied, faults := c.applied, c.faults
 	c.mu.Unlock()
-	var files *objects.Set
-	if c.files != nil {
-		files = c.files.Set()
-	}
-	set, _ := objects.Layer(applied, files)
+	set, _ := c.layered(applied)
 	out := []admin.Object{}
 	for _, o := range set.List(kind, namespace) {
 		if name != "" && o.Name().Name != name {

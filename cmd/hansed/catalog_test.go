@@ -41,11 +41,13 @@ func start(t *testing.T, store etcd.Store, dir, stateFile string) (*catalog, fun
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	var files *file.Source
+	var sources []objectSource
 	if dir != "" {
 		files = file.New(file.Config{Dir: dir, Log: log, Debounce: time.Millisecond})
+		sources = append(sources, files)
 	}
 	snaps := make(chan *discovery.Snapshot, 100)
-	c := newCatalog(discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west"}, recordsOf(store, "config/"), files, &fileMemory{path: stateFile}, log,
+	c := newCatalog(discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west"}, recordsOf(store, "config/"), sources, &fileMemory{path: stateFile}, log,
 		func(s *discovery.Snapshot) { snaps <- s })
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

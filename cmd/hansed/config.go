@@ -31,9 +31,10 @@ type Config struct {
 	Labels      map[string]string `json:"labels"`   // of this member, for audiences
 	Replica     string            `json:"replica"`  // name of this hansed among those of the cluster (with etcd.endpoints); default: the host's name
 
-	DataDir   string `json:"dataDir"`   // etcd, keys, bundles; 0700
-	ConfigDir string `json:"configDir"` // directory of Kubernetes YAML that is watched; optional
-	Socket    string `json:"socket"`    // hanse's Unix socket; default /run/hanse/hansed.sock
+	DataDir   string  `json:"dataDir"`   // etcd, keys, bundles; 0700
+	ConfigDir string  `json:"configDir"` // directory of Kubernetes YAML that is watched; optional
+	KubeAPI   KubeAPI `json:"kubeAPI"`   // the API server whose objects are read, and told of imports; optional
+	Socket    string  `json:"socket"`    // hanse's Unix socket; default /run/hanse/hansed.sock
 
 	Federation Federation `json:"federation"`
 	Identity   Identity   `json:"identity"`
@@ -51,6 +52,13 @@ type Config struct {
 // Listen is one listener.
 type Listen struct {
 	Listen string `json:"listen"`
+}
+
+// KubeAPI is an API server. In a pod its service account serves; elsewhere a kubeconfig does.
+type KubeAPI struct {
+	Enabled    bool   `json:"enabled"`
+	Kubeconfig string `json:"kubeconfig"` // file; default: the pod's service account
+	Context    string `json:"context"`    // of the kubeconfig; default: its current one
 }
 
 // Federation is the listener for other clusters.
@@ -146,7 +154,7 @@ func LoadConfig(path string) (*Config, error) {
 	}
 	dir := filepath.Dir(path)
 	for _, p := range []*string{&c.DataDir, &c.ConfigDir, &c.Socket, &c.Etcd.CertFile, &c.Etcd.KeyFile, &c.Etcd.CAFile,
-		&c.Identity.X509Pop.CAFile, &c.Identity.Kubernetes.CAFile, &c.Identity.Kubernetes.TokenFile} {
+		&c.Identity.X509Pop.CAFile, &c.KubeAPI.Kubeconfig, &c.Identity.Kubernetes.CAFile, &c.Identity.Kubernetes.TokenFile} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -266,6 +274,9 @@ func (c *Config) Validate() error {
 		if ns, sa, ok := strings.Cut(a, ":"); !ok || ns == "" || sa == "" {
 			bad(fmt.Sprintf("identity.kubernetes.nodeAgents[%d]", i), "%q: want <namespace>:<service account>, such as spire:spire-agent", a)
 		}
+	}
+	if k := c.KubeAPI; !k.Enabled && (k.Kubeconfig != "" || k.Context != "") {
+		bad("kubeAPI.enabled", "false, although a kubeconfig or context is given: set it to true, or remove them")
 	}
 	if (c.Etcd.CertFile == "") != (c.Etcd.KeyFile == "") {
 		bad("etcd", "certFile and keyFile go together")

@@ -20,6 +20,7 @@ import (
 	"github.com/hanse-mesh/hanse/cmd/internal/drill"
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/discovery/file"
+	"github.com/hanse-mesh/hanse/discovery/kube"
 	"github.com/hanse-mesh/hanse/discovery/xdsgen"
 	"github.com/hanse-mesh/hanse/discovery/xdspb"
 	"github.com/hanse-mesh/hanse/discovery/xdsserver"
@@ -56,6 +57,8 @@ type controlPlane struct {
 	tokens    *attest.Tokens
 	spire     *spireapi.Server
 	files     *file.Source // nil without a directory
+	kube      *kube.Source // nil without Kubernetes
+	writer    *kube.Writer // likewise
 	catalog   *catalog
 	mesh      *peering.Mesh
 	xds       *xdsserver.Server
@@ -156,23 +159,39 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	for _, g := range cfg.Gateways {
 		self.Gateways = append(self.Gateways, netip.MustParseAddrPort(g)) // checked by Validate
 	}
+	var sources []objectSource
 	if cfg.ConfigDir != "" {
 		p.files = file.New(file.Config{Dir: cfg.ConfigDir, Log: log.With("part", "files"), Registerer: reg})
+		sources = append(sources, p.files)
+	}
+	if cfg.KubeAPI.Enabled {
+		if p.kube, err = newKube(cfg.KubeAPI, log.With("part", "kubernetes"), reg); err != nil {
+			return nil, err
+		}
+		sources = append(sources, p.kube)
 	}
 	var remember memory = &fileMemory{path: filepath.Join(cfg.DataDir, "endpoint-ids.json")}
 	if !p.replicas.alone() {
 		p.shared = &sharedMemory{store: p.stores.own, write: leader, leads: p.replicas.leads, wake: func() { p.catalog.kick() }, log: log.With("part", "catalog")}
 		remember = p.shared
 	}
-	p.catalog = newCatalog(self, recordsOf(leader, "config/"), p.files, remember, log.With("part", "catalog"),
+	p.catalog = newCatalog(self, recordsOf(leader, "config/"), sources, remember, log.With("part", "catalog"),
 		func(s *discovery.Snapshot) {
 			p.reconcileTrust(s)
 			p.mesh.SetLocal(s)
 		})
 
+	if p.kube != nil {
+		p.catalog.clustersetIPs = p.kube.ClustersetIPs
+	}
+
 	// Federation.
 	if p.mesh, err = p.newMesh(self, reg); err != nil {
 		return nil, err
+	}
+
+	if p.kube != nil {
+		p.writer = kube.NewWriter(kube.WriterConfig{Source: p.kube, Self: self, View: p.kubeView, Log: log.With("part", "kubernetes"), Registerer: reg})
 	}
 
 	// xDS and drills.
@@ -227,6 +246,10 @@ func (p *controlPlane) Run(ctx context.Context) error {
 	run("SPIRE API", p.spire.Run)
 	if p.files != nil {
 		run("files", p.files.Run)
+	}
+	if p.kube != nil {
+		run("Kubernetes", p.kube.Run)
+		run("Kubernetes imports", p.writeKube)
 	}
 	run("replicas", p.replicas.Run)
 	run("catalog", p.catalog.Run)

@@ -71,6 +71,9 @@ type Kind struct {
 	make        func() metav1.Object
 }
 
+// New returns an empty object of the kind's Go type.
+func (k Kind) New() metav1.Object { return k.make() }
+
 // Kinds of objects that are read, in the order in which they are listed to people.
 func Kinds() []Kind {
 	mcs := []string{"multicluster.x-k8s.io/v1alpha1", "multicluster.x-k8s.io/v1beta1"} // the same fields in both

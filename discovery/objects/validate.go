@@ -32,6 +32,7 @@ const (
 	AnnotationWeight         = "hanse.mesh/weight"          // EndpointSlice: weight of each endpoint; default 1
 	AnnotationAudience       = "hanse.mesh/audience"        // ServiceExport: members or labels that may import; default all
 	AnnotationClusterset     = "hanse.mesh/clusterset"      // Service: "true" lets short names mean the clusterset on Kubernetes
+	AnnotationPlaintext      = "hanse.mesh/plaintext"       // Service: "true" lets workloads of the own cluster call endpoints without identity
 )
 
 const annotationPrefix = "hanse.mesh/"
@@ -40,7 +41,7 @@ const annotationPrefix = "hanse.mesh/"
 func annotationsOf(kind string) []string {
 	switch kind {
 	case "Service":
-		return []string{AnnotationClusterset}
+		return []string{AnnotationClusterset, AnnotationPlaintext}
 	case "EndpointSlice":
 		return []string{AnnotationHopPort, AnnotationRegion, AnnotationServiceAccount, AnnotationTransport, AnnotationWeight}
 	case "ServiceExport":
@@ -230,8 +231,10 @@ func (c *checker) service(s *corev1.Service) {
 			c.add(field, f, "is listed twice")
 		}
 	}
-	if v, ok := s.Annotations[AnnotationClusterset]; ok {
-		c.oneOf("metadata.annotations["+AnnotationClusterset+"]", v, "true", "false")
+	for _, name := range []string{AnnotationClusterset, AnnotationPlaintext} {
+		if v, ok := s.Annotations[name]; ok {
+			c.oneOf("metadata.annotations["+name+"]", v, "true", "false")
+		}
 	}
 	headless := s.Spec.ClusterIP == corev1.ClusterIPNone
 	if len(s.Spec.Ports) == 0 && !headless && s.Spec.Type != corev1.ServiceTypeExternalName {

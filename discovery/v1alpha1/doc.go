@@ -4,4 +4,7 @@
 //
 // The types are what people write. Package objects checks them and turns them into the vocabulary of package discovery.
 // A field's zero value always means its documented default. Durations are GEP-2257 strings ("250ms", "1m30s").
+//
+// +groupName=hanse.mesh
+// +versionName=v1alpha1
 package v1alpha1

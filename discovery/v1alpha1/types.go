@@ -17,10 +17,17 @@ const SPIREAPIVersion = "spire.spiffe.io/v1alpha1"
 
 // Peer says what this cluster accepts from another member of the mesh. It is cluster-scoped; metadata.name is the
 // member's name, and metadata.labels are what a ServiceExport's audience can select.
+//
+// +kubebuilder:resource:scope=Cluster,categories=hanse
+// +kubebuilder:printcolumn:name=Introductions,type=string,JSONPath=`.spec.introductions`
+// +kubebuilder:printcolumn:name=Disabled,type=boolean,JSONPath=`.spec.disabled`
+// +kubebuilder:printcolumn:name=Age,type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:validation:XValidation:rule="self.metadata.name.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')",message="metadata.name is a member's name: a DNS label"
 type Peer struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
+	// Spec is what is wanted.
 	Spec PeerSpec `json:"spec,omitempty"`
 }
 
@@ -34,6 +41,8 @@ const (
 // PeerSpec is the desired relation to a member.
 type PeerSpec struct {
 	// Introductions says what happens with members that this peer introduces: accept (default), ask or refuse.
+	//
+	// +kubebuilder:validation:Enum="";accept;ask;refuse
 	Introductions string `json:"introductions,omitempty"`
 	// Import bounds what is taken from this peer. The default is everything of its own trust domain.
 	Import PeerImport `json:"import,omitempty"`
@@ -44,65 +53,128 @@ type PeerSpec struct {
 // PeerImport bounds an import.
 type PeerImport struct {
 	// Namespaces whose services are imported; empty is all.
+	//
+	// +kubebuilder:validation:MaxItems=1000
+	// +kubebuilder:validation:items:MaxLength=63
+	// +kubebuilder:validation:items:Pattern=`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`
 	Namespaces []string `json:"namespaces,omitempty"`
 	// SPIFFEIDs are patterns of which one must match the ID of an imported endpoint; empty is the peer's trust domain.
+	//
+	// +kubebuilder:validation:MaxItems=1000
+	// +kubebuilder:validation:items:MaxLength=2048
+	// +kubebuilder:validation:items:Pattern=`^spiffe://.+`
 	SPIFFEIDs []string `json:"spiffeIDs,omitempty"`
 }
 
 // TrafficPolicy is the caller's: how the workloads of this cluster call the services it targets. It is never exported.
+//
+// +kubebuilder:resource:shortName=tp,categories=hanse
+// +kubebuilder:printcolumn:name=Mode,type=string,JSONPath=`.spec.locality.mode`
+// +kubebuilder:printcolumn:name=Services,type=string,JSONPath=`.spec.targetRefs[*].name`
+// +kubebuilder:printcolumn:name=Age,type=date,JSONPath=`.metadata.creationTimestamp`
 type TrafficPolicy struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
+	// Spec is what is wanted.
 	Spec TrafficPolicySpec `json:"spec"`
 }
 
 // TargetRef names a Service in the policy's own namespace (GEP-713, direct policy attachment).
+//
+// +kubebuilder:validation:XValidation:rule="self.kind == 'Service' ? !has(self.group) || size(self.group) == 0 : has(self.group) && self.group == 'multicluster.x-k8s.io'",message="group is empty for a Service, and multicluster.x-k8s.io for a ServiceImport"
 type TargetRef struct {
-	Group string `json:"group,omitempty"` // "" (Service) or multicluster.x-k8s.io (ServiceImport)
-	Kind  string `json:"kind"`            // Service or ServiceImport
-	Name  string `json:"name"`
+	// Group is empty for a Service, and multicluster.x-k8s.io for a ServiceImport.
+	Group string `json:"group,omitempty"`
+	// Kind is Service or ServiceImport.
+	//
+	// +kubebuilder:validation:Enum=Service;ServiceImport
+	Kind string `json:"kind"`
+	// Name of the Service.
+	//
+	// +kubebuilder:validation:MaxLength=63
+	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`
+	Name string `json:"name"`
 }
 
 // TrafficPolicySpec is the desired behaviour of callers.
 type TrafficPolicySpec struct {
 	// TargetRefs are the services called. They may live in this cluster, in others, or both.
-	TargetRefs       []TargetRef       `json:"targetRefs"`
-	Locality         Locality          `json:"locality,omitempty"`
-	LoadBalancer     LoadBalancer      `json:"loadBalancer,omitempty"`
+	//
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=100
+	TargetRefs []TargetRef `json:"targetRefs"`
+	// Locality says which places are preferred. The default is the nearest: same zone, same region, same cluster, then others.
+	Locality Locality `json:"locality,omitempty"`
+	// LoadBalancer says how an endpoint of a level is picked.
+	LoadBalancer LoadBalancer `json:"loadBalancer,omitempty"`
+	// OutlierDetection ejects endpoints that fail, for a while.
 	OutlierDetection *OutlierDetection `json:"outlierDetection,omitempty"`
-	RetryBudget      *RetryBudget      `json:"retryBudget,omitempty"`
-	Timeouts         Timeouts          `json:"timeouts,omitempty"`
+	// RetryBudget bounds the retries that are active at one time.
+	RetryBudget *RetryBudget `json:"retryBudget,omitempty"`
+	// Timeouts of a call. A route's timeouts win over request.
+	Timeouts Timeouts `json:"timeouts,omitempty"`
 	// MaxRequests bounds the concurrent requests of one proxy to one service; default 1024.
+	//
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000000
 	MaxRequests *int32 `json:"maxRequests,omitempty"`
 }
 
 // Locality says which places are preferred.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.mode) || self.mode != 'Pin' || has(self.order) && size(self.order) > 0",message="mode Pin needs order: where to pin the traffic to"
+// +kubebuilder:validation:XValidation:rule="!has(self.order) || size(self.order) == 0 || !has(self.mode) || size(self.mode) == 0 || self.mode in ['Failover', 'Pin']",message="order has a meaning in the modes Failover and Pin only"
+// +kubebuilder:validation:XValidation:rule="(has(self.weights) && size(self.weights) > 0) == (has(self.mode) && self.mode == 'Weigh')",message="weights go with mode Weigh, and mode Weigh with weights"
+// +kubebuilder:validation:XValidation:rule="!has(self.weights) || size(self.weights) == 0 || self.weights.exists(w, w.weight > 0)",message="weights are all zero, which would send the traffic nowhere"
 type Locality struct {
 	// Mode is Failover (default), Pin, Balance or Weigh.
+	//
+	// +kubebuilder:validation:Enum="";Failover;Pin;Balance;Weigh
 	Mode string `json:"mode,omitempty"`
 	// Order is the levels, first preferred; for Failover (the default order follows) and Pin (nothing follows).
+	//
+	// +kubebuilder:validation:MaxItems=64
 	Order []LocalityMatch `json:"order,omitempty"`
 	// Weights are shares of the traffic, for Weigh.
+	//
+	// +kubebuilder:validation:MaxItems=64
 	Weights []LocalityWeight `json:"weights,omitempty"`
 }
 
 // LocalityMatch matches a place. An empty field matches all; "$self" is the caller's own value.
 type LocalityMatch struct {
+	// Cluster is a member's name, or "$self".
+	//
+	// +kubebuilder:validation:MaxLength=63
 	Cluster string `json:"cluster,omitempty"`
-	Region  string `json:"region,omitempty"`
-	Zone    string `json:"zone,omitempty"`
+	// Region of the endpoints, or "$self".
+	//
+	// +kubebuilder:validation:MaxLength=63
+	Region string `json:"region,omitempty"`
+	// Zone of the endpoints, or "$self".
+	//
+	// +kubebuilder:validation:MaxLength=63
+	Zone string `json:"zone,omitempty"`
 }
 
 // LocalityWeight is a share of traffic: its weight over the sum of all weights.
 type LocalityWeight struct {
 	LocalityMatch `json:",inline"`
-	Weight        int32 `json:"weight"`
+	// Weight of this place.
+	//
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=1000000
+	Weight int32 `json:"weight"`
 }
 
 // LoadBalancer says how an endpoint of a level is picked.
+//
+// +kubebuilder:validation:XValidation:rule="(has(self.hashHeader) && size(self.hashHeader) > 0) == (has(self.type) && self.type == 'RingHash')",message="hashHeader goes with type RingHash, and type RingHash with hashHeader"
 type LoadBalancer struct {
 	// Type is LeastRequest (default), RoundRobin or RingHash.
+	//
+	// +kubebuilder:validation:Enum="";LeastRequest;RoundRobin;RingHash
 	Type string `json:"type,omitempty"`
 	// HashHeader is the request header that RingHash hashes.
 	HashHeader string `json:"hashHeader,omitempty"`
@@ -110,30 +182,58 @@ type LoadBalancer struct {
 
 // OutlierDetection ejects endpoints that fail, for a while.
 type OutlierDetection struct {
-	ConsecutiveErrors  *int32              `json:"consecutiveErrors,omitempty"`  // default 5
-	Interval           *gatewayv1.Duration `json:"interval,omitempty"`           // between checks
-	BaseEjectionTime   *gatewayv1.Duration `json:"baseEjectionTime,omitempty"`   // grows with each ejection
-	MaxEjectionTime    *gatewayv1.Duration `json:"maxEjectionTime,omitempty"`    // at least baseEjectionTime
-	MaxEjectionPercent *int32              `json:"maxEjectionPercent,omitempty"` // 1 to 100
+	// ConsecutiveErrors after which an endpoint is ejected; default 5. Errors are failed connections and 502, 503 and 504.
+	//
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000
+	ConsecutiveErrors *int32 `json:"consecutiveErrors,omitempty"`
+	// Interval between checks.
+	Interval *gatewayv1.Duration `json:"interval,omitempty"`
+	// BaseEjectionTime is the time of the first ejection; it grows with each.
+	BaseEjectionTime *gatewayv1.Duration `json:"baseEjectionTime,omitempty"`
+	// MaxEjectionTime is the longest; at least baseEjectionTime.
+	MaxEjectionTime *gatewayv1.Duration `json:"maxEjectionTime,omitempty"`
+	// MaxEjectionPercent of a level that is ejected at a time.
+	//
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=100
+	MaxEjectionPercent *int32 `json:"maxEjectionPercent,omitempty"`
 }
 
 // RetryBudget bounds the retries that are active at one time.
 type RetryBudget struct {
-	Percent        *int32 `json:"percent,omitempty"`        // of active requests; default 20
-	MinConcurrency *int32 `json:"minConcurrency,omitempty"` // always allowed; default 3
+	// Percent of the active requests; default 20.
+	//
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=100
+	Percent *int32 `json:"percent,omitempty"`
+	// MinConcurrency is always allowed; default 3.
+	//
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=10000
+	MinConcurrency *int32 `json:"minConcurrency,omitempty"`
 }
 
 // Timeouts of a call. A route's timeouts win over Request.
 type Timeouts struct {
+	// Request is the time for the whole call; 0s is none.
 	Request *gatewayv1.Duration `json:"request,omitempty"`
+	// Connect is the time for a connection to one endpoint.
 	Connect *gatewayv1.Duration `json:"connect,omitempty"`
 }
 
 // AccessPolicy is the server's: who may call the targeted services of this cluster.
+//
+// +kubebuilder:resource:shortName=ap,categories=hanse
+// +kubebuilder:printcolumn:name=Action,type=string,JSONPath=`.spec.action`
+// +kubebuilder:printcolumn:name=Mode,type=string,JSONPath=`.spec.mode`
+// +kubebuilder:printcolumn:name=Services,type=string,JSONPath=`.spec.targetRefs[*].name`
+// +kubebuilder:printcolumn:name=Age,type=date,JSONPath=`.metadata.creationTimestamp`
 type AccessPolicy struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
+	// Spec is what is wanted.
 	Spec AccessPolicySpec `json:"spec"`
 }
 
@@ -146,26 +246,52 @@ const (
 )
 
 // AccessPolicySpec is the desired access.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.action) || self.action != 'Deny' || has(self.rules) && size(self.rules) > 0",message="without rules a Deny policy denies nobody; to deny everybody, use one empty rule: [{}]"
 type AccessPolicySpec struct {
 	// TargetRefs are Services in the policy's namespace; empty is every Service of the namespace.
+	//
+	// +kubebuilder:validation:MaxItems=100
 	TargetRefs []TargetRef `json:"targetRefs,omitempty"`
 	// Action is Allow (default) or Deny. Deny policies are read first.
+	//
+	// +kubebuilder:validation:Enum="";Allow;Deny
 	Action string `json:"action,omitempty"`
 	// Mode is Enforce (default) or Audit: count and log what would be refused, and let it through.
+	//
+	// +kubebuilder:validation:Enum="";Enforce;Audit
 	Mode string `json:"mode,omitempty"`
 	// Rules, of which one must match. An Allow policy without rules allows nobody.
+	//
+	// +kubebuilder:validation:MaxItems=1000
 	Rules []AccessRule `json:"rules,omitempty"`
 }
 
 // AccessRule matches a request if one entry of each list that is not empty does.
 type AccessRule struct {
 	// From are SPIFFE-ID patterns; "*" stands for one whole segment or the trust domain, a last "**" for any rest.
+	//
+	// +kubebuilder:validation:MaxItems=1000
+	// +kubebuilder:validation:items:MaxLength=2048
+	// +kubebuilder:validation:items:Pattern=`^spiffe://.+`
 	From []string `json:"from,omitempty"`
 	// Methods are HTTP methods.
+	//
+	// +kubebuilder:validation:MaxItems=32
+	// +kubebuilder:validation:items:MaxLength=32
+	// +kubebuilder:validation:items:Pattern=`^[A-Z]([A-Z_-]{0,30}[A-Z])?$`
 	Methods []string `json:"methods,omitempty"`
 	// Paths are exact, or a prefix that ends in "*".
+	//
+	// +kubebuilder:validation:MaxItems=1000
+	// +kubebuilder:validation:items:MaxLength=4096
+	// +kubebuilder:validation:items:Pattern=`^(/[^*]*\*?|\*)$`
 	Paths []string `json:"paths,omitempty"`
 	// Ports are port numbers of the service.
+	//
+	// +kubebuilder:validation:MaxItems=1000
+	// +kubebuilder:validation:items:Minimum=1
+	// +kubebuilder:validation:items:Maximum=65535
 	Ports []int32 `json:"ports,omitempty"`
 }
 

@@ -1,0 +1,469 @@
+package kube
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
+
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/objects"
+)
+
+// Config of a Source.
+type Config struct {
+	REST       *rest.Config // of the API server; not changed
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+	Debounce   time.Duration // a change is shown at once, and those that follow within this time together; 0 is 50 ms
+}
+
+// Source reads one API server.
+type Source struct {
+	cfg     Config        // read-only after New
+	clients clients       // read-only after New
+	kinds   []*kind       // read-only after New
+	updated chan struct{} // size 1
+	wake    chan struct{} // size 1
+
+	rewritten chan struct{} // size 1: takeRewritten has something
+	current   atomic.Pointer[published]
+
+	mu      sync.Mutex
+	changed map[ref]struct{}                      // guarded by mu: to be shown
+	crds    map[string]*unstructured.Unstructured // guarded by mu: by name, only those that are read
+	crdsIn  bool                                  // guarded by mu: their list has been completed
+	dirty   bool                                  // guarded by mu: something else changed
+
+	imports  map[discovery.Name]struct{}                              // guarded by mu: of takeRewritten
+	slices   map[discovery.Name]map[string]*discoveryv1.EndpointSlice // guarded by mu: those written for imports, by the import's name and their own
+	versions map[*kind]schema.GroupVersion                            // guarded by mu: of kinds of CustomResourceDefinitions that are read
+
+	parts    map[types.NamespacedName][]objects.Key // owned by Run: an EndpointSlice's keys in the Set, where not just its own
+	set      *objects.Set                           // owned by Run
+	faults   map[objects.Key][]*objects.Fault       // owned by Run
+	watching map[*kind]watching                     // owned by Run: kinds of CustomResourceDefinitions
+
+	objectCount *prometheus.GaugeVec
+	faultCount  prometheus.Gauge
+	errorCount  *prometheus.CounterVec
+	lastEvent   *prometheus.GaugeVec
+}
+
+// watching is the reflector of a kind.
+type watching struct {
+	version schema.GroupVersion
+	stop    func() // returns after it has ended
+}
+
+// published is what readers see. It is immutable.
+type published struct {
+	set      *objects.Set
+	faults   []*objects.Fault
+	complete bool
+}
+
+// ref names an object that changed.
+type ref struct {
+	kind *kind
+	name types.NamespacedName
+}
+
+// New returns a Source that has read nothing; it fails on a REST configuration that cannot be used.
+func New(cfg Config) (*Source, error) {
+	cfg.Debounce = cmp.Or(cfg.Debounce, 50*time.Millisecond)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Source{
+		cfg: cfg, kinds: kinds(), updated: make(chan struct{}, 1), wake: make(chan struct{}, 1), rewritten: make(chan struct{}, 1),
+		imports: map[discovery.Name]struct{}{}, slices: map[discovery.Name]map[string]*discoveryv1.EndpointSlice{}, versions: map[*kind]schema.GroupVersion{},
+		changed: map[ref]struct{}{}, crds: map[string]*unstructured.Unstructured{},
+		parts: map[types.NamespacedName][]objects.Key{}, set: objects.NewSet(), faults: map[objects.Key][]*objects.Fault{}, watching: map[*kind]watching{},
+		objectCount: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "hanse_kube_objects", Help: "Objects known of the API server."}, []string{"kind"}),
+		faultCount: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "hanse_kube_faults", Help: "Faults in objects of the API server; their last valid state is in force."}),
+		errorCount: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hanse_kube_errors_total", Help: "Lists and watches that failed, and were begun again."}, []string{"kind"}),
+		lastEvent: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "hanse_kube_last_event_timestamp_seconds", Help: "When the API server was last heard of."}, []string{"kind"}),
+	}
+	var err error
+	if s.clients, err = newClients(cfg.REST); err != nil {
+		return nil, fmt.Errorf("client of the API server %s: %w", cfg.REST.Host, err)
+	}
+	if cfg.Registerer != nil {
+		cfg.Registerer.MustRegister(s.objectCount, s.faultCount, s.errorCount, s.lastEvent)
+	}
+	s.current.Store(&published{set: objects.NewSet()})
+	return s, nil
+}
+
+// Set returns the objects in force. It is empty until all have been read once.
+func (s *Source) Set() *objects.Set { return s.current.Load().set }
+
+// Complete reports whether every kind has been read whole at least once.
+func (s *Source) Complete() bool { return s.current.Load().complete }
+
+// Faults returns what is wrong with the objects now, sorted by object.
+func (s *Source) Faults() []*objects.Fault { return s.current.Load().faults }
+
+// Updated is signalled after Set, Complete or Faults changed.
+func (s *Source) Updated() <-chan struct{} { return s.updated }
+
+// Run reads until ctx ends, and returns nil then. A server that cannot be reached is waited for.
+func (s *Source) Run(ctx context.Context) error {
+	var running sync.WaitGroup
+	defer running.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	for _, k := range s.kinds {
+		if k.typed != nil {
+			running.Go(func() { s.reflect(ctx, k, k.groups[0]) })
+		}
+	}
+	running.Go(func() { s.reflectCRDs(ctx) })
+	defer func() {
+		for _, w := range s.watching {
+			w.stop()
+		}
+	}()
+	last := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.wake:
+		}
+		if wait := s.cfg.Debounce - time.Since(last); wait > 0 {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(wait):
+			}
+		}
+		s.followCRDs(ctx)
+		s.publish()
+		last = time.Now()
+	}
+}
+
+func (s *Source) signal() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// followCRDs begins and ends the reading of kinds as their CustomResourceDefinitions come and go.
+func (s *Source) followCRDs(ctx context.Context) {
+	s.mu.Lock()
+	complete := s.crdsIn
+	crds := maps.Clone(s.crds)
+	s.mu.Unlock()
+	if !complete {
+		return
+	}
+	for _, k := range s.kinds {
+		if k.typed != nil {
+			continue
+		}
+		w, reading := s.watching[k]
+		crd, there := crds[k.crd()]
+		if !there {
+			if reading {
+				w.stop()
+				delete(s.watching, k)
+				s.define(k, schema.GroupVersion{})
+				s.replace(k, nil) // with a CustomResourceDefinition go its objects
+				s.cfg.Log.Info("a kind is no longer defined; its objects are gone", "kind", k.name, "crd", k.crd())
+			}
+			continue
+		}
+		version, err := k.established(crd)
+		if err != nil {
+			if !errors.Is(err, errNotEstablished) && !reading {
+				s.cfg.Log.Warn("a kind is not read", "kind", k.name, "crd", k.crd(), "err", err)
+			}
+			continue // what is being read goes on
+		}
+		if reading {
+			if w.version == version {
+				continue
+			}
+			w.stop()
+		}
+		kctx, cancel := context.WithCancel(ctx)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			s.reflect(kctx, k, version)
+		}()
+		s.define(k, version)
+		s.watching[k] = watching{version: version, stop: func() { cancel(); <-done }}
+	}
+}
+
+// take keeps what a reflector saw of one object.
+func (s *Source) take(k *kind, o any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keep(k, o)
+	s.signal()
+}
+
+// keep is take, with mu held. It returns the object's name.
+func (s *Source) keep(k *kind, o any) types.NamespacedName {
+	m, name := accessor(o)
+	was, known := k.items[name]
+	if known && was.version == m.GetResourceVersion() && was.version != "" {
+		return name
+	}
+	is := item{version: m.GetResourceVersion(), value: o}
+	if k.condense != nil {
+		is.value = k.condense(m)
+	}
+	k.items[name] = is
+	if !known || k.condense == nil || was.value != is.value { // most changes of a Pod or Node change nothing here
+		s.note(k, name, is.value)
+	}
+	return name
+}
+
+// forget drops one object.
+func (s *Source) forget(k *kind, o any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, name := accessor(o)
+	s.drop(k, name)
+	s.signal()
+}
+
+// replace takes a completed list: what is not in it is gone.
+func (s *Source) replace(k *kind, list []any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	seen := make(map[types.NamespacedName]struct{}, len(list))
+	for _, o := range list {
+		seen[s.keep(k, o)] = struct{}{}
+	}
+	for name := range k.items {
+		if _, ok := seen[name]; !ok {
+			s.drop(k, name)
+		}
+	}
+	k.synced, s.dirty = true, true
+	s.signal()
+}
+
+// publish brings what changed into the Set.
+func (s *Source) publish() {
+	s.mu.Lock()
+	if len(s.changed) == 0 && !s.dirty {
+		s.mu.Unlock()
+		return
+	}
+	changed := s.spread()
+	s.changed, s.dirty = map[ref]struct{}{}, false
+	var put []objects.Object
+	var gone []objects.Key
+	for r := range changed {
+		p, g := s.objectsOf(r)
+		put, gone = append(put, p...), append(gone, g...)
+	}
+	complete := s.complete()
+	for _, k := range s.kinds {
+		s.objectCount.WithLabelValues(k.name).Set(float64(len(k.items)))
+	}
+	s.mu.Unlock()
+
+	s.set = s.set.Delete(gone...).Put(put...)
+	faults := slices.Concat(slices.Collect(maps.Values(s.faults))...)
+	slices.SortFunc(faults, func(a, b *objects.Fault) int {
+		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Field, b.Field))
+	})
+	s.faultCount.Set(float64(len(faults)))
+	before := s.current.Load()
+	now := &published{set: before.set, faults: faults, complete: before.complete || complete}
+	if now.complete {
+		now.set = s.set
+	}
+	if !before.complete && complete {
+		s.cfg.Log.Info("all objects have been read", "objects", s.set.Len())
+	}
+	s.current.Store(now)
+	select {
+	case s.updated <- struct{}{}:
+	default:
+	}
+}
+
+// complete reports whether each kind that is defined has been listed. With mu held.
+func (s *Source) complete() bool {
+	if !s.crdsIn {
+		return false
+	}
+	for _, k := range s.kinds {
+		if _, reading := s.watching[k]; !k.synced && (k.typed != nil || reading) {
+			return false
+		}
+	}
+	return true
+}
+
+// spread returns what changed, and the EndpointSlices and Services that look different for it. With mu held.
+func (s *Source) spread() map[ref]struct{} {
+	changed := maps.Clone(s.changed)
+	pods, nodes, namespaces := map[types.NamespacedName]bool{}, map[string]bool{}, map[string]bool{}
+	inNamespace := map[string]bool{}
+	for r := range s.changed {
+		switch r.kind.name {
+		case "Pod":
+			pods[r.name], inNamespace[r.name.Namespace] = true, true
+		case "Node":
+			nodes[r.name.Name] = true
+		case "Namespace":
+			namespaces[r.name.Name] = true
+		}
+	}
+	if len(pods)+len(nodes)+len(namespaces) == 0 {
+		return changed
+	}
+	for _, k := range s.kinds {
+		for name, it := range k.items {
+			r := ref{k, name}
+			switch k.name {
+			case "EndpointSlice":
+				if len(nodes) == 0 && !inNamespace[name.Namespace] {
+					continue
+				}
+				sl, ok := it.value.(*discoveryv1.EndpointSlice)
+				if ok && slices.ContainsFunc(sl.Endpoints, func(e discoveryv1.Endpoint) bool {
+					return e.TargetRef != nil && pods[types.NamespacedName{Namespace: name.Namespace, Name: e.TargetRef.Name}] || e.NodeName != nil && nodes[*e.NodeName]
+				}) {
+					changed[r] = struct{}{}
+				}
+			case "Service":
+				if namespaces[name.Namespace] {
+					changed[r] = struct{}{}
+				}
+			}
+		}
+	}
+	return changed
+}
+
+// objectsOf returns what comes into the Set for r, and what leaves it. An object with faults keeps its last valid state. With mu held,
+// called by Run only.
+func (s *Source) objectsOf(r ref) (put []objects.Object, gone []objects.Key) {
+	if r.kind.object == nil || r.kind.written {
+		return nil, nil
+	}
+	key := objects.Key{Kind: r.kind.name, Namespace: r.name.Namespace, Name: r.name.Name}
+	had := []objects.Key{key}
+	if parts, ok := s.parts[r.name]; ok && r.kind.name == "EndpointSlice" {
+		had = parts
+	}
+	it, there := r.kind.items[r.name]
+	delete(s.faults, key)
+	if !there {
+		if r.kind.name == "EndpointSlice" {
+			delete(s.parts, r.name)
+		}
+		return nil, had
+	}
+	o, faults := r.kind.check(it.value)
+	if len(faults) > 0 {
+		s.faults[key] = faults
+		return nil, nil
+	}
+	switch v := o.Value.(type) {
+	case *corev1.Service:
+		ns, _ := s.kind("Namespace").items[types.NamespacedName{Name: v.Namespace}].value.(namespace)
+		o.Value = inheritClusterset(v, ns)
+		put = append(put, o)
+	case *discoveryv1.EndpointSlice:
+		put = s.place(o, v)
+		keys := make([]objects.Key, len(put))
+		for i, p := range put {
+			keys[i] = p.Key()
+		}
+		if len(keys) == 1 && keys[0] == key {
+			delete(s.parts, r.name)
+		} else {
+			s.parts[r.name] = keys
+		}
+		for _, k := range had {
+			if !slices.Contains(keys, k) {
+				gone = append(gone, k)
+			}
+		}
+	default:
+		put = append(put, o)
+	}
+	return put, gone
+}
+
+// place splits an EndpointSlice by what is known of its Pods and Nodes. With mu held.
+func (s *Source) place(o objects.Object, v *discoveryv1.EndpointSlice) []objects.Object {
+	pods, nodes := s.kind("Pod").items, s.kind("Node").items
+	parts := split(v, func(name string) (pod, bool) {
+		p, ok := pods[types.NamespacedName{Namespace: v.Namespace, Name: name}].value.(pod)
+		return p, ok
+	}, func(name string) (node, bool) {
+		n, ok := nodes[types.NamespacedName{Name: name}].value.(node)
+		return n, ok
+	})
+	out := make([]objects.Object, len(parts))
+	for i, p := range parts {
+		out[i] = o
+		out[i].Value = p
+	}
+	return out
+}
+
+func (s *Source) kind(name string) *kind {
+	i := slices.IndexFunc(s.kinds, func(k *kind) bool { return k.name == name })
+	return s.kinds[i]
+}
+
+// asked counts and logs a list or watch that failed, and is begun again.
+func (s *Source) asked(ctx context.Context, k string, err error) {
+	if err == nil {
+		s.heard(k)
+		return
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	s.errorCount.WithLabelValues(k).Inc()
+	switch {
+	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
+		s.cfg.Log.Error("the API server refuses to show a kind; let hansed's service account list and watch it", "kind", k, "err", err)
+	case apierrors.IsResourceExpired(err) || apierrors.IsGone(err):
+		s.cfg.Log.Debug("a watch has expired; listing again", "kind", k)
+	default:
+		s.cfg.Log.Warn("the API server cannot be read; what is known stays in force", "kind", k, "err", err)
+	}
+}
+
+// heard notes that the server answered.
+func (s *Source) heard(k string) {
+	s.lastEvent.WithLabelValues(k).Set(float64(time.Now().UnixMilli()) / 1000)
+}

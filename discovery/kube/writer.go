@@ -1,0 +1,387 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-multierror"
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	mcsv1beta1 "sigs.k8s.io/mcs-api/pkg/apis/v1beta1"
+
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/objects"
+)
+
+// fieldManager owns the fields that Hanse writes (server-side apply).
+const fieldManager = "hansed"
+
+// WriterConfig configures a Writer. All but Registerer and Now are required.
+type WriterConfig struct {
+	Source *Source // of the same API server; run by somebody else
+	Self   discovery.Self
+	// View returns the newest view of the mesh, nil before there is one, and a channel that is closed when there is a newer one.
+	View       func() (*discovery.Clusterset, <-chan struct{})
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+	Now        func() time.Time // nil is time.Now
+}
+
+// Writer keeps what an API server holds of the mesh as the mesh is: ServiceImports, the Services and EndpointSlices behind them, and the
+// status of ServiceExports. It writes only what differs. One replica of hansed runs it, the leader.
+type Writer struct {
+	cfg    WriterConfig // read-only after NewWriter
+	writes *prometheus.CounterVec
+
+	done map[discovery.Name]*discovery.Import // owned by Run: what was last written; nil for what was removed
+}
+
+const (
+	writeTimeout = 15 * time.Second
+	maxWrites    = 8 // at one time
+	retryAfter   = 2 * time.Second
+	maxReported  = 5 // failures of one round in a line of the log
+)
+
+// NewWriter returns a Writer that has written nothing.
+func NewWriter(cfg WriterConfig) *Writer {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	w := &Writer{cfg: cfg, writes: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "hanse_kube_writes_total", Help: "Writes to the API server."}, []string{"resource", "verb", "result"})}
+	if cfg.Registerer != nil {
+		cfg.Registerer.MustRegister(w.writes)
+	}
+	return w
+}
+
+// Run writes until ctx ends, and returns nil then. What fails is tried again.
+func (w *Writer) Run(ctx context.Context) error {
+	w.done = map[discovery.Name]*discovery.Import{}
+	dirty := w.cfg.Source.writtenNames()
+	for {
+		view, newer := w.cfg.View()
+		for n := range w.cfg.Source.takeRewritten() {
+			if n.Name != "" {
+				dirty[n] = struct{}{}
+				continue
+			}
+			for i := range w.done { // a namespace came or went
+				if i.Namespace == n.Namespace {
+					dirty[i] = struct{}{}
+				}
+			}
+		}
+		var again <-chan time.Time
+		if view != nil && w.cfg.Source.Complete() {
+			err := w.reconcile(ctx, view, dirty)
+			if err != nil && ctx.Err() == nil {
+				w.cfg.Log.Warn("the API server does not hold all that the mesh says; trying again", "err", err)
+				again = time.After(retryAfter)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-newer:
+		case <-w.cfg.Source.rewritten:
+		case <-again:
+		}
+	}
+}
+
+// reconcile writes what differs. dirty are imports to look at beside those that changed in view; those that failed are left in it.
+func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirty map[discovery.Name]struct{}) error {
+	for n, i := range view.Imports {
+		if last, ok := w.done[n]; !ok || last != i {
+			dirty[n] = struct{}{}
+		}
+	}
+	for n, last := range w.done {
+		if last != nil && view.Imports[n] == nil {
+			dirty[n] = struct{}{}
+		}
+	}
+	var (
+		running sync.WaitGroup
+		slots   = make(chan struct{}, maxWrites)
+		mu      sync.Mutex
+		faults  *multierror.Error // guarded by mu
+	)
+	each := func(what string, f func() error, ok func()) {
+		slots <- struct{}{}
+		running.Go(func() {
+			defer func() { <-slots }()
+			err := f()
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				faults = multierror.Append(faults, fmt.Errorf("%s: %w", what, err))
+				return
+			}
+			ok()
+		})
+	}
+	if gv, ok := w.cfg.Source.defined("ServiceImport"); ok {
+		names := make([]discovery.Name, 0, len(dirty))
+		for n := range dirty {
+			names = append(names, n)
+		}
+		for _, n := range names {
+			i := view.Imports[n]
+			if ctx.Err() != nil {
+				break
+			}
+			each("ServiceImport "+n.String(), func() error { return w.write(ctx, gv, n, i) }, func() {
+				delete(dirty, n)
+				w.done[n] = i
+				if i == nil {
+					delete(w.done, n)
+				}
+			})
+		}
+	}
+	if gv, ok := w.cfg.Source.defined("ServiceExport"); ok && view.Local != nil {
+		for _, o := range w.cfg.Source.Set().List("ServiceExport", "") {
+			service, _ := w.cfg.Source.Set().Get(objects.Key{Kind: "Service", Namespace: o.Name().Namespace, Name: o.Name().Name})
+			conditions, differ := exportConditions(o, service, view, w.cfg.Self.Cluster, w.cfg.Now())
+			if !differ || ctx.Err() != nil {
+				continue
+			}
+			each("status of "+o.Key().String(), func() error {
+				return w.patchStatus(ctx, gv.WithResource("serviceexports"), o.Name(), map[string]any{"conditions": conditions})
+			}, func() {})
+		}
+	}
+	running.Wait()
+	return short(faults)
+}
+
+// short makes one error of many that fits a line.
+func short(m *multierror.Error) error {
+	if m == nil {
+		return nil
+	}
+	more := ""
+	if len(m.Errors) > maxReported {
+		more = fmt.Sprintf("; and %d more", len(m.Errors)-maxReported)
+	}
+	var texts []string
+	for _, err := range m.Errors[:min(maxReported, len(m.Errors))] {
+		texts = append(texts, err.Error())
+	}
+	return errors.New(strings.Join(texts, "; ") + more)
+}
+
+// errForeign is a ServiceImport of somebody else's.
+var errForeign = errors.New("it exists and was not written by Hanse (no label " + labelManagedBy + "=" + ManagedBy + "): delete it, and Hanse writes its own")
+
+// write makes what the API server holds of n what i says. On the way in the Service comes first, since it has the IPs, and the name last; on
+// the way out the name goes first (KEP-1645: what is not exported is not reachable).
+func (w *Writer) write(ctx context.Context, gv schema.GroupVersion, n discovery.Name, i *discovery.Import) error {
+	have := w.cfg.Source.writtenOf(n)
+	if have.imported != nil && have.imported.Labels[labelManagedBy] != ManagedBy {
+		if i == nil {
+			return nil
+		}
+		return errForeign
+	}
+	if i == nil || !have.namespace {
+		return w.remove(ctx, gv, n, have)
+	}
+	var ips []netip.Addr
+	if !i.Headless {
+		var err error
+		if ips, err = w.writeService(ctx, i, have.service); err != nil {
+			return err
+		}
+	}
+	want := ImportedObjects(w.cfg.Self, i, ips)
+	for _, s := range want.Slices {
+		if is := have.slices[s.Name]; is != nil && sameSlice(is, s) {
+			continue
+		}
+		if err := w.apply(ctx, discoveryv1.SchemeGroupVersion.WithResource("endpointslices"), s, ""); err != nil {
+			return err
+		}
+	}
+	want.Import.APIVersion = gv.String()
+	imports := gv.WithResource("serviceimports")
+	if have.imported == nil || !sameImport(have.imported, want.Import) {
+		if err := w.apply(ctx, imports, want.Import, ""); err != nil {
+			return err
+		}
+	}
+	want.Import.Status.Conditions = importConditions(have.imported, want.Import, w.cfg.Now())
+	if have.imported == nil || !equality.Semantic.DeepEqual(have.imported.Status, want.Import.Status) {
+		if err := w.apply(ctx, imports, want.Import, "status"); err != nil {
+			return err
+		}
+	}
+	for name := range have.slices {
+		if !slices.ContainsFunc(want.Slices, func(s *discoveryv1.EndpointSlice) bool { return s.Name == name }) {
+			if err := w.delete(ctx, discoveryv1.SchemeGroupVersion.WithResource("endpointslices"), n.Namespace, name); err != nil {
+				return err
+			}
+		}
+	}
+	if i.Headless && have.service != nil {
+		return w.delete(ctx, corev1.SchemeGroupVersion.WithResource("services"), n.Namespace, have.service.Name)
+	}
+	return nil
+}
+
+func (w *Writer) remove(ctx context.Context, gv schema.GroupVersion, n discovery.Name, have writtenObjects) error {
+	if have.imported != nil {
+		if err := w.delete(ctx, gv.WithResource("serviceimports"), n.Namespace, n.Name); err != nil {
+			return err
+		}
+	}
+	for name := range have.slices {
+		if err := w.delete(ctx, discoveryv1.SchemeGroupVersion.WithResource("endpointslices"), n.Namespace, name); err != nil {
+			return err
+		}
+	}
+	if have.service != nil {
+		return w.delete(ctx, corev1.SchemeGroupVersion.WithResource("services"), n.Namespace, have.service.Name)
+	}
+	return nil
+}
+
+// writeService returns the clusterset IPs: those of the Service behind the import.
+func (w *Writer) writeService(ctx context.Context, i *discovery.Import, is *corev1.Service) ([]netip.Addr, error) {
+	want := behind(i)
+	ips := []string(nil)
+	if is != nil && sameService(is, want) {
+		ips = is.Spec.ClusterIPs
+	} else {
+		got, err := w.applied(ctx, corev1.SchemeGroupVersion.WithResource("services"), want, "")
+		if err != nil {
+			return nil, err
+		}
+		ips, _, _ = unstructured.NestedStringSlice(got.Object, "spec", "clusterIPs")
+	}
+	var out []netip.Addr
+	for _, ip := range ips {
+		a, err := netip.ParseAddr(ip)
+		if err != nil {
+			return nil, fmt.Errorf("service %s/%s has cluster IP %q: %w", want.Namespace, want.Name, ip, err)
+		}
+		out = append(out, a)
+	}
+	return out, nil
+}
+
+func sameService(is, want *corev1.Service) bool {
+	if !sameMap(is.Labels, want.Labels) || is.Spec.SessionAffinity != want.Spec.SessionAffinity || len(is.Spec.Ports) != len(want.Spec.Ports) || len(is.Spec.Selector) > 0 {
+		return false
+	}
+	if want.Spec.SessionAffinityConfig != nil && !equality.Semantic.DeepEqual(is.Spec.SessionAffinityConfig, want.Spec.SessionAffinityConfig) {
+		return false
+	}
+	for i, p := range want.Spec.Ports {
+		q := is.Spec.Ports[i]
+		if p.Name != q.Name || p.Port != q.Port || p.Protocol != q.Protocol || !equality.Semantic.DeepEqual(p.AppProtocol, q.AppProtocol) {
+			return false
+		}
+	}
+	return true
+}
+
+func sameSlice(is, want *discoveryv1.EndpointSlice) bool {
+	return sameMap(is.Labels, want.Labels) && is.AddressType == want.AddressType && equality.Semantic.DeepEqual(is.Ports, want.Ports) &&
+		equality.Semantic.DeepEqual(is.Endpoints, want.Endpoints)
+}
+
+func sameImport(is, want *mcsv1beta1.ServiceImport) bool {
+	spec := is.Spec
+	if spec.SessionAffinity == corev1.ServiceAffinityNone {
+		spec.SessionAffinity = ""
+	}
+	return sameMap(is.Labels, want.Labels) && sameMap(is.Annotations, want.Annotations) && equality.Semantic.DeepEqual(spec, want.Spec)
+}
+
+// sameMap compares labels or annotations that only Hanse writes.
+func sameMap(is, want map[string]string) bool { return equality.Semantic.DeepEqual(is, want) }
+
+// apply writes an object, or a subresource of it, by server-side apply.
+func (w *Writer) apply(ctx context.Context, r schema.GroupVersionResource, o metav1.Object, sub string) error {
+	_, err := w.applied(ctx, r, o, sub)
+	return err
+}
+
+func (w *Writer) applied(ctx context.Context, r schema.GroupVersionResource, o metav1.Object, sub string) (*unstructured.Unstructured, error) {
+	m, err := runtime.DefaultUnstructuredConverter.ToUnstructured(o)
+	if err != nil {
+		return nil, fmt.Errorf("encode %s %s/%s: %w", r.Resource, o.GetNamespace(), o.GetName(), err)
+	}
+	u := &unstructured.Unstructured{Object: m}
+	unstructured.RemoveNestedField(m, "metadata", "creationTimestamp")
+	options := metav1.ApplyOptions{FieldManager: fieldManager, Force: true}
+	if sub == "" {
+		delete(m, "status")
+	} else {
+		delete(m, "spec")
+		u.SetLabels(nil)
+		u.SetAnnotations(nil)
+	}
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	client := w.cfg.Source.clients.dynamic.Resource(r).Namespace(o.GetNamespace())
+	var got *unstructured.Unstructured
+	if sub == "" {
+		got, err = client.Apply(ctx, o.GetName(), u, options)
+	} else {
+		got, err = client.ApplyStatus(ctx, o.GetName(), u, options)
+	}
+	return got, w.result(r, "apply", o.GetNamespace(), o.GetName(), err)
+}
+
+// patchStatus replaces parts of an object's status.
+func (w *Writer) patchStatus(ctx context.Context, r schema.GroupVersionResource, n discovery.Name, status map[string]any) error {
+	data, err := marshalPatch(status)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	_, err = w.cfg.Source.clients.dynamic.Resource(r).Namespace(n.Namespace).Patch(ctx, n.Name, mergePatch, data, metav1.PatchOptions{FieldManager: fieldManager}, "status")
+	if apierrors.IsNotFound(err) { // it went meanwhile
+		err = nil
+	}
+	return w.result(r, "status", n.Namespace, n.Name, err)
+}
+
+func (w *Writer) delete(ctx context.Context, r schema.GroupVersionResource, namespace, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	err := w.cfg.Source.clients.dynamic.Resource(r).Namespace(namespace).Delete(ctx, name, metav1.DeleteOptions{})
+	if apierrors.IsNotFound(err) {
+		err = nil
+	}
+	return w.result(r, "delete", namespace, name, err)
+}
+
+func (w *Writer) result(r schema.GroupVersionResource, verb, namespace, name string, err error) error {
+	if err != nil {
+		w.writes.WithLabelValues(r.Resource, verb, "error").Inc()
+		return fmt.Errorf("%s %s %s/%s: %w", verb, r.Resource, namespace, name, err)
+	}
+	w.writes.WithLabelValues(r.Resource, verb, "ok").Inc()
+	return nil
+}

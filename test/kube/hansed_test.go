@@ -1,0 +1,103 @@
+package kube
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestHansed: the real program, with an API server as its source: a Service that is exported is in the mesh, its ServiceImport in the API
+// server until it is exported no longer.
+func TestHansed(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	s.crds(filepath.Join(module(t, "sigs.k8s.io/mcs-api"), "config/crd"), "serviceexports", "serviceimports")
+	s.apply([]byte(shop))
+	dir, err := os.MkdirTemp("", "hk") // short: Unix sockets' paths are
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	bin := t.TempDir()
+	build := exec.Command("go", "build", "-trimpath", "-o", bin+"/", "../../cmd/hanse", "../../cmd/hansed")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	write("kubeconfig", fmt.Sprintf(`
+apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: %q, certificate-authority: %q}}]
+users: [{name: u, user: {token: admintoken}}]
+contexts: [{name: x, context: {cluster: c, user: u}}]
+current-context: x
+`, s.config.Host, s.config.CAFile))
+	ports := freePorts(t, 5)
+	config := write("hansed.yaml", fmt.Sprintf(`
+cluster: west
+trustDomain: west.demo
+mesh: demo
+region: eu-1
+dataDir: data
+socket: hansed.sock
+kubeAPI: {enabled: true, kubeconfig: kubeconfig}
+federation: {listen: %q}
+identity: {listen: %q}
+xds: {listen: %q}
+bundleEndpoint: {listen: %q}
+admin: {listen: %q}
+`, ports[0], ports[1], ports[2], ports[3], ports[4]))
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd := exec.Command(filepath.Join(bin, "hansed"), "--config", config)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Wait()
+		if t.Failed() {
+			b, _ := os.ReadFile(log.Name())
+			t.Logf("hansed:\n%s", b[max(0, len(b)-6000):])
+		}
+	})
+	hanse := func(args ...string) string {
+		out, _ := exec.Command(filepath.Join(bin, "hanse"), append([]string{"--socket", filepath.Join(dir, "hansed.sock")}, args...)...).CombinedOutput()
+		return string(out)
+	}
+	until(t, "hansed knows the Service", func() bool { return strings.Contains(hanse("get", "services"), "payments") })
+	var o []struct{ Source string }
+	if err := json.Unmarshal([]byte(hanse("get", "services", "payments", "--namespace", "shop", "-o", "json")), &o); err == nil && len(o) == 1 && o[0].Source != "Kubernetes" {
+		t.Errorf("it comes from %q", o[0].Source)
+	}
+	began := time.Now()
+	s.apply([]byte("apiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {name: payments, namespace: shop}\n"))
+	until(t, "the import is ready", func() bool {
+		status, _ := condition(s.get(imports, "shop", "payments"), "Ready")
+		return status == "True"
+	})
+	t.Logf("ServiceExport → ServiceImport ready in %.2f s", time.Since(began).Seconds())
+	until(t, "the export says so", func() bool {
+		status, _ := condition(s.get(exports, "shop", "payments"), "Ready")
+		return status == "True"
+	})
+	s.delete(exports, "shop", "payments")
+	until(t, "the import is gone", func() bool { return s.get(imports, "shop", "payments") == nil })
+}

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -256,7 +255,15 @@ func (e *Embedded) Close() error {
 		select {
 		case <-e.fail.c: // it no longer answers its own Close
 		default:
-			e.etcd.Close()
+			closed := make(chan struct{})
+			go func() {
+				defer close(closed)
+				e.etcd.Close()
+			}()
+			select {
+			case <-closed:
+			case <-e.fail.c: // in its last commit
+			}
 		}
 	})
 	select {
@@ -356,7 +363,8 @@ func newZap(log *slog.Logger, f *failure) *zap.Logger {
 	return zap.New(&slogCore{log: log}, opts...)
 }
 
-// fatalHook ends the goroutine that met the error; Wait tells the owner.
+// fatalHook stops the goroutine that met the error, for ever: etcd counts on the process to end there, and were only the goroutine to end,
+// its deferred calls would pull away what others of etcd's still use. Wait tells the owner, who ends the process.
 type fatalHook struct{ f *failure }
 
 func (h fatalHook) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
@@ -367,7 +375,7 @@ func (h fatalHook) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
 		}
 	}
 	h.f.set(errors.New(msg))
-	runtime.Goexit()
+	select {}
 }
 
 type slogCore struct{ log *slog.Logger }

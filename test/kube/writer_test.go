@@ -203,6 +203,22 @@ func TestImportsAreWritten(t *testing.T) {
 	}
 }
 
+// TestImportNeedsItsNamespace: a cluster without the namespace does not import into it, until it has it (KEP-1645 "Namespace sameness").
+func TestImportNeedsItsNamespace(t *testing.T) {
+	t.Parallel()
+	s, src, m := mcs(t)
+	i := imported(1)
+	i.Name.Namespace = "later"
+	local, _ := snapshot(t, src.Set())
+	m.set(local, imported(1), i)
+	until(t, "the other import is there", func() bool { return s.get(imports, "shop", "payments") != nil })
+	if s.get(imports, "later", "payments") != nil {
+		t.Error("imported into a namespace that does not exist")
+	}
+	s.namespaces("later")
+	until(t, "the import comes with its namespace", func() bool { return s.get(imports, "later", "payments") != nil })
+}
+
 // TestForeignImportStays: a ServiceImport that somebody else wrote is not touched.
 func TestForeignImportStays(t *testing.T) {
 	t.Parallel()

@@ -283,7 +283,9 @@ func (s *Source) publish() {
 	s.changed, s.dirty = map[ref]struct{}{}, false
 	var put []objects.Object
 	var gone []objects.Key
+	exports := false
 	for r := range changed {
+		exports = exports || r.kind.name == "ServiceExport"
 		p, g := s.objectsOf(r)
 		put, gone = append(put, p...), append(gone, g...)
 	}
@@ -308,6 +310,9 @@ func (s *Source) publish() {
 		s.cfg.Log.Info("all objects have been read", "objects", s.set.Len())
 	}
 	s.current.Store(now)
+	if exports { // whose status Writer reads in the Set: not before it is there, or it would write again what it has just written
+		s.kickWriter()
+	}
 	select {
 	case s.updated <- struct{}{}:
 	default:

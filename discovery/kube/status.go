@@ -1,7 +1,6 @@
 package kube
 
 import (
-	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,19 +10,12 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	mcsv1alpha1 "sigs.k8s.io/mcs-api/pkg/apis/v1alpha1"
 	mcsv1beta1 "sigs.k8s.io/mcs-api/pkg/apis/v1beta1"
 
 	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/discovery/objects"
 )
-
-const mergePatch = types.MergePatchType
-
-func marshalPatch(status map[string]any) ([]byte, error) {
-	return json.Marshal(map[string]any{"status": status})
-}
 
 // exportConditions returns the conditions of a ServiceExport as they should be (KEP-1645 "Status"), those of other controllers kept, and
 // whether they differ from what it has. of is the Service, if there is one.

@@ -131,19 +131,16 @@ func condensePod(o metav1.Object) any {
 }
 
 // node is what is kept of a Node.
-type node struct{ region, zone string }
+type node struct{ region string }
 
 func trimNode(o runtime.Object) {
 	n := o.(*corev1.Node)
-	maps.DeleteFunc(n.Labels, func(name, _ string) bool {
-		return name != corev1.LabelTopologyRegion && name != corev1.LabelTopologyZone
-	})
+	maps.DeleteFunc(n.Labels, func(name, _ string) bool { return name != corev1.LabelTopologyRegion })
 	n.Spec, n.Status = corev1.NodeSpec{}, corev1.NodeStatus{}
 }
 
 func condenseNode(o metav1.Object) any {
-	l := o.GetLabels()
-	return node{region: intern(l[corev1.LabelTopologyRegion]), zone: intern(l[corev1.LabelTopologyZone])}
+	return node{region: intern(o.GetLabels()[corev1.LabelTopologyRegion])}
 }
 
 // namespace is what is kept of a Namespace.

@@ -2,9 +2,11 @@ package kube
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -21,6 +23,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	mcsv1beta1 "sigs.k8s.io/mcs-api/pkg/apis/v1beta1"
 
 	"github.com/hanse-mesh/hanse/discovery"
@@ -47,7 +50,7 @@ type Writer struct {
 	cfg    WriterConfig // read-only after NewWriter
 	writes *prometheus.CounterVec
 
-	done map[discovery.Name]*discovery.Import // owned by Run: what was last written; nil for what was removed
+	done map[discovery.Name]*discovery.Import // owned by Run: what was last written
 }
 
 const (
@@ -112,8 +115,8 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			dirty[n] = struct{}{}
 		}
 	}
-	for n, last := range w.done {
-		if last != nil && view.Imports[n] == nil {
+	for n := range w.done {
+		if view.Imports[n] == nil {
 			dirty[n] = struct{}{}
 		}
 	}
@@ -149,8 +152,7 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			}
 			each("ServiceImport "+n.String(), func() error { return w.write(ctx, gv, n, i) }, func() {
 				delete(dirty, n)
-				w.done[n] = i
-				if i == nil {
+				if w.done[n] = i; i == nil {
 					delete(w.done, n)
 				}
 			})
@@ -288,7 +290,7 @@ func (w *Writer) writeService(ctx context.Context, i *discovery.Import, is *core
 }
 
 func sameService(is, want *corev1.Service) bool {
-	if !sameMap(is.Labels, want.Labels) || is.Spec.SessionAffinity != want.Spec.SessionAffinity || len(is.Spec.Ports) != len(want.Spec.Ports) || len(is.Spec.Selector) > 0 {
+	if !maps.Equal(is.Labels, want.Labels) || is.Spec.SessionAffinity != want.Spec.SessionAffinity || len(is.Spec.Ports) != len(want.Spec.Ports) || len(is.Spec.Selector) > 0 {
 		return false
 	}
 	if want.Spec.SessionAffinityConfig != nil && !equality.Semantic.DeepEqual(is.Spec.SessionAffinityConfig, want.Spec.SessionAffinityConfig) {
@@ -304,7 +306,7 @@ func sameService(is, want *corev1.Service) bool {
 }
 
 func sameSlice(is, want *discoveryv1.EndpointSlice) bool {
-	return sameMap(is.Labels, want.Labels) && is.AddressType == want.AddressType && equality.Semantic.DeepEqual(is.Ports, want.Ports) &&
+	return maps.Equal(is.Labels, want.Labels) && is.AddressType == want.AddressType && equality.Semantic.DeepEqual(is.Ports, want.Ports) &&
 		equality.Semantic.DeepEqual(is.Endpoints, want.Endpoints)
 }
 
@@ -313,11 +315,8 @@ func sameImport(is, want *mcsv1beta1.ServiceImport) bool {
 	if spec.SessionAffinity == corev1.ServiceAffinityNone {
 		spec.SessionAffinity = ""
 	}
-	return sameMap(is.Labels, want.Labels) && sameMap(is.Annotations, want.Annotations) && equality.Semantic.DeepEqual(spec, want.Spec)
+	return maps.Equal(is.Labels, want.Labels) && maps.Equal(is.Annotations, want.Annotations) && equality.Semantic.DeepEqual(spec, want.Spec)
 }
-
-// sameMap compares labels or annotations that only Hanse writes.
-func sameMap(is, want map[string]string) bool { return equality.Semantic.DeepEqual(is, want) }
 
 // apply writes an object, or a subresource of it, by server-side apply.
 func (w *Writer) apply(ctx context.Context, r schema.GroupVersionResource, o metav1.Object, sub string) error {
@@ -354,13 +353,13 @@ func (w *Writer) applied(ctx context.Context, r schema.GroupVersionResource, o m
 
 // patchStatus replaces parts of an object's status.
 func (w *Writer) patchStatus(ctx context.Context, r schema.GroupVersionResource, n discovery.Name, status map[string]any) error {
-	data, err := marshalPatch(status)
+	data, err := json.Marshal(map[string]any{"status": status})
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
-	_, err = w.cfg.Source.clients.dynamic.Resource(r).Namespace(n.Namespace).Patch(ctx, n.Name, mergePatch, data, metav1.PatchOptions{FieldManager: fieldManager}, "status")
+	_, err = w.cfg.Source.clients.dynamic.Resource(r).Namespace(n.Namespace).Patch(ctx, n.Name, types.MergePatchType, data, metav1.PatchOptions{FieldManager: fieldManager}, "status")
 	if apierrors.IsNotFound(err) { // it went meanwhile
 		err = nil
 	}

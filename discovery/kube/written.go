@@ -67,11 +67,14 @@ func (s *Source) rewrite(k *kind, name types.NamespacedName, value any) {
 		n = discovery.Name{Namespace: name.Name} // all imports of it
 	case *mcsv1beta1.ServiceImport:
 	default:
-		if k.name != "ServiceExport" {
-			return
-		}
+		return
 	}
 	s.imports[n] = struct{}{}
+	s.kickWriter()
+}
+
+// kickWriter has Writer look again.
+func (s *Source) kickWriter() {
 	select {
 	case s.rewritten <- struct{}{}:
 	default:
@@ -130,10 +133,7 @@ func (s *Source) define(k *kind, gv schema.GroupVersion) {
 	} else {
 		s.versions[k] = gv
 	}
-	select {
-	case s.rewritten <- struct{}{}:
-	default:
-	}
+	s.kickWriter()
 }
 
 // defined returns the version of a kind that is read, if its CustomResourceDefinition exists.

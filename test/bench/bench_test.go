@@ -2,6 +2,8 @@ package main
 
 import (
 	"bufio"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -70,6 +72,32 @@ func TestBackends(t *testing.T) {
 		"download": func() error { return download(p) }, "upload": func() error { return upload(p) }} {
 		if err := f(); err != nil {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What gateways are measured with works without one, and wrong bytes and another's certificate are noticed.
+func TestSealed(t *testing.T) {
+	dir, other := filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")
+	for _, d := range []string{dir, other} {
+		if err := certificates(d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ln, err := openSealed(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for d, ok := range map[string]bool{dir: true, other: false} {
+		roots, err := os.ReadFile(filepath.Join(d, "ca.pem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, verb := range []byte("du") {
+			if err := throughGateway(&product{tcp: ln.Addr().String(), roots: roots}, verb, 1<<20); (err == nil) != ok {
+				t.Errorf("%c with the roots of %s: %v", verb, filepath.Base(d), err)
+			}
 		}
 	}
 }

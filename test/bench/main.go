@@ -5,6 +5,7 @@
 //	requests     closed loop over HTTP/1.1                 rate         open loop at a fixed rate, timed from when each call was due
 //	grpc         grpc-go at both ends                      bytes        long downloads and uploads
 //	connections  a new connection for each small exchange  memory       resident, and per idle connection
+//	gateway      one gateway, which passes sealed bytes on by server name
 //	mesh         Hanse alone: what 10,000 services cost that nobody calls
 //
 // The products take turns, round by round; each answer is checked for the ID of its request; CPU is that of both proxies, by
@@ -56,12 +57,14 @@ type product struct {
 	admins   []string // the sidecars' admin ports
 	explicit string   // the caller's HTTP proxy
 	control  int      // the control plane's process
+
+	roots []byte // gateways only: PEM, of the server behind
 }
 
 // all parts, in the order in which they run.
 var all = []part{
 	{"requests", (*bench).requests}, {"rate", (*bench).openLoop}, {"grpc", (*bench).grpcCalls}, {"bytes", (*bench).bytes}, {"connections", (*bench).connections},
-	{"memory", (*bench).memory}, {"mesh", (*bench).mesh},
+	{"gateway", (*bench).gateway}, {"memory", (*bench).memory}, {"mesh", (*bench).mesh},
 }
 
 type part struct {
@@ -77,7 +80,7 @@ func main() {
 	flag.StringVar(&b.envoy, "envoy", "", "Envoy's binary; default: envoy on PATH, or bin/tools/envoy (make bench-envoy)")
 	flag.IntVar(&b.rate, "rate", 2000, "requests per second of the open loop")
 	products := flag.String("products", "hanse,nginx,haproxy,envoy", "what to measure, in this order")
-	only := flag.String("only", "", "parts to run, separated by commas; default all: requests,rate,grpc,bytes,connections,memory,mesh")
+	only := flag.String("only", "", "parts to run, separated by commas; default all: requests,rate,grpc,bytes,connections,gateway,memory,mesh")
 	conns := flag.String("conns", "1,16,128", "connections of the closed loop")
 	sizes := flag.String("sizes", "100,10240", "bytes of an answer")
 	write := flag.String("write", "", "a Markdown file whose part between the markers of bench is replaced by the tables")
@@ -163,7 +166,7 @@ func choose(only string) ([]part, error) {
 	for name := range strings.SplitSeq(only, ",") {
 		i := slices.IndexFunc(all, func(p part) bool { return p.name == name })
 		if i < 0 {
-			return nil, fmt.Errorf("--only: there is no part %q: want some of requests, rate, grpc, bytes, connections, memory, mesh", name)
+			return nil, fmt.Errorf("--only: there is no part %q: want some of requests, rate, grpc, bytes, connections, gateway, memory, mesh", name)
 		}
 		out = append(out, all[i])
 	}

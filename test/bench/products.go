@@ -62,50 +62,8 @@ func startHanse(ctx context.Context, dir, bin string, to *backends, more int) (*
 			return nil, err
 		}
 	}
-	control, err := begin(dir, "hansed.log", filepath.Join(bin, "hansed"), "--config", "hansed.yaml")
+	control, stop, err := startControl(ctx, dir, bin, [][]string{{"--agent", "shop/frontend", "--file", "frontend.token"}, {"--agent", "shop/payments", "--file", "payments.token"}})
 	if err != nil {
-		return nil, err
-	}
-	stop := ending(control)
-	hanse := func(args ...string) ([]byte, error) {
-		cmd := exec.CommandContext(ctx, filepath.Join(bin, "hanse"), append([]string{"--socket", filepath.Join(dir, "hansed.sock")}, args...)...)
-		cmd.Dir = dir
-		out, err := cmd.Output()
-		if err != nil {
-			var text []byte
-			if e, ok := err.(*exec.ExitError); ok {
-				text = e.Stderr
-			}
-			err = fmt.Errorf("hanse %s: %w: %s", strings.Join(args, " "), err, text)
-		}
-		return out, err
-	}
-	steps := func() error {
-		var err error
-		for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-			if _, err = hanse("apply", "-f", "mesh.yaml"); err == nil {
-				break
-			}
-		}
-		if err != nil {
-			return err
-		}
-		bundle, err := hanse("trust", "show", "-o", "bundle")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(filepath.Join(dir, "bundle.json"), bundle, 0o600); err != nil {
-			return err
-		}
-		for _, w := range []string{"frontend", "payments"} {
-			if _, err := hanse("token", "create", "--agent", "shop/"+w, "--file", w+".token"); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	if err := steps(); err != nil {
-		stop()
 		return nil, err
 	}
 	var cmds []*exec.Cmd
@@ -122,6 +80,53 @@ func startHanse(ctx context.Context, dir, bin string, to *backends, more int) (*
 	end := sync.OnceFunc(func() { ending(cmds...)(); stop() })
 	return answers(ctx, &product{name: "hanse", version: "this tree, as shipped: routing, AccessPolicy, metrics, access log, trace IDs; hop: HTTP/2", http: ports["ENTRY"], grpc: ports["GRPCENTRY"], tcp: ports["TCPENTRY"], host: "payments.shop:8080", pids: pids, stop: end,
 		admins: []string{ports["FRONTADMIN"], ports["PAYADMIN"]}, explicit: ports["OUTBOUND"], control: control.Process.Pid})
+}
+
+// startControl runs a control plane from hansed.yaml, applies mesh.yaml, and writes bundle.json and the tokens whose arguments are given.
+func startControl(ctx context.Context, dir, bin string, tokens [][]string) (control *exec.Cmd, stop func(), err error) {
+	if control, err = begin(dir, "hansed.log", filepath.Join(bin, "hansed"), "--config", "hansed.yaml"); err != nil {
+		return nil, nil, err
+	}
+	stop = ending(control)
+	defer func() {
+		if err != nil {
+			stop()
+		}
+	}()
+	hanse := func(args ...string) ([]byte, error) {
+		cmd := exec.CommandContext(ctx, filepath.Join(bin, "hanse"), append([]string{"--socket", filepath.Join(dir, "hansed.sock")}, args...)...)
+		cmd.Dir = dir
+		out, err := cmd.Output()
+		if err != nil {
+			var text []byte
+			if e, ok := err.(*exec.ExitError); ok {
+				text = e.Stderr
+			}
+			err = fmt.Errorf("hanse %s: %w: %s", strings.Join(args, " "), err, text)
+		}
+		return out, err
+	}
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		if _, err = hanse("apply", "-f", "mesh.yaml"); err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			return nil, nil, err
+		}
+	}
+	bundle, err := hanse("trust", "show", "-o", "bundle")
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "bundle.json"), bundle, 0o600); err != nil {
+		return nil, nil, err
+	}
+	for _, t := range tokens {
+		if _, err := hanse(append([]string{"token", "create"}, t...)...); err != nil {
+			return nil, nil, err
+		}
+	}
+	return control, stop, nil
 }
 
 const hansedYAML = `cluster: west
@@ -344,15 +349,19 @@ func two(ctx context.Context, name, binary, dir string, version []string, config
 	return answers(ctx, &product{name: name, version: line, http: c.entry["http"], grpc: c.entry["grpc"], tcp: c.entry["tcp"], host: "payments.shop:8080", pids: pids, stop: ending(cmds...)})
 }
 
+// nginxStream loads nginx's module for TCP where Debian puts it; it is built in elsewhere.
+func nginxStream() string {
+	const module = "/usr/lib/nginx/modules/ngx_stream_module.so"
+	if _, err := os.Stat(module); err != nil {
+		return ""
+	}
+	return "load_module " + module + ";\n"
+}
+
 func startNginx(ctx context.Context, dir string, to *backends) (*product, error) {
 	config := func(c chain) [2]string {
 		head := func(n int) string {
-			stream := "/usr/lib/nginx/modules/ngx_stream_module.so" // Debian's place; built in elsewhere
-			load := ""
-			if _, err := os.Stat(stream); err == nil {
-				load = "load_module " + stream + ";\n"
-			}
-			return load + fmt.Sprintf(`daemon off;
+			return nginxStream() + fmt.Sprintf(`daemon off;
 worker_processes 1;
 pid %[1]s/%[2]d.pid;
 error_log %[1]s/%[2]d.error warn;

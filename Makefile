@@ -23,6 +23,10 @@ build: ## Build hanse, hansed, hanse-proxy (and the sample workload echo) into b
 	@mkdir -p bin
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(addprefix ./cmd/,$(PROGRAMS))
 
+.PHONY: images
+images: build ## OCI archives of hansed, hanse-proxy and echo (static, non-root, FROM scratch) into bin/images/, without Docker
+	$(GO) run ./deploy/images -version $(VERSION) $(addprefix bin/,hansed hanse-proxy echo)
+
 .PHONY: demo
 demo: build ## Three clusters on this machine: join, call, refuse, drill; then stay up
 	bin/hanse demo

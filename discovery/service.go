@@ -89,8 +89,12 @@ type Port struct {
 	Name     string      `json:"name,omitempty"`
 	Number   uint16      `json:"port"`
 	Protocol AppProtocol `json:"protocol"`
-	UDP      bool        `json:"udp,omitempty"` // listed and exported, but not carried by proxies
+	UDP      bool        `json:"udp,omitempty"`  // listed and exported, but not carried by proxies
+	SCTP     bool        `json:"sctp,omitempty"` // likewise
 }
+
+// Carried reports whether proxies carry the port: it is TCP.
+func (p Port) Carried() bool { return !p.UDP && !p.SCTP }
 
 // Transport is how an endpoint is reached.
 type Transport string
@@ -106,7 +110,8 @@ const (
 type Endpoint struct {
 	ID        string            `json:"id"` // 32 hex digits: random, and kept as long as the workload keeps its address
 	Address   netip.Addr        `json:"address"`
-	Ports     map[string]uint16 `json:"ports"` // target port by the service port's name
+	Second    *netip.Addr       `json:"second,omitempty"` // of a dual-stack workload, in the other IP family
+	Ports     map[string]uint16 `json:"ports"`            // target port by the service port's name
 	HopPort   uint16            `json:"hopPort,omitempty"`
 	Transport Transport         `json:"transport"`
 	SPIFFEID  string            `json:"spiffeID,omitempty"` // of the workload; empty only for Plaintext
@@ -116,6 +121,14 @@ type Endpoint struct {
 	Weight    uint32            `json:"weight,omitempty"` // 0 means 1
 	Ready     bool              `json:"ready"`
 	Draining  bool              `json:"draining,omitempty"` // terminating but still serving
+}
+
+// Addresses returns the one or two addresses of the workload, the preferred one first.
+func (e *Endpoint) Addresses() []netip.Addr {
+	if e.Second != nil {
+		return []netip.Addr{e.Address, *e.Second}
+	}
+	return []netip.Addr{e.Address}
 }
 
 // DialAddress returns where a proxy on the same network dials for the service port named portName.

@@ -106,6 +106,10 @@ func TestExportsComeBackAsTheyWere(t *testing.T) {
 	}
 	svc.Export.Labels, svc.Export.Annotations = map[string]string{"example.com/tier": "gold"}, map[string]string{"note": "any text, ü"}
 	svc.Endpoints[0].Hostname = "payments-0"
+	six, four := netip.MustParseAddr("fd00::7"), netip.MustParseAddr("10.255.0.1")
+	svc.Endpoints[1].Second = &six
+	svc.Endpoints[2].Address, svc.Endpoints[2].Second = six, &four
+	svc.Ports = append(svc.Ports, discovery.Port{Name: "dns", Number: 53, Protocol: discovery.TCP, UDP: true}, discovery.Port{Name: "sig", Number: 53, Protocol: discovery.TCP, SCTP: true})
 	e, faults := federation.Encode(snapshot("west.demo", svc), nil, epoch)
 	if len(faults) > 0 {
 		t.Fatal(faults)
@@ -281,6 +285,7 @@ func TestForeignBytesAreBelievedOnlyWithinBounds(t *testing.T) {
 		"profile":    {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Profile = 9 }), "profile 9 of 1"},
 		"short ID":   {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Id = []byte{1} }), "want 16"},
 		"no address": {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Address = []byte{0, 0, 0, 0} }), "cannot be dialled"},
+		"second":     {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Second = s.Endpoints[0].Address }), "none of the other IP family"},
 		"protocol":   {"svc/shop/payments", &federationpb.Service{Ports: []*federationpb.Port{{Number: 80, Protocol: "quic"}}}, "unknown protocol"},
 		"port zero":  {"svc/shop/payments", &federationpb.Service{Ports: []*federationpb.Port{{Protocol: "http"}}}, "port 0"},
 		"hostname":   {"ep/shop/payments/0", slotOf(func(s *federationpb.Slot) { s.Endpoints[0].Hostname = "a.example." }), "not a DNS label"},

@@ -284,7 +284,7 @@ func (d *Decoder) decodeService(value []byte, now time.Time) (*object, error) {
 		case !slices.Contains([]discovery.AppProtocol{discovery.HTTP, discovery.HTTP2, discovery.GRPC, discovery.TCP}, protocol):
 			return nil, fmt.Errorf("port %d has unknown protocol %.40q", p.Number, p.Protocol)
 		default:
-			e.Ports = append(e.Ports, discovery.Port{Name: p.Name, Number: uint16(p.Number), Protocol: protocol, UDP: p.Udp})
+			e.Ports = append(e.Ports, discovery.Port{Name: p.Name, Number: uint16(p.Number), Protocol: protocol, UDP: p.Udp, SCTP: p.Sctp && !p.Udp})
 		}
 	}
 	return &object{service: e}, nil
@@ -424,6 +424,14 @@ func decodeEndpoint(ep *discovery.Endpoint, p *profile, pb *federationpb.Endpoin
 	if !ok || addr.IsUnspecified() || addr.IsMulticast() {
 		return fmt.Errorf("endpoint %x: address %x cannot be dialled", pb.Id, pb.Address[:min(len(pb.Address), 16)])
 	}
+	var second *netip.Addr
+	if len(pb.Second) > 0 {
+		other, ok := netip.AddrFromSlice(pb.Second)
+		if other = other.Unmap(); !ok || other.IsUnspecified() || other.IsMulticast() || other.Is4() == addr.Unmap().Is4() {
+			return fmt.Errorf("endpoint %x: second address %x is none of the other IP family", pb.Id, pb.Second[:min(len(pb.Second), 16)])
+		}
+		second = &other
+	}
 	if pb.Weight > maxWeight {
 		return fmt.Errorf("endpoint %x: weight %d, at most %d is accepted", pb.Id, pb.Weight, maxWeight)
 	}
@@ -432,7 +440,7 @@ func decodeEndpoint(ep *discovery.Endpoint, p *profile, pb *federationpb.Endpoin
 	}
 	id := ep.ID
 	*ep = p.endpoint
-	ep.ID, ep.Address, ep.Hostname, ep.Weight = id, addr.Unmap(), pb.Hostname, pb.Weight
+	ep.ID, ep.Address, ep.Second, ep.Hostname, ep.Weight = id, addr.Unmap(), second, pb.Hostname, pb.Weight
 	ep.Ready, ep.Draining = !pb.NotReady, pb.Draining
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -410,7 +411,7 @@ func (e *encoder) service(svc *discovery.Service, since time.Time) error {
 		pb.IpFamilies = append(pb.IpFamilies, string(f))
 	}
 	for _, p := range svc.Ports {
-		pb.Ports = append(pb.Ports, &federationpb.Port{Name: p.Name, Number: uint32(p.Number), Protocol: string(p.Protocol), Udp: p.UDP})
+		pb.Ports = append(pb.Ports, &federationpb.Port{Name: p.Name, Number: uint32(p.Number), Protocol: string(p.Protocol), Udp: p.UDP, Sctp: p.SCTP})
 	}
 	return e.marshal(pb)
 }
@@ -469,7 +470,7 @@ func (e *encoder) slot(endpoints []*discovery.Endpoint) error {
 		e.endpoints = append(e.endpoints, &federationpb.Endpoint{})
 	}
 	e.pb.Profiles, e.pb.Endpoints, e.bytes = e.pb.Profiles[:0], e.endpoints[:len(endpoints)], e.bytes[:0]
-	e.bytes = slices.Grow(e.bytes, 32*len(endpoints)) // which keeps what is cut from it in place
+	e.bytes = slices.Grow(e.bytes, 48*len(endpoints)) // which keeps what is cut from it in place
 	var likes []*discovery.Endpoint                   // one of each profile
 	for i, ep := range endpoints {
 		var id [16]byte
@@ -486,17 +487,26 @@ func (e *encoder) slot(endpoints []*discovery.Endpoint) error {
 			e.pb.Profiles = append(e.pb.Profiles, encodeProfile(ep))
 		}
 		pb := e.endpoints[i]
-		pb.Id, pb.Address = e.keep(id[:]), nil
-		if a := ep.Address.Unmap(); a.Is4() {
-			b := a.As4()
-			pb.Address = e.keep(b[:])
-		} else if a.Is6() {
-			b := a.As16()
-			pb.Address = e.keep(b[:])
+		pb.Id, pb.Address, pb.Second = e.keep(id[:]), e.address(ep.Address), nil
+		if ep.Second != nil {
+			pb.Second = e.address(*ep.Second)
 		}
 		pb.Profile, pb.Hostname, pb.Weight, pb.NotReady, pb.Draining = uint32(like), ep.Hostname, ep.Weight, !ep.Ready, ep.Draining
 	}
 	return e.marshal(&e.pb)
+}
+
+// address returns the 4 or 16 bytes of a, in bytes.
+func (e *encoder) address(a netip.Addr) []byte {
+	switch a = a.Unmap(); {
+	case a.Is4():
+		b := a.As4()
+		return e.keep(b[:])
+	case a.Is6():
+		b := a.As16()
+		return e.keep(b[:])
+	}
+	return nil
 }
 
 // keep appends b to bytes, and returns it there.

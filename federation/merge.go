@@ -229,13 +229,16 @@ func clash(ports []discovery.Port, p discovery.Port) int {
 	if i := slices.IndexFunc(ports, func(q discovery.Port) bool { return q.Name == p.Name }); i >= 0 {
 		return i
 	}
-	return slices.IndexFunc(ports, func(q discovery.Port) bool { return q.Number == p.Number && q.UDP == p.UDP })
+	return slices.IndexFunc(ports, func(q discovery.Port) bool { return q.Number == p.Number && q.UDP == p.UDP && q.SCTP == p.SCTP })
 }
 
 func describe(p discovery.Port) string {
 	transport := "TCP"
-	if p.UDP {
+	switch {
+	case p.UDP:
 		transport = "UDP"
+	case p.SCTP:
+		transport = "SCTP"
 	}
 	return fmt.Sprintf("%q %d/%s (%s)", p.Name, p.Number, transport, p.Protocol)
 }

@@ -37,9 +37,9 @@ type Imported struct {
 // slotSize is how many endpoints a slice has on average, so that one that changes rewrites few.
 const slotSize = 64
 
-// ImportedObjects says what i becomes in a cluster. ips are the clusterset IPs that the Service behind it has been given, if it has been.
-// The same Import gives the same objects.
-func ImportedObjects(self discovery.Self, i *discovery.Import, ips []netip.Addr) *Imported {
+// ImportedObjects says what i becomes in a cluster. ips are the IPs that the Service behind it has been given, if it has been; withdrawn
+// are members whose endpoints nobody is to call (KEP-1645 "Endpoint TTL"). The same arguments give the same objects.
+func ImportedObjects(self discovery.Self, i *discovery.Import, ips []netip.Addr, withdrawn map[string]bool) *Imported {
 	out := &Imported{Import: &mcsv1beta1.ServiceImport{
 		TypeMeta: metav1.TypeMeta{APIVersion: mcsv1beta1.GroupName + "/v1beta1", Kind: "ServiceImport"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: i.Name.Namespace, Name: i.Name.Name, Labels: maps.Clone(i.Labels),
@@ -53,29 +53,27 @@ func ImportedObjects(self discovery.Self, i *discovery.Import, ips []netip.Addr)
 	spec.Type, spec.Ports = mcsv1beta1.ClusterSetIP, importPorts(i.Ports)
 	if i.Headless {
 		spec.Type = mcsv1beta1.Headless
+		for _, f := range i.IPFamilies {
+			spec.IPFamilies = append(spec.IPFamilies, corev1.IPFamily(f))
+		}
 	} else {
 		out.Service = behind(i)
-		for _, ip := range ips {
+		for _, ip := range clustersetIPs(i, ips) { // which families they are of is not for the exports to say
 			spec.IPs = append(spec.IPs, ip.String())
+			spec.IPFamilies = append(spec.IPFamilies, corev1.IPFamily(family(ip)))
 		}
-		spec.SessionAffinity = corev1.ServiceAffinity(i.Affinity)
-		if i.Affinity == string(corev1.ServiceAffinityClientIP) && i.AffinityTimeout != 0 {
-			seconds := int32(i.AffinityTimeout)
-			spec.SessionAffinityConfig = &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: &seconds}}
-		}
-	}
-	for _, f := range i.IPFamilies {
-		spec.IPFamilies = append(spec.IPFamilies, corev1.IPFamily(f))
-	}
-	if i.InternalTrafficPolicy != "" {
-		p := corev1.ServiceInternalTrafficPolicy(i.InternalTrafficPolicy)
-		spec.InternalTrafficPolicy = &p
+		// Defaults are written out, as they are in the Services that this one is like.
+		spec.SessionAffinity, spec.SessionAffinityConfig = affinity(i)
+		policy := corev1.ServiceInternalTrafficPolicy(cmp.Or(i.InternalTrafficPolicy, string(corev1.ServiceInternalTrafficPolicyCluster)))
+		spec.InternalTrafficPolicy = &policy
 	}
 	if i.TrafficDistribution != "" {
 		spec.TrafficDistribution = &i.TrafficDistribution
 	}
 	for _, from := range i.From {
-		out.Slices = append(out.Slices, importedSlices(self, i, &from)...)
+		if !withdrawn[from.Member] {
+			out.Slices = append(out.Slices, importedSlices(self, i, &from)...)
+		}
 		out.Import.Status.Clusters = append(out.Import.Status.Clusters, mcsv1beta1.ClusterStatus{Cluster: from.Member})
 	}
 	slices.SortFunc(out.Import.Status.Clusters, func(a, b mcsv1beta1.ClusterStatus) int { return cmp.Compare(a.Cluster, b.Cluster) })
@@ -86,9 +84,43 @@ func ImportedObjects(self discovery.Self, i *discovery.Import, ips []netip.Addr)
 	return out
 }
 
+// clustersetIPs are those of ips by which every endpoint is reached, in the order that the exports prefer; all, if there is none.
+func clustersetIPs(i *discovery.Import, ips []netip.Addr) []netip.Addr {
+	var common []netip.Addr
+	for _, f := range i.IPFamilies {
+		for _, ip := range ips {
+			if family(ip) == f {
+				common = append(common, ip)
+			}
+		}
+	}
+	if len(common) == 0 {
+		return ips
+	}
+	return common
+}
+
+func family(a netip.Addr) discovery.IPFamily {
+	if a.Unmap().Is4() {
+		return discovery.IPv4
+	}
+	return discovery.IPv6
+}
+
+func affinity(i *discovery.Import) (corev1.ServiceAffinity, *corev1.SessionAffinityConfig) {
+	if i.Affinity != string(corev1.ServiceAffinityClientIP) {
+		return corev1.ServiceAffinityNone, nil
+	}
+	seconds := int32(cmp.Or(i.AffinityTimeout, discovery.DefaultAffinityTimeout))
+	return corev1.ServiceAffinityClientIP, &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: &seconds}}
+}
+
 func protocol(p discovery.Port) corev1.Protocol {
-	if p.UDP {
+	switch {
+	case p.UDP:
 		return corev1.ProtocolUDP
+	case p.SCTP:
+		return corev1.ProtocolSCTP
 	}
 	return corev1.ProtocolTCP
 }
@@ -124,18 +156,20 @@ func behind(i *discovery.Import) *corev1.Service {
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: i.Namespace, Name: behindName(i.Name),
 			Labels: map[string]string{labelManagedBy: ManagedBy, labelImport: i.Name.Name}},
-		Spec: corev1.ServiceSpec{Type: corev1.ServiceTypeClusterIP, SessionAffinity: cmp.Or(corev1.ServiceAffinity(i.Affinity), corev1.ServiceAffinityNone)},
+		Spec: corev1.ServiceSpec{Type: corev1.ServiceTypeClusterIP},
 	}
+	s.Spec.SessionAffinity, s.Spec.SessionAffinityConfig = affinity(i)
 	policy := corev1.IPFamilyPolicyPreferDualStack
 	s.Spec.IPFamilyPolicy = &policy
-	if i.Affinity == string(corev1.ServiceAffinityClientIP) && i.AffinityTimeout != 0 {
-		seconds := int32(i.AffinityTimeout)
-		s.Spec.SessionAffinityConfig = &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: &seconds}}
-	}
 	for _, p := range i.Ports {
 		s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: p.Name, Port: int32(p.Number), Protocol: protocol(p), AppProtocol: appProtocol(p.Protocol)})
 	}
 	return s
+}
+
+// byZone reports whether the exports prefer endpoints in the caller's zone, which kube-proxy does by their hints.
+func byZone(i *discovery.Import) bool {
+	return i.TrafficDistribution == corev1.ServiceTrafficDistributionPreferClose || i.TrafficDistribution == corev1.ServiceTrafficDistributionPreferSameZone
 }
 
 // bucket is what one EndpointSlice can hold: endpoints of one family and of the same target ports, and a share of these by ID.
@@ -154,13 +188,13 @@ func importedSlices(self discovery.Self, i *discovery.Import, from *discovery.Im
 		}
 	}
 	slots := 1 << bits.Len(uint((len(reachable)-1)/slotSize))
-	in := map[bucket][]*discovery.Endpoint{}
+	in := map[bucket][]at{}
 	for _, e := range reachable {
-		b := bucket{family: discoveryv1.AddressTypeIPv4, ports: fmt.Sprint(e.Ports), slot: slotOf(e.ID, slots)}
-		if e.Address.Unmap().Is6() {
-			b.family = discoveryv1.AddressTypeIPv6
+		b := bucket{ports: fmt.Sprint(e.Ports), slot: slotOf(e.ID, slots)}
+		for _, a := range e.Addresses() {
+			b.family = discoveryv1.AddressType(family(a))
+			in[b] = append(in[b], at{e, a})
 		}
-		in[b] = append(in[b], e)
 	}
 	var out []*discoveryv1.EndpointSlice
 	for _, b := range slices.SortedFunc(maps.Keys(in), func(a, b bucket) int {
@@ -169,6 +203,12 @@ func importedSlices(self discovery.Self, i *discovery.Import, from *discovery.Im
 		out = append(out, importedSlice(i, from, b, in[b]))
 	}
 	return out
+}
+
+// at is an endpoint at one of its addresses.
+type at struct {
+	*discovery.Endpoint
+	address netip.Addr
 }
 
 // slotOf spreads random IDs of 32 hex digits evenly.
@@ -184,7 +224,7 @@ func slotOf(id string, slots int) int {
 	return n & (slots - 1)
 }
 
-func importedSlice(i *discovery.Import, from *discovery.ImportedFrom, b bucket, endpoints []*discovery.Endpoint) *discoveryv1.EndpointSlice {
+func importedSlice(i *discovery.Import, from *discovery.ImportedFrom, b bucket, endpoints []at) *discoveryv1.EndpointSlice {
 	name := behindName(i.Name)
 	sum := sha256.Sum256([]byte(b.ports))
 	s := &discoveryv1.EndpointSlice{
@@ -211,13 +251,16 @@ func importedSlice(i *discovery.Import, from *discovery.ImportedFrom, b bucket, 
 	}
 	for _, e := range endpoints {
 		ready, serving, terminating := e.Ready && !e.Draining, e.Ready || e.Draining, e.Draining
-		ep := discoveryv1.Endpoint{Addresses: []string{e.Address.Unmap().String()},
+		ep := discoveryv1.Endpoint{Addresses: []string{e.address.Unmap().String()},
 			Conditions: discoveryv1.EndpointConditions{Ready: &ready, Serving: &serving, Terminating: &terminating}}
 		if e.Hostname != "" {
 			ep.Hostname = &e.Hostname
 		}
 		if e.Locality.Zone != "" {
 			ep.Zone = &e.Locality.Zone
+			if byZone(i) {
+				ep.Hints = &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: e.Locality.Zone}}}
+			}
 		}
 		s.Endpoints = append(s.Endpoints, ep)
 	}

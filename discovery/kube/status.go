@@ -62,17 +62,17 @@ func exportConditions(o, of objects.Object, view *discovery.Clusterset, self str
 }
 
 // importConditions returns the conditions of a ServiceImport as they should be.
-func importConditions(is, want *mcsv1beta1.ServiceImport, now time.Time) []metav1.Condition {
-	var conditions []metav1.Condition
-	var generation int64
-	if is != nil {
-		conditions, generation = slices.Clone(is.Status.Conditions), is.Generation
-	}
+func importConditions(is, want *mcsv1beta1.ServiceImport, i *discovery.Import, now time.Time) []metav1.Condition {
+	conditions := slices.Clone(is.Status.Conditions)
 	c := mcsv1beta1.NewServiceImportCondition(mcsv1beta1.ServiceImportConditionReady, metav1.ConditionTrue, mcsv1beta1.ServiceImportReasonReady, "it can be called")
-	if want.Spec.Type == mcsv1beta1.ClusterSetIP && len(want.Spec.IPs) == 0 {
+	switch {
+	case want.Spec.Type == mcsv1beta1.ClusterSetIP && len(want.Spec.IPs) == 0:
 		c = mcsv1beta1.NewServiceImportCondition(mcsv1beta1.ServiceImportConditionReady, metav1.ConditionFalse, mcsv1beta1.ServiceImportReasonPending, "it has no clusterset IP yet")
+	case want.Spec.Type == mcsv1beta1.ClusterSetIP && len(i.IPFamilies) > 0 && !slices.Contains(i.IPFamilies, discovery.IPFamily(want.Spec.IPFamilies[0])):
+		c = mcsv1beta1.NewServiceImportCondition(mcsv1beta1.ServiceImportConditionReady, metav1.ConditionFalse, mcsv1beta1.ServiceImportReasonIPFamilyNotSupported,
+			fmt.Sprintf("it is exported by %v, this cluster's Services have %v: only workloads with a sidecar can call it", i.IPFamilies, want.Spec.IPFamilies))
 	}
-	c.LastTransitionTime, c.ObservedGeneration = metav1.NewTime(now), generation
+	c.LastTransitionTime, c.ObservedGeneration = metav1.NewTime(now), is.Generation
 	meta.SetStatusCondition(&conditions, c)
 	return conditions
 }

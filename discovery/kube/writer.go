@@ -50,7 +50,8 @@ type Writer struct {
 	cfg    WriterConfig // read-only after NewWriter
 	writes *prometheus.CounterVec
 
-	done map[discovery.Name]*discovery.Import // owned by Run: what was last written
+	done      map[discovery.Name]*discovery.Import // owned by Run: what was last written
+	withdrawn map[string]bool                      // owned by Run: members whose endpoints are not written
 }
 
 const (
@@ -110,11 +111,19 @@ func (w *Writer) Run(ctx context.Context) error {
 
 // reconcile writes what differs. dirty are imports to look at beside those that changed in view; those that failed are left in it.
 func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirty map[discovery.Name]struct{}) error {
+	withdrawn := map[string]bool{}
+	for name, m := range view.Members {
+		if m.State == discovery.Withdrawn {
+			withdrawn[name] = true
+		}
+	}
+	moved := !maps.Equal(withdrawn, w.withdrawn)
 	for n, i := range view.Imports {
-		if last, ok := w.done[n]; !ok || last != i {
+		if last, ok := w.done[n]; !ok || last != i || moved && slices.ContainsFunc(i.From, func(f discovery.ImportedFrom) bool { return withdrawn[f.Member] != w.withdrawn[f.Member] }) {
 			dirty[n] = struct{}{}
 		}
 	}
+	w.withdrawn = withdrawn
 	for n := range w.done {
 		if view.Imports[n] == nil {
 			dirty[n] = struct{}{}
@@ -193,8 +202,9 @@ func short(m *multierror.Error) error {
 // errForeign is a ServiceImport of somebody else's.
 var errForeign = errors.New("it exists and was not written by Hanse (no label " + labelManagedBy + "=" + ManagedBy + "): delete it, and Hanse writes its own")
 
-// write makes what the API server holds of n what i says. On the way in the Service comes first, since it has the IPs, and the name last; on
-// the way out the name goes first (KEP-1645: what is not exported is not reachable).
+// write makes what the API server holds of n what i says. On the way in the Service comes first, since it has the IPs; then a ServiceImport
+// without them, for the EndpointSlices to be owned by; and the IPs, which make it callable, last. On the way out the ServiceImport goes first
+// (KEP-1645: what is not exported is not reachable).
 func (w *Writer) write(ctx context.Context, gv schema.GroupVersion, n discovery.Name, i *discovery.Import) error {
 	have := w.cfg.Source.writtenOf(n)
 	if have.imported != nil && have.imported.Labels[labelManagedBy] != ManagedBy {
@@ -213,8 +223,21 @@ func (w *Writer) write(ctx context.Context, gv schema.GroupVersion, n discovery.
 			return err
 		}
 	}
-	want := ImportedObjects(w.cfg.Self, i, ips)
+	want := ImportedObjects(w.cfg.Self, i, ips, w.withdrawn)
+	want.Import.APIVersion = gv.String()
+	imports := gv.WithResource("serviceimports")
+	if have.imported == nil {
+		first := want.Import.DeepCopy()
+		first.Spec.IPs, first.Spec.IPFamilies = nil, nil
+		got, err := w.applied(ctx, imports, first, "")
+		if err != nil {
+			return err
+		}
+		have.imported = first
+		have.imported.UID, have.imported.Generation = got.GetUID(), got.GetGeneration()
+	}
 	for _, s := range want.Slices {
+		s.OwnerReferences = []metav1.OwnerReference{{APIVersion: gv.String(), Kind: "ServiceImport", Name: n.Name, UID: have.imported.UID}}
 		if is := have.slices[s.Name]; is != nil && sameSlice(is, s) {
 			continue
 		}
@@ -222,15 +245,13 @@ func (w *Writer) write(ctx context.Context, gv schema.GroupVersion, n discovery.
 			return err
 		}
 	}
-	want.Import.APIVersion = gv.String()
-	imports := gv.WithResource("serviceimports")
-	if have.imported == nil || !sameImport(have.imported, want.Import) {
+	if !sameImport(have.imported, want.Import) {
 		if err := w.apply(ctx, imports, want.Import, ""); err != nil {
 			return err
 		}
 	}
-	want.Import.Status.Conditions = importConditions(have.imported, want.Import, w.cfg.Now())
-	if have.imported == nil || !equality.Semantic.DeepEqual(have.imported.Status, want.Import.Status) {
+	want.Import.Status.Conditions = importConditions(have.imported, want.Import, i, w.cfg.Now())
+	if !equality.Semantic.DeepEqual(have.imported.Status, want.Import.Status) {
 		if err := w.apply(ctx, imports, want.Import, "status"); err != nil {
 			return err
 		}
@@ -306,16 +327,12 @@ func sameService(is, want *corev1.Service) bool {
 }
 
 func sameSlice(is, want *discoveryv1.EndpointSlice) bool {
-	return maps.Equal(is.Labels, want.Labels) && is.AddressType == want.AddressType && equality.Semantic.DeepEqual(is.Ports, want.Ports) &&
+	return maps.Equal(is.Labels, want.Labels) && slices.Equal(is.OwnerReferences, want.OwnerReferences) && is.AddressType == want.AddressType && equality.Semantic.DeepEqual(is.Ports, want.Ports) &&
 		equality.Semantic.DeepEqual(is.Endpoints, want.Endpoints)
 }
 
 func sameImport(is, want *mcsv1beta1.ServiceImport) bool {
-	spec := is.Spec
-	if spec.SessionAffinity == corev1.ServiceAffinityNone {
-		spec.SessionAffinity = ""
-	}
-	return maps.Equal(is.Labels, want.Labels) && maps.Equal(is.Annotations, want.Annotations) && equality.Semantic.DeepEqual(spec, want.Spec)
+	return maps.Equal(is.Labels, want.Labels) && maps.Equal(is.Annotations, want.Annotations) && equality.Semantic.DeepEqual(is.Spec, want.Spec)
 }
 
 // apply writes an object, or a subresource of it, by server-side apply.

@@ -228,10 +228,10 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 	}
 	for _, p := range s.Spec.Ports {
 		svc.Ports = append(svc.Ports, discovery.Port{Name: p.Name, Number: uint16(p.Port),
-			Protocol: AppProtocol(p.AppProtocol, p.Name), UDP: p.Protocol == corev1.ProtocolUDP})
+			Protocol: AppProtocol(p.AppProtocol, p.Name), UDP: p.Protocol == corev1.ProtocolUDP, SCTP: p.Protocol == corev1.ProtocolSCTP})
 	}
 
-	e := &endpointBuilder{builder: b, service: svc, ids: map[string]string{}, pods: map[string]discoveryv1.AddressType{}}
+	e := &endpointBuilder{builder: b, service: svc, ids: map[string]string{}, pods: map[string]podEndpoint{}}
 	if was != nil {
 		e.known = was.ids
 	}
@@ -280,13 +280,19 @@ func traits(s *corev1.Service) discovery.Traits {
 	return t
 }
 
+// podEndpoint is a Pod's first endpoint, and the family of the slice that it is in.
+type podEndpoint struct {
+	family discoveryv1.AddressType
+	of     *discovery.Endpoint
+}
+
 // endpointBuilder collects the endpoints of one service.
 type endpointBuilder struct {
 	*builder
 	service *discovery.Service
-	known   map[string]string                  // IDs so far by endpointKey
-	ids     map[string]string                  // IDs from now on
-	pods    map[string]discoveryv1.AddressType // by UID of the targetRef: the address family that it is used with
+	known   map[string]string      // IDs so far by endpointKey
+	ids     map[string]string      // IDs from now on
+	pods    map[string]podEndpoint // by UID of the targetRef
 	faults  []*Fault
 }
 
@@ -337,19 +343,22 @@ func (e *endpointBuilder) slice(o Object, s *discoveryv1.EndpointSlice) {
 }
 
 func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.Endpoint, keySuffix string, from *discoveryv1.Endpoint) {
-	if from.TargetRef != nil && from.TargetRef.UID != "" { // a dual-stack pod is in a slice of each family: one endpoint
-		uid := string(from.TargetRef.UID)
-		if was, ok := e.pods[uid]; ok && was != family {
-			return
-		}
-		e.pods[uid] = family
-	}
 	if len(from.Addresses) == 0 {
 		return
 	}
 	a, err := netip.ParseAddr(from.Addresses[0])
 	if err != nil {
 		return
+	}
+	uid := ""
+	if from.TargetRef != nil && from.TargetRef.UID != "" { // a dual-stack pod is in a slice of each family: one endpoint
+		uid = string(from.TargetRef.UID)
+		if was, ok := e.pods[uid]; ok && was.family != family {
+			if was.of.Second == nil && maps.Equal(was.of.Ports, ep.Ports) {
+				was.of.Second = &a
+			}
+			return
+		}
 	}
 	ep.Address = a
 	ep.Hostname = deref(from.Hostname, "")
@@ -368,6 +377,9 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	}
 	ep.ID, e.ids[key] = id, id
 	e.service.Endpoints = append(e.service.Endpoints, &ep)
+	if _, ok := e.pods[uid]; uid != "" && !ok {
+		e.pods[uid] = podEndpoint{family, &ep}
+	}
 }
 
 // endpointKey tells the workloads of one service apart: "address|hostname|hop port|port name=target port,…". A workload that
@@ -546,7 +558,7 @@ func usesHTTP(p *v1alpha1.AccessPolicy) bool {
 // speaksHTTP reports whether a port of a service, or with 0 any port, carries HTTP.
 func speaksHTTP(s *discovery.Service, number uint16) bool {
 	return slices.ContainsFunc(s.Ports, func(p discovery.Port) bool {
-		return p.Protocol.IsHTTP() && !p.UDP && (number == 0 || p.Number == number)
+		return p.Protocol.IsHTTP() && p.Carried() && (number == 0 || p.Number == number)
 	})
 }
 

@@ -111,7 +111,7 @@ func authorityOf(n discovery.Name, port uint16, local bool) string {
 }
 
 func portNumber(ports []discovery.Port, number uint16) *discovery.Port {
-	i := slices.IndexFunc(ports, func(p discovery.Port) bool { return p.Number == number && !p.UDP })
+	i := slices.IndexFunc(ports, func(p discovery.Port) bool { return p.Number == number && p.Carried() })
 	if i < 0 {
 		return nil
 	}

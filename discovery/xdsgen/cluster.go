@@ -330,7 +330,7 @@ func endpointSNI(e *discovery.Endpoint, target uint16) string {
 // serviceSNI names any ready endpoint of a service at its gateway; with the port in front where the service has several.
 func serviceSNI(n discovery.Name, ports []discovery.Port, number uint16) string {
 	for _, p := range ports {
-		if !p.UDP && p.Number != number {
+		if p.Carried() && p.Number != number {
 			return portSNI(n, number)
 		}
 	}

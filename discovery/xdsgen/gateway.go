@@ -79,7 +79,7 @@ func (v *View) GatewayResources(service discovery.Name) ([]*Resource, error) {
 
 // sortedPorts are the TCP ports, lowest first.
 func sortedPorts(ports []discovery.Port) []discovery.Port {
-	out := slices.DeleteFunc(slices.Clone(ports), func(p discovery.Port) bool { return p.UDP })
+	out := slices.DeleteFunc(slices.Clone(ports), func(p discovery.Port) bool { return !p.Carried() })
 	slices.SortFunc(out, func(a, b discovery.Port) int { return cmp.Compare(a.Number, b.Number) })
 	return out
 }

@@ -50,7 +50,7 @@ func (v *View) serves(addr netip.Addr, spiffeID string, transport discovery.Tran
 			}
 			for _, p := range s.Ports {
 				target := e.Ports[p.Name]
-				if p.UDP || target == 0 {
+				if !p.Carried() || target == 0 {
 					continue
 				}
 				t := byTarget[target]

@@ -128,7 +128,7 @@ func (v *View) callable(viewer *Viewer, p *part, ports []discovery.Port, e *disc
 	return slices.ContainsFunc(ports, func(port discovery.Port) bool {
 		at.portName = port.Name
 		_, reason := v.ranked(viewer, &at, e)
-		return !port.UDP && reason == ""
+		return port.Carried() && reason == ""
 	})
 }
 

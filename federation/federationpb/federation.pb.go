@@ -205,6 +205,7 @@ type Port struct {
 	Number        uint32                 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`
 	Protocol      string                 `protobuf:"bytes,3,opt,name=protocol,proto3" json:"protocol,omitempty"` // http, http2, grpc, tcp
 	Udp           bool                   `protobuf:"varint,4,opt,name=udp,proto3" json:"udp,omitempty"`
+	Sctp          bool                   `protobuf:"varint,5,opt,name=sctp,proto3" json:"sctp,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -263,6 +264,13 @@ func (x *Port) GetProtocol() string {
 func (x *Port) GetUdp() bool {
 	if x != nil {
 		return x.Udp
+	}
+	return false
+}
+
+func (x *Port) GetSctp() bool {
+	if x != nil {
+		return x.Sctp
 	}
 	return false
 }
@@ -476,6 +484,7 @@ type Endpoint struct {
 	Weight        uint32                 `protobuf:"varint,5,opt,name=weight,proto3" json:"weight,omitempty"`    // 0 means 1
 	NotReady      bool                   `protobuf:"varint,6,opt,name=not_ready,json=notReady,proto3" json:"not_ready,omitempty"`
 	Draining      bool                   `protobuf:"varint,7,opt,name=draining,proto3" json:"draining,omitempty"`
+	Second        []byte                 `protobuf:"bytes,8,opt,name=second,proto3" json:"second,omitempty"` // of a dual-stack workload: its address in the other IP family
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -557,6 +566,13 @@ func (x *Endpoint) GetDraining() bool {
 		return x.Draining
 	}
 	return false
+}
+
+func (x *Endpoint) GetSecond() []byte {
+	if x != nil {
+		return x.Second
+	}
+	return nil
 }
 
 // Member is a membership record.
@@ -975,12 +991,13 @@ const file_federation_federationpb_federation_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"`\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"t\n" +
 	"\x04Port\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\rR\x06number\x12\x1a\n" +
 	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x10\n" +
-	"\x03udp\x18\x04 \x01(\bR\x03udp\"}\n" +
+	"\x03udp\x18\x04 \x01(\bR\x03udp\x12\x12\n" +
+	"\x04sctp\x18\x05 \x01(\bR\x04sctp\"}\n" +
 	"\x04Slot\x128\n" +
 	"\bprofiles\x18\x01 \x03(\v2\x1c.hanse.federation.v1.ProfileR\bprofiles\x12;\n" +
 	"\tendpoints\x18\x02 \x03(\v2\x1d.hanse.federation.v1.EndpointR\tendpoints\"\xdc\x01\n" +
@@ -995,7 +1012,7 @@ const file_federation_federationpb_federation_proto_rawDesc = "" +
 	"\n" +
 	"TargetPort\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06number\x18\x02 \x01(\rR\x06number\"\xbb\x01\n" +
+	"\x06number\x18\x02 \x01(\rR\x06number\"\xd3\x01\n" +
 	"\bEndpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\fR\aaddress\x12\x18\n" +
@@ -1003,7 +1020,8 @@ const file_federation_federationpb_federation_proto_rawDesc = "" +
 	"\bhostname\x18\x04 \x01(\tR\bhostname\x12\x16\n" +
 	"\x06weight\x18\x05 \x01(\rR\x06weight\x12\x1b\n" +
 	"\tnot_ready\x18\x06 \x01(\bR\bnotReady\x12\x1a\n" +
-	"\bdraining\x18\a \x01(\bR\bdraining\"\xe5\x04\n" +
+	"\bdraining\x18\a \x01(\bR\bdraining\x12\x16\n" +
+	"\x06second\x18\b \x01(\fR\x06second\"\xe5\x04\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12!\n" +

@@ -16,7 +16,11 @@ const (
 	ttlService  = 30 // its address stays
 	ttlEndpoint = 5
 	ttlNegative = 5
+	ttlVersion  = 28_800
 )
+
+// schema is the version of the multicluster DNS specification that is answered by (§2.2).
+const schema = "1.0.0"
 
 // maxRecords bounds the addresses in one answer; of more, some are drawn.
 const maxRecords = 256
@@ -45,7 +49,9 @@ func (s *Server) mesh(ctx context.Context, q question, name string, qtype uint16
 		return noName, nil
 	case q.kind == between && qtype == dns.TypeSOA && dns.CanonicalName(name) == zone:
 		return answer{records: []dns.RR{soa(zone)}}, nil
-	case q.kind == between:
+	case q.kind == version && (qtype == dns.TypeTXT || qtype == dns.TypeANY):
+		return answer{records: []dns.RR{&dns.TXT{Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeTXT, Class: dns.ClassINET, Ttl: ttlVersion}, Txt: []string{schema}}}}, nil
+	case q.kind == between || q.kind == version:
 		return noData, nil
 	}
 	svc, err := s.cfg.Control.Service(ctx, q.host)
@@ -87,6 +93,8 @@ func (s *Server) mesh(ctx context.Context, q question, name string, qtype uint16
 		if !found {
 			return noName, nil
 		}
+	case svc.Headless && s.cfg.Fixed[svc.Host] == nil && len(svc.Endpoints) == 0 && !q.short:
+		return noName, nil // multicluster DNS §2.4.1
 	case svc.Headless && s.cfg.Fixed[svc.Host] == nil:
 		for _, i := range drawn(len(svc.Endpoints)) {
 			addresses = append(addresses, s.endpointAddresses(svc, &svc.Endpoints[i])...)

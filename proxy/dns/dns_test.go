@@ -195,6 +195,7 @@ func TestNames(t *testing.T) {
 		{dns.TypeA, "shop.svc.clusterset.local.", "NOERROR | SOA clusterset.local."},
 		{dns.TypeA, "svc.clusterset.local.", "NOERROR | SOA clusterset.local."},
 		{dns.TypeA, "clusterset.local.", "NOERROR | SOA clusterset.local."},
+		{dns.TypeA, "dns-version.clusterset.local.", "NOERROR | SOA clusterset.local."},
 		{dns.TypeA, "x.db-0.west." + db + ".", "NXDOMAIN | SOA clusterset.local."},
 
 		{dns.TypeA, db + ".", "NOERROR | 10.1.0.1 | 240.0.0.2 | 240.0.0.3"},
@@ -207,7 +208,7 @@ func TestNames(t *testing.T) {
 		{dns.TypeA, "west." + db + ".", "NOERROR | SOA clusterset.local."},
 		{dns.TypeA, "north." + db + ".", "NXDOMAIN | SOA clusterset.local."},
 		{dns.TypeSRV, "_sql._tcp." + db + ".", "NOERROR | 0 100 15432 db-0.west.db.shop.svc.clusterset.local. | 0 100 15433 db-0.east.db.shop.svc.clusterset.local."},
-		{dns.TypeA, "empty.shop.svc.clusterset.local.", "NOERROR | SOA clusterset.local."},
+		{dns.TypeA, "empty.shop.svc.clusterset.local.", "NXDOMAIN | SOA clusterset.local."},
 		{dns.TypeSRV, "_http._tcp.empty.shop.svc.clusterset.local.", "NOERROR | SOA clusterset.local."},
 
 		{dns.TypeA, "payments.", "NOERROR | 240.0.0.1"},
@@ -243,7 +244,11 @@ func TestNames(t *testing.T) {
 			t.Errorf("%s", m.Ns[0])
 		}
 	}
-	m := s.ask("_http._tcp."+payments+".", dns.TypeSRV)
+	m := s.ask("dns-version.clusterset.local.", dns.TypeTXT)
+	if len(m.Answer) != 1 || m.Answer[0].(*dns.TXT).Txt[0] != "1.0.0" || m.Answer[0].Header().Ttl != 28_800 {
+		t.Errorf("the schema's version: %v", m.Answer)
+	}
+	m = s.ask("_http._tcp."+payments+".", dns.TypeSRV)
 	if len(m.Extra) != 2 || m.Extra[0].(*dns.A).A.String() != "240.0.0.1" {
 		t.Errorf("a SRV record comes without the addresses of its target: %v", m.Extra)
 	}

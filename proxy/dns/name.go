@@ -28,6 +28,7 @@ type kind int
 const (
 	foreign     kind = iota // not of the mesh
 	nothing                 // cannot be of a service
+	version                 // dns-version.clusterset.local
 	between                 // a name that only has names below it
 	service                 // <service>.<namespace>.svc.clusterset.local
 	servicePort             // _<port>._tcp.<service>…
@@ -41,6 +42,9 @@ const (
 func parse(name, namespace string) question {
 	if name == zone || name == services {
 		return question{kind: between}
+	}
+	if name == "dns-version."+zone {
+		return question{kind: version}
 	}
 	rest, ok := strings.CutSuffix(name, "."+services)
 	switch {

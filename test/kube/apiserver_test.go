@@ -45,12 +45,13 @@ func TestMain(m *testing.M) {
 
 // server is a kube-apiserver with an etcd of its own.
 type server struct {
-	t    testing.TB
-	dir  string
-	addr string
-	etcd *embed.Etcd
-	cmd  *exec.Cmd
-	done chan struct{} // closed when cmd has ended
+	t     testing.TB
+	dir   string
+	addr  string
+	flags []string // in addition
+	etcd  *embed.Etcd
+	cmd   *exec.Cmd
+	done  chan struct{} // closed when cmd has ended
 
 	config *rest.Config
 	client dynamic.Interface
@@ -70,11 +71,11 @@ func freePorts(t testing.TB, n int) []string {
 	return out
 }
 
-// start runs an API server until the test ends.
-func start(t testing.TB) *server {
+// start runs an API server until the test ends; flags are in addition to the usual ones, and win.
+func start(t testing.TB, flags ...string) *server {
 	t.Helper()
 	ports := freePorts(t, 3)
-	s := &server{t: t, dir: t.TempDir(), addr: ports[0]}
+	s := &server{t: t, dir: t.TempDir(), addr: ports[0], flags: flags}
 	cfg := embed.NewConfig()
 	cfg.Dir, cfg.LogLevel = filepath.Join(s.dir, "etcd"), "panic"
 	client, peer := &url.URL{Scheme: "http", Host: ports[1]}, &url.URL{Scheme: "http", Host: ports[2]}
@@ -131,6 +132,7 @@ func (s *server) run() {
 		"--endpoint-reconciler-type=none", "--cert-dir="+filepath.Join(s.dir, "pki"), "--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+filepath.Join(s.dir, "sa.key"), "--service-account-signing-key-file="+filepath.Join(s.dir, "sa.key"),
 		"--service-cluster-ip-range=10.96.0.0/16", "--token-auth-file="+filepath.Join(s.dir, "tokens.csv"), "--authorization-mode=RBAC", "--disable-admission-plugins=ServiceAccount")
+	s.cmd.Args = append(s.cmd.Args, s.flags...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := s.cmd.Start(); err != nil {

@@ -36,12 +36,16 @@ func (m *mesh) View() (*discovery.Clusterset, <-chan struct{}) {
 }
 
 func (m *mesh) set(local *discovery.Snapshot, imports ...*discovery.Import) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	v := &discovery.Clusterset{Local: local, Imports: map[discovery.Name]*discovery.Import{}}
 	for _, i := range imports {
 		v.Imports[i.Name] = i
 	}
+	m.show(v)
+}
+
+func (m *mesh) show(v *discovery.Clusterset) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.view = v
 	close(m.newer)
 	m.newer = make(chan struct{})

@@ -1,0 +1,103 @@
+package docs
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+)
+
+// TestMCSIsTested: every row of mcs.md names a test, and each exists, with its subtest.
+func TestMCSIsTested(t *testing.T) {
+	page, err := os.ReadFile("mcs.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sources := map[string]string{} // of tests, by package name
+	for _, dir := range []string{"../test/kube", "../federation", "../proxy/dns", "../cmd/hansed", "."} {
+		files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("no tests in %s: %v", dir, err)
+		}
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			name := filepath.Base(dir)
+			if name == "." {
+				name = "docs"
+			}
+			sources[name] += string(b)
+		}
+	}
+	rows := 0
+	for row := range strings.SplitSeq(string(page), "\n") {
+		if !strings.HasPrefix(row, "| ") || strings.HasPrefix(row, "| the specification") {
+			continue
+		}
+		rows++
+		cells := strings.Split(row, "|")
+		names := regexp.MustCompile("`(?:(\\w+)\\.)?(Test\\w+)(?:/([^`]+))?`").FindAllStringSubmatch(cells[len(cells)-2], -1)
+		if len(names) == 0 {
+			t.Errorf("no test in the row %.100s", row)
+		}
+		for _, n := range names {
+			pkg := n[1]
+			if pkg == "" {
+				pkg = "kube"
+			}
+			if !strings.Contains(sources[pkg], "\nfunc "+n[2]+"(") || !strings.Contains(sources[pkg], n[3]+`"`) {
+				t.Errorf("mcs.md names %s, which does not exist in package %s", n[0], pkg)
+			}
+		}
+	}
+	if rows < 30 {
+		t.Fatalf("only %d rows", rows)
+	}
+}
+
+// TestNobodyElseWritesServiceImports: no role that is added to Kubernetes' own ones may write ServiceImports (KEP-1645 "Importing Services").
+func TestNobodyElseWritesServiceImports(t *testing.T) {
+	role := regexp.MustCompile(`(?m)^kind: (Cluster)?Role$`)
+	err := filepath.WalkDir("../deploy", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".yaml") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for doc := range strings.SplitSeq(string(b), "\n---") {
+			if !role.MatchString(doc) || strings.Contains(doc, "{{") {
+				continue
+			}
+			var r struct {
+				Metadata struct{ Labels map[string]string }
+				Rules    []struct{ Resources, Verbs []string }
+			}
+			if err := yaml.Unmarshal([]byte(doc), &r); err != nil {
+				t.Errorf("%s: %v", path, err)
+				continue
+			}
+			for label := range r.Metadata.Labels {
+				if !strings.HasPrefix(label, "rbac.authorization.k8s.io/aggregate-to-") {
+					continue
+				}
+				for _, rule := range r.Rules {
+					if s := strings.Join(rule.Resources, " "); strings.Contains(s, "serviceimports") || strings.Contains(s, "*") {
+						t.Errorf("%s adds %v to %s", path, rule, label)
+					}
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -184,8 +184,12 @@ func (c *Config) rules(bad report, resolve bool) *capture.Config {
 			own(ap.Port())
 		}
 	}
-	if ap, err := netip.ParseAddrPort(c.Admin.Listen); err == nil {
-		own(ap.Port())
+	for _, listen := range []string{c.Admin.Listen, c.Health.Listen} {
+		if _, port, err := net.SplitHostPort(listen); err == nil {
+			if n, err := strconv.ParseUint(port, 10, 16); err == nil {
+				own(uint16(n))
+			}
+		}
 	}
 	return r
 }

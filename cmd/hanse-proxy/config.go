@@ -29,7 +29,7 @@ type Config struct {
 	Network     string `json:"network"`     // default: the cluster's name
 	Region      string `json:"region"`
 	Zone        string `json:"zone"`
-	Namespace   string `json:"namespace"` // of the workload: short names are in it
+	Namespace   string `json:"namespace"` // of the workload: short names are in it; in a pod, default: its own
 	NodeID      string `json:"nodeID"`    // unique per proxy; default: from role, namespace, host name and addresses
 
 	ControlPlane ControlPlane `json:"controlPlane"`
@@ -42,6 +42,7 @@ type Config struct {
 	Inbound   Inbound    `json:"inbound"`   // sidecar
 	Capture   Capture    `json:"capture"`   // sidecar
 	DNS       DNS        `json:"dns"`       // sidecar
+	Health    Health     `json:"health"`    // sidecar
 	Gateway   Gateway    `json:"gateway"`   // gateway
 	Agent     Agent      `json:"agent"`     // agent
 
@@ -83,10 +84,11 @@ type Local struct {
 
 // Workload is an address in the mesh and the applications behind it.
 type Workload struct {
-	Address string            `json:"address"` // IP, as other workloads know it
+	Address string            `json:"address"` // IP, as other workloads know it; in a pod, default: its own
 	HopPort uint16            `json:"hopPort"` // default 15008
 	Listen  string            `json:"listen"`  // where the hop is served; default: address and hopPort
 	Ports   map[string]string `json:"ports"`   // declared port → "127.0.0.1:9101" or "unix:/run/app.sock"
+	AnyPort bool              `json:"anyPort"` // declared ports that ports does not name are served at address itself
 }
 
 // Inbound is how the hop is served.
@@ -193,6 +195,7 @@ func (c *Config) fill(dir string) {
 			*p = filepath.Join(base, *p)
 		}
 	}
+	c.fillFromPod(os.Getenv)
 	c.Network = cmp.Or(c.Network, c.Cluster)
 	at(dir, &c.StateDir)
 	if c.ControlPlane.WorkloadAPI != "" {
@@ -249,6 +252,28 @@ func (c *Config) fill(dir string) {
 	}
 }
 
+// Variables of the environment by which a pod tells what is known only once it runs (fieldRef). Regions and zones are Kubernetes' own labels of
+// Nodes, which it copies to Pods where it can.
+const (
+	envPodIP        = "HANSE_POD_IP"
+	envPodNamespace = "HANSE_POD_NAMESPACE"
+	envPodName      = "HANSE_POD_NAME"
+	envRegion       = "HANSE_REGION"
+	envZone         = "HANSE_ZONE"
+)
+
+// fillFromPod completes what the file leaves open.
+func (c *Config) fillFromPod(env func(string) string) {
+	c.Region, c.Zone = cmp.Or(c.Region, env(envRegion)), cmp.Or(c.Zone, env(envZone))
+	c.Namespace = cmp.Or(c.Namespace, env(envPodNamespace))
+	for i := range c.Workloads {
+		c.Workloads[i].Address = cmp.Or(c.Workloads[i].Address, env(envPodIP))
+	}
+	if name := env(envPodName); name != "" && c.NodeID == "" {
+		c.NodeID = strings.Join([]string{c.Role, c.Cluster, env(envPodNamespace), name}, "/")
+	}
+}
+
 var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
 // Validate reports every fault together.
@@ -275,8 +300,8 @@ func (c *Config) Validate() error {
 	c.validateControlPlane(bad)
 	if c.Role == roleSidecar {
 		c.validateSidecar(bad)
-	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" || c.Capture.Enabled || len(c.DNS.Listen) > 0 {
-		bad("role", "%s has no outbound, listeners, workloads, capture or dns", c.Role)
+	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" || c.Capture.Enabled || len(c.DNS.Listen) > 0 || c.Health.Listen != "" {
+		bad("role", "%s has no outbound, listeners, workloads, capture, dns or health", c.Role)
 	}
 	if c.Role == roleGateway {
 		hostPort(bad, "gateway.listen", c.Gateway.Listen)
@@ -384,6 +409,7 @@ func (c *Config) validateSidecar(bad report) {
 		}
 	}
 	c.validateDNS(bad)
+	c.validateHealth(bad)
 	if c.Capture.Enabled {
 		c.validateCapture(bad)
 	}

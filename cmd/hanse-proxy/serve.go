@@ -123,6 +123,10 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 		if resolver != nil {
 			g.Add("dns", resolver.Run)
 		}
+		if cfg.Health.Listen != "" {
+			health := &checker{cfg: cfg.Health, at: netip.MustParseAddr(cfg.Workloads[0].Address), ready: p.ready, dial: p.dial, log: log}
+			g.Add("health", health.run)
+		}
 		g.Add("tracing", tracing.run)
 		g.Add("gateway checks", func(ctx context.Context) error { return health.Run(ctx, p.balancer) })
 		g.Add("sidecar", func(ctx context.Context) error {
@@ -309,6 +313,7 @@ func (p *process) sidecarConfig(ctx context.Context) (sc sidecar.Config, err err
 		if sc.Workload, err = netip.ParseAddr(w.Address); err != nil {
 			return sc, err
 		}
+		sc.AnyPort = w.AnyPort
 	}
 	if sc.Apps, err = c.apps(); err != nil {
 		return sc, err

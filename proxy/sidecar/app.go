@@ -3,9 +3,12 @@ package sidecar
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hanse-mesh/hanse/proxy/http1"
@@ -54,6 +57,46 @@ func (a *app) open(ctx context.Context, r *message.Request, o message.Options, h
 func (a *app) close() {
 	a.http1.Close()
 	a.h2c.close()
+}
+
+// apps are the workload's applications by port.
+type apps struct {
+	mu    sync.Mutex // held to add
+	ports atomic.Pointer[map[uint16]*app]
+}
+
+func (as *apps) open(s *Sidecar) {
+	m := make(map[uint16]*app, len(s.cfg.Apps))
+	for port, address := range s.cfg.Apps {
+		m[port] = s.newApp(address)
+	}
+	as.ports.Store(&m)
+}
+
+// of is the application of a port, if it is known by now.
+func (as *apps) of(port uint16) *app { return (*as.ports.Load())[port] }
+
+// declared is the application of a port that the control plane knows: their number is bounded by it.
+func (as *apps) declared(s *Sidecar, port uint16) *app {
+	if a := as.of(port); a != nil || !s.cfg.AnyPort {
+		return a
+	}
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	old := *as.ports.Load()
+	if a := old[port]; a != nil {
+		return a
+	}
+	next := maps.Clone(old)
+	next[port] = s.newApp(netip.AddrPortFrom(s.cfg.Workload, port).String())
+	as.ports.Store(&next)
+	return next[port]
+}
+
+func (as *apps) close() {
+	for _, a := range *as.ports.Load() {
+		a.close()
+	}
 }
 
 // h2cPool keeps HTTP/2 connections to one address.

@@ -373,7 +373,7 @@ func (s *Sidecar) serveInboundCaptured(all *conns, nc net.Conn) {
 		return
 	}
 	port := s.declared(a.to.Port())
-	to := s.apps[a.to.Port()]
+	to := s.apps.of(a.to.Port())
 	if to == nil {
 		to = s.newApp(a.to.String())
 		defer to.close()

@@ -67,7 +67,7 @@ func (s *Sidecar) inbound(caller hop.Caller, st message.ServerStream) {
 		s.refuse(st, rec, f)
 		return
 	}
-	to := s.apps[port.Port]
+	to := s.apps.declared(s, port.Port)
 	if to == nil {
 		s.refuse(st, rec, failWith(codeNoApp, "no application is configured for port %d", port.Port))
 		return
@@ -100,7 +100,7 @@ func (s *Sidecar) portOf(in *proxy.Inbound, target string) *proxy.InboundPort {
 	for i := range in.Ports {
 		p := &in.Ports[i]
 		if err == nil && address.Addr() == in.Address && address.Port() == p.Port || slices.Contains(p.Services, target) {
-			if s.apps[p.Port] != nil {
+			if s.cfg.AnyPort || s.apps.of(p.Port) != nil {
 				return p
 			}
 			found = cmp.Or(found, p)

@@ -48,6 +48,7 @@ type Config struct {
 	Inbound           net.Listener      // the hop; nil: none
 	Workload          netip.Addr        // its address in the mesh
 	Apps              map[uint16]string // by declared port: "127.0.0.1:9101" or "unix:/run/app.sock"
+	AnyPort           bool              // declared ports that Apps does not name are served by the application at Workload itself
 	GatewaysOnly      []netip.Addr      // not empty: hop connections from elsewhere are refused
 	ReportPeerAddress bool              // tell the application where the hop connection came from
 
@@ -86,7 +87,7 @@ type Sidecar struct {
 	balancer  *balance.Balancer
 	faults    *fault.Injector
 	server    *hop.Server // nil: no inbound
-	apps      map[uint16]*app
+	apps      apps
 	plaintext *plaintext
 	locals    []string // authorities of cfg.Local
 	captured  *captured
@@ -118,15 +119,13 @@ func New(cfg Config) (*Sidecar, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Sidecar{
-		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Metrics), hop: cfg.Hop, balancer: cfg.Balancer, apps: map[uint16]*app{},
+		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Metrics), hop: cfg.Hop, balancer: cfg.Balancer,
 		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), workload: cfg.Workload.String(),
 	}
 	s.accessLog = newAccessLog(cfg.AccessLog, s.metrics.dropped.Inc)
 	s.captured = newCaptured(cfg.Capture, cfg.Metrics)
 	s.plaintext = newPlaintext(cfg.Locality.Cluster, s.newApp)
-	for port, address := range cfg.Apps {
-		s.apps[port] = s.newApp(address)
-	}
+	s.apps.open(s)
 	for _, l := range cfg.Local {
 		authority, err := authorityOf(l.Authority, cfg.Namespace, 80)
 		if err != nil {
@@ -195,9 +194,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	stopCore()
 	result = core.wait(result)
 	s.plaintext.close()
-	for _, a := range s.apps {
-		a.close()
-	}
+	s.apps.close()
 	if s.accessLog != nil {
 		s.accessLog.flush()
 	}

@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"maps"
 	"slices"
 
 	"github.com/hanse-mesh/hanse/proxy"
@@ -10,9 +11,10 @@ import (
 // the hop, so that callers notice by their unanswered PINGs as they would if the machine were gone.
 func (s *Sidecar) whole(faults []proxy.Fault) []proxy.Fault {
 	out := slices.Clone(faults)
+	ports := s.ports()
 	for i := range out {
-		all := len(s.apps) > 0
-		for port := range s.apps {
+		all := len(ports) > 0
+		for _, port := range ports {
 			all = all && slices.Contains(out[i].Ports, port)
 		}
 		if all {
@@ -20,4 +22,15 @@ func (s *Sidecar) whole(faults []proxy.Fault) []proxy.Fault {
 		}
 	}
 	return out
+}
+
+// ports are those that the workload serves.
+func (s *Sidecar) ports() (out []uint16) {
+	if in := s.cfg.Control.Table().Inbound; s.cfg.AnyPort && in != nil {
+		for i := range in.Ports {
+			out = append(out, in.Ports[i].Port)
+		}
+		return out
+	}
+	return slices.Collect(maps.Keys(s.cfg.Apps))
 }

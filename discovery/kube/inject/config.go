@@ -1,0 +1,108 @@
+package inject
+
+import (
+	"fmt"
+
+	"sigs.k8s.io/yaml"
+)
+
+// The sidecar's configuration file, as cmd/hanse-proxy reads it; a test there holds both together.
+type (
+	proxyConfig struct {
+		Role         string       `json:"role"`
+		Cluster      string       `json:"cluster"`
+		TrustDomain  string       `json:"trustDomain"`
+		Network      string       `json:"network"`
+		ControlPlane controlPlane `json:"controlPlane"`
+		StateDir     string       `json:"stateDir"`
+		Socket       string       `json:"socket"`
+		Workloads    []workload   `json:"workloads"`
+		Capture      capturing    `json:"capture"`
+		Health       Health       `json:"health"`
+		Log          logging      `json:"log"`
+	}
+	controlPlane struct {
+		Identity    []string `json:"identity"`
+		XDS         []string `json:"xds"`
+		TrustBundle string   `json:"trustBundle"`
+		PodToken    string   `json:"podToken"`
+	}
+	workload struct {
+		AnyPort bool `json:"anyPort"`
+	}
+	capturing struct {
+		Enabled  bool     `json:"enabled"`
+		DNS      bool     `json:"dns"`
+		Outbound outbound `json:"outbound,omitzero"`
+		Inbound  inbound  `json:"inbound,omitzero"`
+	}
+	outbound struct {
+		ExcludePorts []string `json:"excludePorts,omitempty"`
+		Exclude      []string `json:"exclude,omitempty"`
+	}
+	inbound struct {
+		Mode         string   `json:"mode,omitempty"`
+		ExemptPorts  []uint16 `json:"exemptPorts,omitempty"`
+		ExcludePorts []string `json:"excludePorts,omitempty"`
+	}
+	logging struct {
+		Level string `json:"level"`
+	}
+)
+
+// Health is where the sidecar answers the kubelet, for itself and for the application: the kubelet has no identity, and what it asks the
+// application is asked by the sidecar, in the Pod.
+type Health struct {
+	Listen string           `json:"listen"`
+	Checks map[string]Check `json:"checks,omitempty"` // by path
+}
+
+// Check is one probe of the application: by HTTP, by gRPC (its health protocol), or whether a TCP port accepts.
+type Check struct {
+	HTTP *HTTPCheck `json:"http,omitempty"`
+	GRPC *GRPCCheck `json:"grpc,omitempty"`
+	TCP  *TCPCheck  `json:"tcp,omitempty"`
+}
+
+// HTTPCheck is a GET. Answers from 200 to 399 are good.
+type HTTPCheck struct {
+	Port    uint16      `json:"port"`
+	Path    string      `json:"path"`
+	HTTPS   bool        `json:"https,omitempty"` // whoever's certificate it is
+	Headers [][2]string `json:"headers,omitempty"`
+}
+
+// GRPCCheck asks grpc.health.v1.Health for a service, which may be "".
+type GRPCCheck struct {
+	Port    uint16 `json:"port"`
+	Service string `json:"service,omitempty"`
+}
+
+// TCPCheck connects.
+type TCPCheck struct {
+	Port uint16 `json:"port"`
+}
+
+func (v *Values) config(s *settings, checks map[string]Check) (string, error) {
+	c := proxyConfig{
+		Role: "sidecar", Cluster: v.Cluster, TrustDomain: v.TrustDomain, Network: v.Network,
+		ControlPlane: controlPlane{Identity: v.Identity, XDS: v.XDS, TrustBundle: rootDir + "/" + rootKey, PodToken: tokenDir + "/token"},
+		StateDir:     stateDir + "/state", Socket: "none", Workloads: []workload{{AnyPort: true}},
+		Capture: capturing{Enabled: true, DNS: true, Outbound: outbound{ExcludePorts: s.skipOut, Exclude: s.skipIPs}, Inbound: inbound{ExemptPorts: s.exempt}},
+		Health:  Health{Listen: fmt.Sprintf(":%d", healthPort), Checks: checks}, Log: logging{Level: v.LogLevel},
+	}
+	if len(s.skipIn) > 0 {
+		c.Capture.Inbound.ExcludePorts = append([]string{"22"}, s.skipIn...)
+	}
+	if s.permissive {
+		c.Capture.Inbound.Mode = "permissive"
+	}
+	if s.workloadAPI {
+		c.Socket = apiDir + "/workload.sock"
+	}
+	if s.logLevel != "" {
+		c.Log.Level = s.logLevel
+	}
+	b, err := yaml.Marshal(c)
+	return string(b), err
+}

@@ -1,0 +1,70 @@
+package inject
+
+import (
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// rewriteProbes leads what the kubelet would ask the application over the network to the sidecar, and returns what it is to be asked there. Commands
+// stay, and so do probes that name a host: they go elsewhere.
+func rewriteProbes(spec *corev1.PodSpec) map[string]Check {
+	checks := map[string]Check{}
+	for _, containers := range [][]corev1.Container{spec.Containers, spec.InitContainers} {
+		for i := range containers {
+			c := &containers[i]
+			for kind, p := range map[string]*corev1.Probe{"liveness": c.LivenessProbe, "readiness": c.ReadinessProbe, "startup": c.StartupProbe} {
+				if p == nil {
+					continue
+				}
+				check, ok := checkOf(&p.ProbeHandler, c.Ports)
+				if !ok {
+					continue
+				}
+				path := "/check/" + c.Name + "/" + kind
+				checks[path] = check
+				p.ProbeHandler = corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: path, Port: intstr.FromInt32(healthPort), Scheme: corev1.URISchemeHTTP}}
+			}
+		}
+	}
+	return checks
+}
+
+func checkOf(h *corev1.ProbeHandler, ports []corev1.ContainerPort) (Check, bool) {
+	switch {
+	case h.HTTPGet != nil && h.HTTPGet.Host == "":
+		port, ok := portOf(h.HTTPGet.Port, ports)
+		check := &HTTPCheck{Port: port, Path: h.HTTPGet.Path, HTTPS: h.HTTPGet.Scheme == corev1.URISchemeHTTPS}
+		if !strings.HasPrefix(check.Path, "/") {
+			check.Path = "/" + check.Path
+		}
+		for _, f := range h.HTTPGet.HTTPHeaders {
+			check.Headers = append(check.Headers, [2]string{f.Name, f.Value})
+		}
+		return Check{HTTP: check}, ok
+	case h.TCPSocket != nil && h.TCPSocket.Host == "":
+		port, ok := portOf(h.TCPSocket.Port, ports)
+		return Check{TCP: &TCPCheck{Port: port}}, ok
+	case h.GRPC != nil:
+		check := &GRPCCheck{Port: uint16(h.GRPC.Port)}
+		if h.GRPC.Service != nil {
+			check.Service = *h.GRPC.Service
+		}
+		return Check{GRPC: check}, h.GRPC.Port > 0 && h.GRPC.Port < 1<<16
+	}
+	return Check{}, false
+}
+
+func portOf(p intstr.IntOrString, ports []corev1.ContainerPort) (uint16, bool) {
+	n := p.IntVal
+	if p.Type == intstr.String {
+		n = 0
+		for _, c := range ports {
+			if c.Name == p.StrVal {
+				n = c.ContainerPort
+			}
+		}
+	}
+	return uint16(n), n > 0 && n < 1<<16
+}

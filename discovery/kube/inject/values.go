@@ -1,0 +1,84 @@
+package inject
+
+import (
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/util/validation"
+)
+
+// Values are what all sidecars of a cluster have in common. Cluster, TrustDomain and Image are required.
+type Values struct {
+	Cluster     string `json:"cluster"`     // name in the mesh
+	TrustDomain string `json:"trustDomain"` // the cluster's
+	Network     string `json:"network"`     // default: the cluster's name
+
+	Image      string            `json:"image"`
+	PullPolicy corev1.PullPolicy `json:"imagePullPolicy"` // default IfNotPresent
+	Version    string            `json:"version"`         // of the sidecar, for people
+
+	Identity []string `json:"identity"` // host:port of hansed's SPIRE Server API; default hansed.hanse-system.svc:7444
+	XDS      []string `json:"xds"`      // host:port; default hansed.hanse-system.svc:7445
+	Audience string   `json:"audience"` // of the Pod's token; default hanse
+
+	Resources corev1.ResourceRequirements `json:"resources"` // of the sidecar; default: requests as measured (10m, 40Mi), memory limited to 512Mi
+	LogLevel  string                      `json:"logLevel"`  // debug, info (default), warn, error
+}
+
+// Defaults that other packages refer to.
+const (
+	SystemNamespace = "hanse-system"
+	RootConfigMap   = "hanse-root" // in each namespace: bundle.json is the SPIFFE bundle of the trust domain
+	rootKey         = "bundle.json"
+)
+
+// Complete fills in defaults and reports every fault together.
+func (v *Values) Complete() error {
+	var faults []error
+	bad := func(format string, args ...any) { faults = append(faults, fmt.Errorf(format, args...)) }
+	if len(validation.IsDNS1123Label(v.Cluster)) > 0 {
+		bad("cluster: %q is not a DNS label", v.Cluster)
+	}
+	if _, err := spiffeid.TrustDomainFromString(v.TrustDomain); err != nil {
+		bad("trustDomain: %q: %v", v.TrustDomain, err)
+	}
+	if v.Image == "" {
+		bad("image: missing: the image of hanse-proxy")
+	}
+	fill(&v.Network, v.Cluster)
+	fill(&v.PullPolicy, corev1.PullIfNotPresent)
+	fill(&v.Version, "unknown")
+	fill(&v.Audience, "hanse")
+	fill(&v.LogLevel, "info")
+	if len(v.Identity) == 0 {
+		v.Identity = []string{"hansed." + SystemNamespace + ".svc:7444"}
+	}
+	if len(v.XDS) == 0 {
+		v.XDS = []string{"hansed." + SystemNamespace + ".svc:7445"}
+	}
+	for field, list := range map[string][]string{"identity": v.Identity, "xds": v.XDS} {
+		for _, a := range list {
+			if _, port, err := net.SplitHostPort(a); err != nil || port == "" {
+				bad("%s: %q is not host:port", field, a)
+			}
+		}
+	}
+	if v.Resources.Requests == nil && v.Resources.Limits == nil {
+		v.Resources = corev1.ResourceRequirements{
+			Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("10m"), corev1.ResourceMemory: resource.MustParse("40Mi")},
+			Limits:   corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("512Mi")},
+		}
+	}
+	return errors.Join(faults...)
+}
+
+func fill[T comparable](p *T, v T) {
+	var zero T
+	if *p == zero {
+		*p = v
+	}
+}

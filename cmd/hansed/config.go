@@ -18,6 +18,8 @@ import (
 	"github.com/hashicorp/go-multierror"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"sigs.k8s.io/yaml"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
 )
 
 // Config is hansed's configuration file. Durations are Go's ("1h", "90s"). Paths are relative to the file.
@@ -59,6 +61,8 @@ type KubeAPI struct {
 	Enabled    bool   `json:"enabled"`
 	Kubeconfig string `json:"kubeconfig"` // file; default: the pod's service account
 	Context    string `json:"context"`    // of the kubeconfig; default: its current one
+
+	Webhook Webhook `json:"webhook"` // sidecars for Pods, and verdicts on objects
 }
 
 // Federation is the listener for other clusters.
@@ -189,6 +193,7 @@ func (c *Config) fill() {
 		c.Replica, _ = os.Hostname() // Validate complains of none
 	}
 	c.Etcd.QuotaBytes = cmp.Or(c.Etcd.QuotaBytes, 2<<30)
+	c.fillWebhook(daemon.Version)
 	if len(c.Federation.Advertise) == 0 {
 		if h, _, err := net.SplitHostPort(c.Federation.Listen); err == nil {
 			if a, err := netip.ParseAddr(h); err == nil && !a.IsUnspecified() {
@@ -278,6 +283,7 @@ func (c *Config) Validate() error {
 	if k := c.KubeAPI; !k.Enabled && (k.Kubeconfig != "" || k.Context != "") {
 		bad("kubeAPI.enabled", "false, although a kubeconfig or context is given: set it to true, or remove them")
 	}
+	c.validateWebhook(bad)
 	if (c.Etcd.CertFile == "") != (c.Etcd.KeyFile == "") {
 		bad("etcd", "certFile and keyFile go together")
 	}

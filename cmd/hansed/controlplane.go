@@ -59,6 +59,7 @@ type controlPlane struct {
 	files     *file.Source // nil without a directory
 	kube      *kube.Source // nil without Kubernetes
 	writer    *kube.Writer // likewise
+	webhook   *webhook     // nil without injection
 	catalog   *catalog
 	mesh      *peering.Mesh
 	xds       *xdsserver.Server
@@ -192,6 +193,9 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 
 	if p.kube != nil {
 		p.writer = kube.NewWriter(kube.WriterConfig{Source: p.kube, Self: self, View: p.kubeView, Log: log.With("part", "kubernetes"), Registerer: reg})
+		if w := cfg.KubeAPI.Webhook; w.Listen != "" {
+			p.webhook = newWebhook(w.Inject, log.With("part", "webhook"), reg)
+		}
 	}
 
 	// xDS and drills.
@@ -249,7 +253,12 @@ func (p *controlPlane) Run(ctx context.Context) error {
 	}
 	if p.kube != nil {
 		run("Kubernetes", p.kube.Run)
-		run("Kubernetes imports", p.writeKube)
+		run("Kubernetes imports", func(ctx context.Context) error { return p.whileLeading(ctx, p.writer.Run) })
+		if p.webhook != nil {
+			roots := p.writer.NewRootKeeper(p.kubeRoots, injectConfiguration, validateConfiguration)
+			run("Kubernetes roots", func(ctx context.Context) error { return p.whileLeading(ctx, roots.Run) })
+			run("webhook certificate", func(ctx context.Context) error { return p.webhook.runCertificate(ctx, p) })
+		}
 	}
 	run("replicas", p.replicas.Run)
 	run("catalog", p.catalog.Run)

@@ -43,8 +43,8 @@ func (p *controlPlane) kubeView() (*discovery.Clusterset, <-chan struct{}) {
 // lookForOffice is how often a replica sees whether it leads now.
 const lookForOffice = time.Second
 
-// writeKube writes to the API server while this replica leads. Two that write for a moment write the same.
-func (p *controlPlane) writeKube(ctx context.Context) error {
+// whileLeading runs what writes to the API server while this replica leads. Two that write for a moment write the same.
+func (p *controlPlane) whileLeading(ctx context.Context, write func(context.Context) error) error {
 	for ctx.Err() == nil {
 		if p.replicas.leads() {
 			term, end := context.WithCancel(ctx)
@@ -54,7 +54,7 @@ func (p *controlPlane) writeKube(ctx context.Context) error {
 					pause(term, lookForOffice)
 				}
 			}()
-			err := p.writer.Run(term)
+			err := write(term)
 			end()
 			if err != nil {
 				return err

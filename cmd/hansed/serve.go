@@ -90,6 +90,16 @@ func (p *controlPlane) serve(ctx context.Context) error {
 	bundles.TLSConfig = bundle.EndpointTLS(p.source)
 	servers = append(servers, serveHTTP(bundles, l, true))
 
+	// 7448: admission reviews of Kubernetes.
+	if p.webhook != nil {
+		if l, err = tcp("webhook", p.cfg.KubeAPI.Webhook.Listen, false); err != nil {
+			return fail(err)
+		}
+		reviews := httpServer(p.webhook.handler(), p.log)
+		reviews.TLSConfig = p.webhook.tls()
+		servers = append(servers, serveHTTP(reviews, l, true))
+	}
+
 	// The socket of hanse, and 7447 for it from afar.
 	if l, err = unixListener(p.cfg.Socket); err != nil {
 		return fail(err)

@@ -9,6 +9,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/validation"
+
+	"github.com/hanse-mesh/hanse/discovery/kube"
 )
 
 // Values are what all sidecars of a cluster have in common. Cluster, TrustDomain and Image are required.
@@ -32,8 +34,8 @@ type Values struct {
 // Defaults that other packages refer to.
 const (
 	SystemNamespace = "hanse-system"
-	RootConfigMap   = "hanse-root" // in each namespace: bundle.json is the SPIFFE bundle of the trust domain
-	rootKey         = "bundle.json"
+	RootConfigMap   = kube.RootConfigMap
+	rootKey         = kube.RootBundle
 )
 
 // Complete fills in defaults and reports every fault together.

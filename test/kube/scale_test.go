@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -70,11 +71,11 @@ func (s *server) fill(services, endpoints int) {
 	meta := func(n int, name string) metav1.ObjectMeta {
 		m := metav1.ObjectMeta{Name: name, UID: types.UID(fmt.Sprintf("00000000-0000-4000-8000-%012d", n)), CreationTimestamp: now,
 			ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kube-controller-manager", Operation: "Update", APIVersion: "v1", Time: &now, FieldsType: "FieldsV1",
-				FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:metadata":{"f:labels":{".":{},"f:app":{}}},"f:spec":{"f:internalTrafficPolicy":{},"f:ports":{},"f:selector":{},"f:sessionAffinity":{},"f:type":{}}}`)}}}}
+				FieldsV1: metav1.NewFieldsV1(`{"f:metadata":{"f:labels":{".":{},"f:app":{}}},"f:spec":{"f:internalTrafficPolicy":{},"f:ports":{},"f:selector":{},"f:sessionAffinity":{},"f:type":{}}}`)}}}
 		return m
 	}
 	next := make(chan int)
-	errs := make(chan error, 16)
+	errs := make(chan error, 1)
 	var running sync.WaitGroup
 	for range 16 {
 		running.Go(func() {
@@ -102,10 +103,11 @@ func (s *server) fill(services, endpoints int) {
 						TargetRef: &corev1.ObjectReference{Kind: "Pod", Namespace: ns, Name: fmt.Sprintf("%s-7d9c6b5f4-%05d", name, e), UID: types.UID(fmt.Sprintf("00000001-0000-4000-8000-%012d", i))},
 					})
 				}
-				if err := put("services/specs/"+ns+"/"+name, svc); err == nil {
-					err = put("endpointslices/"+ns+"/"+slice.Name, slice)
-				} else {
-					errs <- err
+				if err := errors.Join(put("services/specs/"+ns+"/"+name, svc), put("endpointslices/"+ns+"/"+slice.Name, slice)); err != nil {
+					select {
+					case errs <- err:
+					default:
+					}
 				}
 			}
 		})

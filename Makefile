@@ -124,6 +124,11 @@ crds: bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION) ## Regenerate deploy/cr
 	bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION) crd:maxDescLen=10000 paths=./discovery/v1alpha1 output:crd:dir=deploy/crd
 	@rm deploy/crd/hanse.mesh_drills.yaml deploy/crd/hanse.mesh_clusterfederatedtrustdomains.yaml # drills are started by `hanse drill`; the other is SPIRE's to define
 
+.PHONY: manifests
+manifests: ## Render deploy/manifests/hanse.yaml from the chart
+	cp deploy/crd/*.yaml deploy/chart/hanse/crds/
+	$(GO) test -count=1 -run TestManifestsAreTheCharts ./cmd/internal/chart -update
+
 bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION):
 	@mkdir -p bin/tools
 	GOBIN=$(CURDIR)/bin/tools $(GO) install sigs.k8s.io/controller-tools/cmd/controller-gen@$(CONTROLLER_GEN_VERSION)

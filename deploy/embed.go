@@ -8,3 +8,8 @@ import "embed"
 //
 //go:embed demo/*.yaml.tmpl
 var Demo embed.FS
+
+// Chart is the Helm chart, under chart/hanse. Package cmd/internal/chart renders it.
+//
+//go:embed all:chart/hanse
+var Chart embed.FS

@@ -42,7 +42,7 @@ type Config struct {
 	Inbound   Inbound    `json:"inbound"`   // sidecar
 	Capture   Capture    `json:"capture"`   // sidecar
 	DNS       DNS        `json:"dns"`       // sidecar
-	Health    Health     `json:"health"`    // sidecar
+	Health    Health     `json:"health"`    // sidecar, gateway
 	Gateway   Gateway    `json:"gateway"`   // gateway
 	Agent     Agent      `json:"agent"`     // agent
 
@@ -300,11 +300,12 @@ func (c *Config) Validate() error {
 	c.validateControlPlane(bad)
 	if c.Role == roleSidecar {
 		c.validateSidecar(bad)
-	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" || c.Capture.Enabled || len(c.DNS.Listen) > 0 || c.Health.Listen != "" {
+	} else if len(c.Workloads) > 0 || len(c.Listeners) > 0 || c.Outbound.Listen != "" || c.Capture.Enabled || len(c.DNS.Listen) > 0 || c.Role == roleAgent && c.Health.Listen != "" {
 		bad("role", "%s has no outbound, listeners, workloads, capture, dns or health", c.Role)
 	}
 	if c.Role == roleGateway {
 		hostPort(bad, "gateway.listen", c.Gateway.Listen)
+		c.validateHealth(bad)
 		if c.Gateway.DialFrom != "" {
 			if _, err := netip.ParseAddr(c.Gateway.DialFrom); err != nil {
 				bad("gateway.dialFrom", "%q is not an IP address", c.Gateway.DialFrom)

@@ -21,7 +21,7 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/sidecar"
 )
 
-// Health answers who has no identity, the kubelet above all: on /readyz for the sidecar, and on the paths of checks for the application, which the sidecar then asks. Everything else of
+// Health answers who has no identity, the kubelet above all: on /readyz for the sidecar or gateway, and on the paths of checks for the application, which the sidecar then asks. Everything else of
 // the application stays behind mutual TLS.
 type Health struct {
 	Listen string           `json:"listen"` // ip:port or :port; default: none
@@ -66,8 +66,11 @@ func (c *Config) validateHealth(bad report) {
 		return
 	}
 	hostPort(bad, "health.listen", h.Listen)
-	if len(c.Workloads) == 0 {
+	if c.Role == roleSidecar && len(c.Workloads) == 0 {
 		bad("health", "there is no workload whose health could be told")
+	}
+	if c.Role == roleGateway && len(h.Checks) > 0 {
+		bad("health.checks", "a gateway stands before no application")
 	}
 	if len(h.Checks) > maxChecks {
 		bad("health.checks", "%d of them: at most %d", len(h.Checks), maxChecks)

@@ -69,7 +69,7 @@ func TestInjectedConfiguration(t *testing.T) {
 }
 
 func TestHealthConfig(t *testing.T) {
-	c := &Config{Health: Health{Checks: map[string]Check{"/a": {}, "b": {TCP: &TCPCheck{Port: 1}}, "/c": {HTTP: &HTTPCheck{Port: 1, Path: "x"}}, "/d": {TCP: &TCPCheck{Port: 1}, GRPC: &GRPCCheck{Port: 1}}, "/readyz": {TCP: &TCPCheck{Port: 1}}}}}
+	c := &Config{Role: roleSidecar, Health: Health{Checks: map[string]Check{"/a": {}, "b": {TCP: &TCPCheck{Port: 1}}, "/c": {HTTP: &HTTPCheck{Port: 1, Path: "x"}}, "/d": {TCP: &TCPCheck{Port: 1}, GRPC: &GRPCCheck{Port: 1}}, "/readyz": {TCP: &TCPCheck{Port: 1}}}}}
 	faults := map[string]bool{}
 	bad := func(field, _ string, _ ...any) { faults[field] = true }
 	c.validateHealth(bad)

@@ -148,6 +148,10 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 			return s.Run(ctx)
 		})
 	case roleGateway:
+		if cfg.Health.Listen != "" {
+			health := &checker{cfg: cfg.Health, ready: p.ready, log: log}
+			g.Add("health", health.run)
+		}
 		g.Add("gateway", func(ctx context.Context) error {
 			if err := p.source.Wait(ctx); err != nil {
 				return endedOr(ctx, err)
@@ -198,24 +202,16 @@ type process struct {
 }
 
 // trust loads bundles that the control plane has announced. When it returns nil, no connection rests on what they do not vouch for.
-func (p *process) trust(ctx context.Context, t xdsclient.Trust) error {
-	want := make(map[spiffeid.TrustDomain]uint64, len(t.Sequences))
-	authorities := make(map[spiffeid.TrustDomain][]byte, len(t.Authorities))
-	for name, seq := range t.Sequences {
+func (p *process) trust(ctx context.Context, sequences map[string]uint64) error {
+	want := make(map[spiffeid.TrustDomain]uint64, len(sequences))
+	for name, seq := range sequences {
 		td, err := spiffeid.TrustDomainFromString(name)
 		if err != nil {
 			return fmt.Errorf("announced trust domain %q: %w", name, err)
 		}
 		want[td] = seq
-		if d := t.Authorities[name]; len(d) > 0 {
-			authorities[td] = d
-		}
 	}
-	refresh := func() error { return p.ids.TrustRefresh(ctx, want) }
-	if p.cfg.ControlPlane.WorkloadAPI != "" {
-		refresh = func() error { return p.ids.TrustFollowed(ctx, authorities) }
-	}
-	if err := refresh(); err != nil {
+	if err := p.ids.TrustRefresh(ctx, want); err != nil {
 		return err
 	}
 	if s := p.sidecar.Load(); s != nil {

@@ -41,7 +41,7 @@ func attestors(cfg Identity, td spiffeid.TrustDomain) (map[string]attest.Attesto
 	if err != nil {
 		return nil, fmt.Errorf("identity.kubernetes: %w", err)
 	}
-	out["hanse_pod"] = &attest.Pods{TrustDomain: td, Cluster: k.Cluster, Audience: k.Audience, Reviewer: api}
+	out["hanse_pod"] = &attest.Pods{TrustDomain: td, Cluster: k.Cluster, Audience: k.Audience, Gateways: k.Gateways, Reviewer: api}
 	if len(k.NodeAgents) > 0 {
 		out["k8s_psat"] = &attest.NodeAgents{TrustDomain: td, Cluster: k.Cluster, Allowed: k.NodeAgents, Reviewer: api}
 	}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
@@ -27,6 +28,7 @@ type catalog struct {
 	log     *slog.Logger
 	onBuild func(*discovery.Snapshot) // called by Run after each Build, in order
 
+	gateways      atomic.Pointer[[]netip.AddrPort]     // nil: self's; see controlPlane.followReach
 	clustersetIPs func() map[netip.Addr]discovery.Name // read-only; nil: there are none
 
 	wake chan struct{}
@@ -199,7 +201,11 @@ func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.Sta
 	for _, s := range c.sources {
 		faults = append(faults, s.Faults()...)
 	}
-	snap, next, built := objects.Build(objects.Input{Self: c.self, Set: set, State: state, Now: time.Now(), NewID: c.memory.newID(), Complete: true})
+	self := c.self
+	if g := c.gateways.Load(); g != nil {
+		self.Gateways = *g
+	}
+	snap, next, built := objects.Build(objects.Input{Self: self, Set: set, State: state, Now: time.Now(), NewID: c.memory.newID(), Complete: true})
 	if c.clustersetIPs != nil {
 		snap.ClustersetIPs = c.clustersetIPs()
 	}

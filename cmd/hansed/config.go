@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -20,7 +21,6 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
-	"github.com/hanse-mesh/hanse/identity/onspire"
 )
 
 // Config is hansed's configuration file. Durations are Go's ("1h", "90s"). Paths are relative to the file.
@@ -30,7 +30,7 @@ type Config struct {
 	Mesh        string            `json:"mesh"`        // name of the mesh, for people; the first cluster's counts
 	Region      string            `json:"region"`
 	Network     string            `json:"network"`  // endpoints of other networks are reached through gateways; default: the cluster's name
-	Gateways    []string          `json:"gateways"` // ip:port of this cluster's gateways, as other clusters dial them
+	Gateways    []string          `json:"gateways"` // ip:port or host:port of this cluster's gateways, as other clusters dial them; names are looked up again and again
 	Labels      map[string]string `json:"labels"`   // of this member, for audiences
 	Replica     string            `json:"replica"`  // name of this hansed among those of the cluster (with etcd.endpoints); default: the host's name
 
@@ -45,6 +45,7 @@ type Config struct {
 	Bundle     Listen     `json:"bundleEndpoint"`
 	Remote     Listen     `json:"remoteAdmin"` // off unless an address is given
 	Admin      Listen     `json:"admin"`       // metrics and debug; loopback only
+	Health     Health     `json:"health"`      // for who has no identity, the kubelet above all; off unless an address is given
 	Etcd       Etcd       `json:"etcd"`
 	Log        Log        `json:"log"`
 
@@ -64,6 +65,16 @@ type KubeAPI struct {
 	Context    string `json:"context"`    // of the kubeconfig; default: its current one
 
 	Webhook Webhook `json:"webhook"` // sidecars for Pods, and verdicts on objects
+
+	// Services (namespace/name) by whose load balancers, node ports or host ports other clusters reach this one. What they say is followed, and host names are looked up again and again.
+	GatewayService    string `json:"gatewayService"`    // port "mesh"; beside gateways
+	FederationService string `json:"federationService"` // port "federation"; instead of federation.advertise
+}
+
+// Health answers /livez and /readyz to whoever asks, and /metrics if it may.
+type Health struct {
+	Listen  string `json:"listen"`
+	Metrics bool   `json:"metrics"`
 }
 
 // Federation is the listener for other clusters.
@@ -79,34 +90,9 @@ type Identity struct {
 	JWTLife  Duration `json:"jwtLife"`
 	RootLife Duration `json:"rootLife"`
 
-	// SPIRE, where a server is given, issues instead of this control plane.
-	SPIRE SPIRE `json:"spire"`
-
 	// Besides agent tokens, agents may show these.
 	X509Pop    X509Pop    `json:"x509pop"`
 	Kubernetes Kubernetes `json:"kubernetes"`
-}
-
-// SPIRE is a spire-server that was there before, and the spire-agent beside this control plane. listen, rootLife, x509pop and kubernetes
-// are then without meaning; the lives of SVIDs are those of the entries that are made.
-type SPIRE struct {
-	Server      string `json:"server"`      // unix:///path of its admin socket; or host:port, where this control plane's own entry must be an administrator's
-	WorkloadAPI string `json:"workloadAPI"` // unix:///path of the agent's socket
-
-	// Of workloads of discovered services, of the control plane itself, and of its gateways. Parents and selectors are Go templates over
-	// .TrustDomain .Cluster .Namespace .ServiceAccount .ID .Address .Hostname .Region .Zone. None: entries are people's to make.
-	Entries      []SPIREEntry `json:"entries"`
-	ControlPlane []SPIREEntry `json:"controlPlane"`
-	Gateways     []SPIREEntry `json:"gateways"`
-
-	Linger         Duration `json:"linger"`         // how long an entry outlives its workload; default 1m
-	BundleEndpoint string   `json:"bundleEndpoint"` // host:port at which spire-server reaches bundleEndpoint.listen; default: that, on 127.0.0.1 if unspecified
-}
-
-// SPIREEntry is a registration entry to be made.
-type SPIREEntry struct {
-	Parent    string   `json:"parent"`    // spiffe://{{.TrustDomain}}/k8s/nodes
-	Selectors []string `json:"selectors"` // k8s:ns:{{.Namespace}}
 }
 
 // X509Pop lets SPIRE agents attest by a certificate that chains to a CA in the file, and its key. Off without a file.
@@ -122,6 +108,7 @@ type Kubernetes struct {
 	TokenFile  string   `json:"tokenFile"`  // of an account with ClusterRole system:auth-delegator; default: the pod's
 	NodeAgents []string `json:"nodeAgents"` // <namespace>:<service account> of SPIRE agents (k8s_psat), one per node; default: none
 	Audience   string   `json:"audience"`   // of the tokens of pods (hanse_pod); default "hanse"
+	Gateways   []string `json:"gateways"`   // <namespace>:<service account> of this cluster's gateways (hanse_pod); default: none
 }
 
 // Etcd is where state lives: embedded, unless endpoints are given.
@@ -210,7 +197,6 @@ func (c *Config) fill() {
 	def(&c.Identity.X509Life, time.Hour)
 	def(&c.Identity.JWTLife, 5*time.Minute)
 	def(&c.Identity.RootLife, 7*24*time.Hour)
-	def(&c.Identity.SPIRE.Linger, time.Minute)
 	def(&c.Timers.Suspect, 20*time.Second)
 	def(&c.Timers.Recover, 10*time.Second)
 	def(&c.Timers.Probe, 5*time.Second)
@@ -235,6 +221,16 @@ var replicaName = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9._]{0,251}[A-Za-z0
 
 var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
+func validPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
+}
+
+func unspecified(host string) bool {
+	a, err := netip.ParseAddr(host)
+	return err == nil && a.IsUnspecified()
+}
+
 // Validate reports every fault together.
 func (c *Config) Validate() error {
 	var faults *multierror.Error
@@ -251,15 +247,15 @@ func (c *Config) Validate() error {
 		bad("dataDir", "missing: say where etcd and keys are kept")
 	}
 	for i, g := range c.Gateways {
-		if a, err := netip.ParseAddrPort(g); err != nil || a.Addr().IsUnspecified() {
-			bad(fmt.Sprintf("gateways[%d]", i), "%q is not an ip:port that other clusters can dial", g)
+		if h, port, err := net.SplitHostPort(g); err != nil || h == "" || !validPort(port) || unspecified(h) {
+			bad(fmt.Sprintf("gateways[%d]", i), "%q is not an ip:port or host:port that other clusters can dial", g)
 		}
 	}
 	for _, l := range []struct{ field, addr string }{
 		{"federation.listen", c.Federation.Listen}, {"identity.listen", c.Identity.Listen}, {"xds.listen", c.XDS.Listen},
-		{"bundleEndpoint.listen", c.Bundle.Listen}, {"admin.listen", c.Admin.Listen}, {"remoteAdmin.listen", c.Remote.Listen},
+		{"bundleEndpoint.listen", c.Bundle.Listen}, {"admin.listen", c.Admin.Listen}, {"remoteAdmin.listen", c.Remote.Listen}, {"health.listen", c.Health.Listen},
 	} {
-		if l.addr == "" && l.field == "remoteAdmin.listen" {
+		if l.addr == "" && (l.field == "remoteAdmin.listen" || l.field == "health.listen") {
 			continue
 		}
 		if _, _, err := net.SplitHostPort(l.addr); err != nil {
@@ -297,17 +293,25 @@ func (c *Config) Validate() error {
 	if l := c.Timers.Leader.Duration; l < time.Second || l%time.Second != 0 {
 		bad("timers.leader", "%s: want whole seconds, at least 1s", l)
 	}
-	if k := c.Identity.Kubernetes; k.Cluster == "" && (k.Server != "" || k.CAFile != "" || k.TokenFile != "" || len(k.NodeAgents) > 0 || k.Audience != "") {
+	if k := c.Identity.Kubernetes; k.Cluster == "" && (k.Server != "" || k.CAFile != "" || k.TokenFile != "" || len(k.NodeAgents) > 0 || len(k.Gateways) > 0 || k.Audience != "") {
 		bad("identity.kubernetes.cluster", "missing: say by which name agents know this cluster")
 	} else if k.Server != "" && !strings.HasPrefix(k.Server, "https://") {
 		bad("identity.kubernetes.server", "%q: want https://host:port", k.Server)
 	}
-	for i, a := range c.Identity.Kubernetes.NodeAgents {
-		if ns, sa, ok := strings.Cut(a, ":"); !ok || ns == "" || sa == "" {
-			bad(fmt.Sprintf("identity.kubernetes.nodeAgents[%d]", i), "%q: want <namespace>:<service account>, such as spire:spire-agent", a)
+	for field, accounts := range map[string][]string{"nodeAgents": c.Identity.Kubernetes.NodeAgents, "gateways": c.Identity.Kubernetes.Gateways} {
+		for i, a := range accounts {
+			if ns, sa, ok := strings.Cut(a, ":"); !ok || ns == "" || sa == "" || strings.Contains(sa, ":") {
+				bad(fmt.Sprintf("identity.kubernetes.%s[%d]", field, i), "%q: want <namespace>:<service account>, such as spire:spire-agent", a)
+			}
 		}
 	}
-	c.validateSPIRE(bad)
+	for field, s := range map[string]string{"gatewayService": c.KubeAPI.GatewayService, "federationService": c.KubeAPI.FederationService} {
+		if ns, name, ok := strings.Cut(s, "/"); s != "" && (!ok || !dnsLabel.MatchString(ns) || !dnsLabel.MatchString(name)) {
+			bad("kubeAPI."+field, "%q: want namespace/name of a Service", s)
+		} else if s != "" && !c.KubeAPI.Enabled {
+			bad("kubeAPI.enabled", "false, although %s is given: set it to true, or remove it", field)
+		}
+	}
 	if k := c.KubeAPI; !k.Enabled && (k.Kubeconfig != "" || k.Context != "") {
 		bad("kubeAPI.enabled", "false, although a kubeconfig or context is given: set it to true, or remove them")
 	}
@@ -334,40 +338,4 @@ func (c *Config) Validate() error {
 		return errors.Unwrap(faults)
 	}
 	return faults
-}
-
-func (c *Config) validateSPIRE(bad func(field, format string, args ...any)) {
-	s, i := c.Identity.SPIRE, c.Identity
-	if s.Server == "" {
-		if s.WorkloadAPI != "" || len(s.Entries)+len(s.ControlPlane)+len(s.Gateways) > 0 || s.BundleEndpoint != "" {
-			bad("identity.spire.server", "missing: the address of spire-server, such as unix:///run/spire/server/api.sock")
-		}
-		return
-	}
-	if path, local := strings.CutPrefix(s.Server, "unix://"); local && !filepath.IsAbs(path) {
-		bad("identity.spire.server", "%q: want unix:// and an absolute path, such as unix:///run/spire/server/api.sock", s.Server)
-	} else if _, port, err := net.SplitHostPort(s.Server); !local && (err != nil || port == "") {
-		bad("identity.spire.server", "%q is neither unix:///path nor host:port", s.Server)
-	}
-	if path, local := strings.CutPrefix(s.WorkloadAPI, "unix://"); !local || !filepath.IsAbs(path) {
-		bad("identity.spire.workloadAPI", "%q: want unix:// and the absolute path of the spire-agent's socket, such as unix:///run/spire/agent/api.sock", s.WorkloadAPI)
-	}
-	if s.BundleEndpoint != "" {
-		if h, _, err := net.SplitHostPort(s.BundleEndpoint); err != nil || h == "" {
-			bad("identity.spire.bundleEndpoint", "%q is not host:port", s.BundleEndpoint)
-		}
-	}
-	if i.X509Pop.CAFile != "" || i.Kubernetes.Cluster != "" {
-		bad("identity.spire", "agents attest at spire-server: configure its attestors, and remove identity.x509pop and identity.kubernetes")
-	}
-	if s.Linger.Duration < 0 {
-		bad("identity.spire.linger", "%s is negative", s.Linger)
-	}
-	for field, of := range map[string][]SPIREEntry{"entries": s.Entries, "controlPlane": s.ControlPlane, "gateways": s.Gateways} {
-		for n, e := range of {
-			if _, err := onspire.ParseTemplate(e.Parent, e.Selectors); err != nil {
-				bad(fmt.Sprintf("identity.spire.%s[%d]", field, n), "%v", err)
-			}
-		}
-	}
 }

@@ -46,6 +46,7 @@ func command() *cobra.Command {
 	var check bool
 	var endpoints []string
 	var replica string
+	var advertise []string
 	cmd := &cobra.Command{
 		Use:   "hansed --config FILE",
 		Short: "Control plane of one cluster of a Hanse mesh",
@@ -63,7 +64,10 @@ func command() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if len(endpoints) > 0 || replica != "" {
+			if len(endpoints) > 0 || replica != "" || len(advertise) > 0 {
+				if len(advertise) > 0 {
+					cfg.Federation.Advertise = advertise
+				}
 				if len(endpoints) > 0 {
 					cfg.Etcd.Endpoints = endpoints
 				}
@@ -83,6 +87,8 @@ func command() *cobra.Command {
 	cmd.Flags().BoolVar(&check, "check", false, "check the configuration and end")
 	cmd.Flags().StringSliceVar(&endpoints, "etcd-endpoints", nil, "use this external etcd instead of the embedded one; several hansed over one etcd are replicas, of which one leads")
 	cmd.Flags().StringVar(&replica, "replica", "", "name of this hansed among those of its cluster; default the host's name")
+	cmd.Flags().StringSliceVar(&advertise, "advertise", nil, "host:port at which other clusters and other replicas reach this hansed's federation port; default what the file says")
+	cmd.AddCommand(connectCommand())
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	return cmd
 }
@@ -111,10 +117,19 @@ func run(ctx context.Context, cfg *Config) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("admin: listen on %s: %w", cfg.Admin.Listen, err), p.stores.Close())
 	}
+	var healthListener net.Listener
+	if cfg.Health.Listen != "" {
+		if healthListener, err = net.Listen("tcp", cfg.Health.Listen); err != nil {
+			return errors.Join(fmt.Errorf("health: listen on %s: %w", cfg.Health.Listen, err), adminListener.Close(), p.stores.Close())
+		}
+	}
 	page := &daemon.Admin{Ready: p.ready, Gatherer: reg, Level: level, Snapshot: p.snapshot, Log: log}
 	var g daemon.Group
 	g.Add("stores", p.stores.run)
 	g.Add("admin", func(ctx context.Context) error { return page.Run(ctx, adminListener) })
+	if healthListener != nil {
+		g.Add("health", func(ctx context.Context) error { return page.RunHealth(ctx, healthListener, cfg.Health.Metrics) })
+	}
 	g.Add("control plane", p.Run)
 	log.Info("hansed starts", "version", daemon.Version, "trust_domain", cfg.TrustDomain, "data", cfg.DataDir)
 	// Before anything ends, peers are told that the silence which follows is planned.
@@ -142,9 +157,6 @@ func (p *controlPlane) ready() error {
 	case <-p.listening:
 	default:
 		return errors.New("listeners are not open yet")
-	}
-	if _, err := p.source.GetX509SVID(); err != nil {
-		return fmt.Errorf("this control plane can serve nobody: %w; hanse status says why", err)
 	}
 	select {
 	case <-p.mesh.Loaded():

@@ -47,7 +47,7 @@ type RootKeeper struct {
 }
 
 // NewRootKeeper returns a RootKeeper for the API server of source. roots returns the newest, and a channel that is closed when there are newer ones. mutating and validating name
-// configurations of webhooks that hansed serves; those that do not exist are left alone. writes counts by resource, verb and result, as a Writer's.
+// configurations of webhooks that hansed serves; those that do not exist are left alone, and "" is none. writes counts by resource, verb and result, as a Writer's.
 func (w *Writer) NewRootKeeper(roots func() (Roots, <-chan struct{}), mutating, validating string) *RootKeeper {
 	gv := schema.GroupVersion{Group: "admissionregistration.k8s.io", Version: "v1"}
 	return &RootKeeper{source: w.cfg.Source, roots: roots, log: w.cfg.Log, writes: w.writes, hooks: map[schema.GroupVersionResource]string{
@@ -109,6 +109,9 @@ func (k *RootKeeper) Run(ctx context.Context) error {
 	}
 	hooks := map[schema.GroupVersionResource]cache.GenericLister{}
 	for r, name := range k.hooks {
+		if name == "" {
+			continue
+		}
 		if hooks[r], err = watch(r, name); err != nil {
 			return err
 		}

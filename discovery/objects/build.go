@@ -16,7 +16,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	mcsv1alpha1 "sigs.k8s.io/mcs-api/pkg/apis/v1alpha1"
 
@@ -150,8 +149,7 @@ func (b *builder) created(o Object) time.Time {
 
 func (b *builder) services() map[discovery.Name]*discovery.Service {
 	slicesOf := make(map[discovery.Name][]Object, len(b.Set.kinds["EndpointSlice"]))
-	all(b, "EndpointSlice", func(o Object, v metav1.Object) {
-		s := headOf(v)
+	all(b, "EndpointSlice", func(o Object, s *discoveryv1.EndpointSlice) {
 		n := discovery.Name{Namespace: s.Namespace, Name: s.Labels[discoveryv1.LabelServiceName]}
 		slicesOf[n] = append(slicesOf[n], o)
 	})
@@ -171,7 +169,7 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 		}
 		in := inputs{service: s}
 		for _, so := range slicesOf[o.Name()] {
-			in.slices = append(in.slices, so.Value)
+			in.slices = append(in.slices, so.Value.(*discoveryv1.EndpointSlice))
 		}
 		if exported {
 			spec := &export.Value.(*mcsv1alpha1.ServiceExport).Spec
@@ -243,16 +241,15 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 	}
 	slices.SortStableFunc(sliceObjects, func(x, y Object) int { // the preferred family first
 		rank := func(o Object) int {
-			if headOf(o.Value).AddressType == prefer {
+			if o.Value.(*discoveryv1.EndpointSlice).AddressType == prefer {
 				return 0
 			}
 			return 1
 		}
 		return cmp.Compare(rank(x), rank(y))
 	})
-	e.dual = slices.ContainsFunc(sliceObjects, func(o Object) bool { return headOf(o.Value).AddressType != prefer })
 	for _, so := range sliceObjects {
-		e.slice(so, unpacked(so.Value))
+		e.slice(so, so.Value.(*discoveryv1.EndpointSlice))
 	}
 	slices.SortFunc(svc.Endpoints, func(x, y *discovery.Endpoint) int { return cmp.Compare(x.ID, y.ID) })
 	if was != nil && !b.Complete {
@@ -295,8 +292,7 @@ type endpointBuilder struct {
 	service *discovery.Service
 	known   map[string]string      // IDs so far by endpointKey
 	ids     map[string]string      // IDs from now on
-	dual    bool                   // there are slices of several families
-	pods    map[string]podEndpoint // by name, if so
+	pods    map[string]podEndpoint // by UID of the targetRef
 	faults  []*Fault
 }
 
@@ -354,10 +350,10 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	if err != nil {
 		return
 	}
-	pod := ""
-	if e.dual && from.TargetRef != nil && from.TargetRef.Kind == "Pod" && from.TargetRef.Name != "" { // a dual-stack pod is in a slice of each family: one endpoint
-		pod = from.TargetRef.Name
-		if was, ok := e.pods[pod]; ok && was.family != family {
+	uid := ""
+	if from.TargetRef != nil && from.TargetRef.UID != "" { // a dual-stack pod is in a slice of each family: one endpoint
+		uid = string(from.TargetRef.UID)
+		if was, ok := e.pods[uid]; ok && was.family != family {
 			if was.of.Second == nil && maps.Equal(was.of.Ports, ep.Ports) {
 				was.of.Second = &a
 			}
@@ -381,8 +377,8 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	}
 	ep.ID, e.ids[key] = id, id
 	e.service.Endpoints = append(e.service.Endpoints, &ep)
-	if _, ok := e.pods[pod]; pod != "" && !ok {
-		e.pods[pod] = podEndpoint{family, &ep}
+	if _, ok := e.pods[uid]; uid != "" && !ok {
+		e.pods[uid] = podEndpoint{family, &ep}
 	}
 }
 

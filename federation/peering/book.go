@@ -210,7 +210,7 @@ func (m *Mesh) refreshOwn(ctx context.Context) error {
 	have := *m.book.Load().Own()
 	want := have
 	want.Name, want.TrustDomain = m.cfg.Self.Cluster, m.cfg.Self.TrustDomain
-	want.Addresses, want.Gateways = *m.addresses.Load(), m.cfg.Self.Gateways
+	want.Addresses, want.Gateways = *m.addresses.Load(), *m.gateways.Load()
 	want.Network, want.Region, want.Version = m.cfg.Self.Network, m.cfg.Self.Region, m.cfg.Version
 	if own := m.cfg.Source.Bundles()[m.td]; own != nil && !sameBundle(own, have.Bundle) {
 		b, err := own.Marshal()

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -117,6 +118,7 @@ type Mesh struct {
 
 	local      atomic.Pointer[discovery.Snapshot]
 	addresses  atomic.Pointer[[]string]                       // of the federation listeners of all replicas
+	gateways   atomic.Pointer[[]netip.AddrPort]               // of this cluster
 	states     atomic.Pointer[map[string]discovery.PeerState] // by member ID, as the leader has judged; nil until read
 	restored   atomic.Pointer[map[string][]string]            // scopes by member ID, as the last run, or the leader, exported them
 	acked      atomic.Pointer[map[spiffeid.TrustDomain]uint64]
@@ -187,6 +189,7 @@ func New(cfg Config) (*Mesh, error) {
 	}
 	m.term.Store(&term{own: cfg.Own, imports: cfg.Imports})
 	m.addresses.Store(&cfg.Advertise)
+	m.gateways.Store(&cfg.Self.Gateways)
 	m.restored.Store(&map[string][]string{})
 	m.access.Store(&map[spiffeid.TrustDomain]grant{})
 	m.acked.Store(&map[spiffeid.TrustDomain]uint64{})
@@ -252,6 +255,13 @@ func (m *Mesh) Loaded() <-chan struct{} { return m.loaded }
 func (m *Mesh) SetAddresses(addresses []string) {
 	a := slices.Clone(addresses)
 	m.addresses.Store(&a)
+	m.wake()
+}
+
+// SetGateways says where this cluster's gateways are, as other clusters dial them.
+func (m *Mesh) SetGateways(gateways []netip.AddrPort) {
+	g := slices.Clone(gateways)
+	m.gateways.Store(&g)
 	m.wake()
 }
 
@@ -395,11 +405,12 @@ type basis struct {
 	acked     *map[spiffeid.TrustDomain]uint64
 	restored  *map[string][]string
 	addresses *[]string
+	gateways  *[]netip.AddrPort
 	bundles   <-chan struct{} // of the Source; another one after each change
 }
 
 func (m *Mesh) basisNow() basis {
-	return basis{m.book.Load(), m.local.Load(), m.acked.Load(), m.restored.Load(), m.addresses.Load(), m.cfg.Source.Changed()}
+	return basis{m.book.Load(), m.local.Load(), m.acked.Load(), m.restored.Load(), m.addresses.Load(), m.gateways.Load(), m.cfg.Source.Changed()}
 }
 
 // reobserve is how often what a peer exports of members is read again though it has not changed: what it means also depends on what others

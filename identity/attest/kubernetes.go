@@ -43,11 +43,12 @@ type NodeAgents struct {
 }
 
 // Pods accepts an agent inside a pod by a token that is bound to that pod, and entitles it to exactly the ID of the
-// pod's service account.
+// pod's service account; those of Gateways to the cluster's gateway ID instead.
 type Pods struct {
 	TrustDomain spiffeid.TrustDomain
 	Cluster     string
-	Audience    string // default PodAudience
+	Audience    string   // default PodAudience
+	Gateways    []string // <namespace>:<service account>
 	Reviewer    TokenReviewer
 }
 
@@ -134,6 +135,9 @@ func (a *Pods) Attest(ctx context.Context, payload []byte, _ Challenge) (Evidenc
 	entry, err := identity.WorkloadID(a.TrustDomain, r.namespace, r.account)
 	if err != nil {
 		return Evidence{}, refused("%v", err)
+	}
+	if slices.Contains(a.Gateways, r.namespace+":"+r.account) {
+		entry = identity.GatewayID(a.TrustDomain)
 	}
 	return Evidence{AgentID: id, Entry: entry, Selectors: []string{"cluster:" + a.Cluster, "ns:" + r.namespace, "sa:" + r.account,
 		"pod_name:" + r.podName, "pod_uid:" + r.podUID, "node_name:" + r.nodeName}}, nil

@@ -71,6 +71,8 @@ var tokens = map[string]token{
 	"pod":       {"hanse", "system:serviceaccount:shop:frontend", "frontend-x", "p-2", "node-1", "n-1"},
 	"loose":     {"hanse", "system:serviceaccount:shop:frontend", "", "", "", ""},
 	"user":      {"hanse", "jane", "frontend-x", "p-2", "node-1", "n-1"},
+	"gateway":   {"hanse", "system:serviceaccount:hanse-system:hanse-gateway", "hanse-gateway-x", "p-3", "node-1", "n-1"},
+	"imitator":  {"hanse", "system:serviceaccount:shop:hanse-gateway", "hanse-gateway-y", "p-4", "node-1", "n-1"},
 	"strange":   {"hanse", "system:serviceaccount:shop:a/../b", "frontend-x", "p-2", "node-1", "n-1"},
 	"otherwise": {"vault", "system:serviceaccount:shop:frontend", "frontend-x", "p-2", "node-1", "n-1"},
 }
@@ -95,6 +97,14 @@ func TestKubernetes(t *testing.T) {
 	check(t, err)
 	if e.AgentID.String() != "spiffe://west.demo/spire/agent/hanse_pod/west/p-2" || e.Entry != frontend {
 		t.Errorf("pod %+v", e)
+	}
+
+	// Gateways are told from workloads by namespace and account together.
+	pods.Gateways = []string{"hanse-system:hanse-gateway"}
+	for token, want := range map[string]string{"gateway": "spiffe://west.demo/hanse/gateway", "imitator": "spiffe://west.demo/ns/shop/sa/hanse-gateway", "pod": frontend.String()} {
+		if e, err = pods.Attest(t.Context(), kube("west", token), nil); err != nil || e.Entry.String() != want {
+			t.Errorf("%s is entitled to %s (%v), want %s", token, e.Entry, err, want)
+		}
 	}
 
 	for name, c := range map[string]struct {

@@ -49,8 +49,10 @@ func CheckLoopback(address string) error {
 }
 
 // Run serves on ln until ctx ends. ln must be loopback; it is closed.
-func (a *Admin) Run(ctx context.Context, ln net.Listener) error {
-	srv := &http.Server{Handler: a.handler(), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+func (a *Admin) Run(ctx context.Context, ln net.Listener) error { return a.serve(ctx, ln, a.handler()) }
+
+func (a *Admin) serve(ctx context.Context, ln net.Listener, h http.Handler) error {
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(a.Log.Handler(), slog.LevelDebug)}
 	stop := context.AfterFunc(ctx, func() {
 		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
@@ -66,8 +68,17 @@ func (a *Admin) Run(ctx context.Context, ln net.Listener) error {
 	return nil
 }
 
-func (a *Admin) handler() http.Handler {
+// RunHealth serves /livez and /readyz on ln, and /metrics if it may, to whoever can reach it, until ctx ends. ln is closed.
+func (a *Admin) RunHealth(ctx context.Context, ln net.Listener, metrics bool) error {
 	mux := http.NewServeMux()
+	a.health(mux)
+	if metrics {
+		mux.Handle("GET /metrics", a.metrics())
+	}
+	return a.serve(ctx, ln, mux)
+}
+
+func (a *Admin) health(mux *http.ServeMux) {
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if err := a.Ready(); err != nil {
@@ -76,7 +87,16 @@ func (a *Admin) handler() http.Handler {
 		}
 		_, _ = w.Write([]byte("ok\n"))
 	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(a.Gatherer, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(a.Log.Handler(), slog.LevelWarn)}))
+}
+
+func (a *Admin) metrics() http.Handler {
+	return promhttp.HandlerFor(a.Gatherer, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(a.Log.Handler(), slog.LevelWarn)})
+}
+
+func (a *Admin) handler() http.Handler {
+	mux := http.NewServeMux()
+	a.health(mux)
+	mux.Handle("GET /metrics", a.metrics())
 	mux.HandleFunc("GET /debug/loglevel", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, a.Level.Level()) })
 	mux.HandleFunc("PUT /debug/loglevel", func(w http.ResponseWriter, r *http.Request) {
 		level, err := ParseLevel(r.URL.Query().Get("level"))

@@ -1,0 +1,88 @@
+{{- define "hanse.labels" -}}
+app.kubernetes.io/part-of: hanse
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: hanse-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "hanse.image" -}}
+{{ .root.Values.images.registry }}/{{ .name }}:{{ .root.Values.images.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
+{{- define "hanse.network" -}}
+{{ .Values.network | default .Values.cluster }}
+{{- end }}
+
+{{- define "hanse.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "hanse.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- /* hansed.yaml, without what people add */ -}}
+{{- define "hanse.config" -}}
+cluster: {{ .Values.cluster }}
+trustDomain: {{ .Values.trustDomain }}
+mesh: {{ .Values.mesh }}
+{{- with .Values.region }}
+region: {{ . }}
+{{- end }}
+network: {{ include "hanse.network" . }}
+{{- with .Values.labels }}
+labels: {{ toJson . }}
+{{- end }}
+{{- with .Values.gateway.addresses }}
+gateways: {{ toJson . }}
+{{- end }}
+dataDir: /var/lib/hanse/data
+socket: /run/hanse/hansed.sock
+kubeAPI:
+  enabled: true
+  {{- if .Values.gateway.enabled }}
+  gatewayService: {{ .Release.Namespace }}/hanse-gateway
+  {{- end }}
+  {{- if not .Values.federation.advertise }}
+  federationService: {{ .Release.Namespace }}/hanse-federation
+  {{- end }}
+  {{- if .Values.webhooks.enabled }}
+  webhook:
+    listen: ":7448"
+    service: hansed.{{ .Release.Namespace }}
+    inject:
+      image: {{ include "hanse.image" (dict "root" . "name" "hanse-proxy") }}
+      imagePullPolicy: {{ .Values.images.pullPolicy }}
+      identity: ["hansed.{{ .Release.Namespace }}.svc:7444"]
+      xds: ["hansed.{{ .Release.Namespace }}.svc:7445"]
+  {{- end }}
+identity:
+  kubernetes:
+    cluster: {{ .Values.cluster }}
+    gateways: ["{{ .Release.Namespace }}:hanse-gateway"]
+federation:
+  listen: ":7443"
+  {{- with .Values.federation.advertise }}
+  advertise: {{ toJson . }}
+  {{- end }}
+health:
+  listen: ":7441"
+  metrics: {{ .Values.metrics.enabled }}
+{{- with .Values.etcd.endpoints }}
+etcd:
+  endpoints: {{ toJson . }}
+  {{- if $.Values.etcd.tlsSecret }}
+  certFile: /etc/hanse/etcd/tls.crt
+  keyFile: /etc/hanse/etcd/tls.key
+  caFile: /etc/hanse/etcd/ca.crt
+  {{- end }}
+{{- end }}
+log: {level: {{ .Values.hansed.logLevel }}}
+{{- end }}

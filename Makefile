@@ -143,6 +143,15 @@ bin/tools/kube-apiserver: test/kube/kubernetes/go.mod
 	cd test/kube/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w $(KUBERNETES_LDFLAGS)' -o ../../../bin/tools/ k8s.io/kubernetes/cmd/kube-apiserver
 	@touch $@
 
+.PHONY: conformance-gateway
+conformance-gateway: bin/tools/gateway-conformance ## The Gateway API's suite, unmodified: its mesh profiles against the cluster of KUBECONFIG, which has Hanse; the report goes to docs/conformance/
+	@test -n "$(KUBECONFIG)" || { echo "KUBECONFIG must name a cluster with Hanse, the Gateway API's CRDs and the image of docs/conformance/README.md"; exit 2; }
+	bin/tools/gateway-conformance -test.v -test.timeout 30m -test.run TestGatewayConformance -conformance-options-file test/kube/gateway/options.yaml -report-output $(CURDIR)/docs/conformance/report.yaml
+
+bin/tools/gateway-conformance: test/kube/gateway/go.mod test/kube/gateway/gateway_test.go
+	@mkdir -p bin/tools
+	cd test/kube/gateway && CGO_ENABLED=0 $(GO) test -c -trimpath -o ../../../bin/tools/gateway-conformance .
+
 .PHONY: clean
 clean: ## Remove what was built
 	rm -rf bin .demo

@@ -69,7 +69,7 @@ func callMain(args []string, stdout, stderr io.Writer) int {
 	}
 	target, err := url.Parse(flags.Arg(0))
 	if flags.NArg() != 1 || err != nil || target.Host == "" && target.Scheme != "xds" {
-		fmt.Fprintf(stderr, "echo call: give one URL: http://payments.shop:8080/, ws://…, grpc://…, xds:///… or tcp://…\n")
+		fmt.Fprintf(stderr, "echo call: give one URL: http://payments.shop:8080/, ws://…, grpc://…, xds:///…, tcp://… or udp://…\n")
 		return 2
 	}
 	c.target = target
@@ -80,6 +80,7 @@ func callMain(args []string, stdout, stderr io.Writer) int {
 	c.client = &http.Client{Transport: tr, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends it at once
 	failed := false
 	enc := json.NewEncoder(stdout)
 	for n := 0; (*count == 0 || n < *count) && ctx.Err() == nil; n++ {
@@ -91,7 +92,7 @@ func callMain(args []string, stdout, stderr io.Writer) int {
 			}
 		}
 		began := time.Now()
-		callCtx, cancel := context.WithTimeout(ctx, c.timeout)
+		callCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout) // a call that has begun is finished
 		r := c.call(callCtx)
 		cancel()
 		r.Seconds = time.Since(began).Seconds()
@@ -123,8 +124,10 @@ func (c *caller) call(ctx context.Context) Result {
 		r, err = c.grpc(ctx)
 	case "tcp":
 		r, err = c.tcp(ctx)
+	case "udp":
+		r, err = c.udp(ctx)
 	default:
-		err = fmt.Errorf("scheme %q: want http, ws, grpc, xds or tcp", c.target.Scheme)
+		err = fmt.Errorf("scheme %q: want http, ws, grpc, xds, tcp or udp", c.target.Scheme)
 	}
 	if err != nil && r.Error == "" {
 		r.Error = err.Error()
@@ -261,6 +264,32 @@ func (c *caller) tcp(ctx context.Context) (r Result, err error) {
 	r.OK, r.Text = string(b) == c.body, string(b)
 	if !r.OK {
 		r.Error = "got back other bytes than were sent"
+	}
+	return r, nil
+}
+
+// udp sends one datagram and waits for it to come back. No sidecar carries it.
+func (c *caller) udp(ctx context.Context) (r Result, err error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "udp", c.target.Host)
+	if err != nil {
+		return r, err
+	}
+	defer conn.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = conn.SetDeadline(deadline)
+	}
+	if _, err := io.WriteString(conn, c.body); err != nil {
+		return r, err
+	}
+	buf := make([]byte, maxDatagram)
+	n, err := conn.Read(buf)
+	if err != nil {
+		return r, err
+	}
+	r.OK, r.Text = string(buf[:n]) == c.body, string(buf[:n])
+	if !r.OK {
+		r.Error = "got back another datagram than was sent"
 	}
 	return r, nil
 }

@@ -20,10 +20,10 @@ func TestCallServe(t *testing.T) {
 		defer ln.Close()
 		return ln.Addr().String()
 	}
-	web, raw := free(), free()
+	web, raw, datagrams := free(), free(), free()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
-	go func() { done <- s.run(ctx, []string{web}, []string{raw}, nil) }()
+	go func() { done <- s.run(ctx, []string{web}, []string{raw}, []string{datagrams}, nil) }()
 	defer func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -49,6 +49,7 @@ func TestCallServe(t *testing.T) {
 		{[]string{"grpc://" + web, "-body", "hi", "-stream", "server"}, 0, `"ok":true`},
 		{[]string{"grpc://" + web, "-body", "hi", "-stream", "bidi"}, 0, `"ok":true`},
 		{[]string{"tcp://" + raw, "-body", "hi"}, 0, `"ok":true`},
+		{[]string{"udp://" + datagrams, "-body", "hi"}, 0, `"text":"hi"`},
 	} {
 		var out, errs bytes.Buffer
 		args := append([]string{"call", "-proxy", ""}, append(tc.args[1:], tc.args[0])...)

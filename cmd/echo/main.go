@@ -1,5 +1,5 @@
 // Echo is the sample workload: it answers who and where it is, and who calls, over HTTP/1.1, HTTP/2 with prior knowledge, WebSocket,
-// gRPC and raw TCP. It knows nothing of the mesh but two headers that its sidecar sets.
+// gRPC, raw TCP and UDP. It knows nothing of the mesh but two headers that its sidecar sets.
 //
 //	echo serve --http 127.0.0.1:9101 --tcp unix:/run/echo.sock --service payments --cluster west …
 //	echo call  --proxy 127.0.0.1:15001 http://payments.shop:8080/
@@ -15,7 +15,7 @@ import (
 
 const usage = `usage:
   echo serve [flags]        answer on the given addresses
-  echo call [flags] URL     call http://, ws://, grpc://, xds:/// or tcp:// and print the answers as JSON lines
+  echo call [flags] URL     call http://, ws://, grpc://, xds:///, tcp:// or udp:// and print the answers as JSON lines
 `
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }

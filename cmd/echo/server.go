@@ -67,15 +67,19 @@ type server struct {
 	rnd     func() float64
 }
 
-const maxEcho = 1 << 20 // of a body that is given back in an Answer
+const (
+	maxEcho     = 1 << 20 // of a body that is given back in an Answer
+	maxDatagram = 64 << 10
+)
 
 func serveMain(args []string, stderr io.Writer) int {
 	s := &server{rnd: rand.Float64}
 	flags := flag.NewFlagSet("echo serve", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	var http, tcp, xdsAddrs addresses
+	var http, tcp, udp, xdsAddrs addresses
 	flags.Var(&http, "http", "`address` for HTTP/1.1, HTTP/2, WebSocket and gRPC: host:port or unix:/path; may be repeated")
 	flags.Var(&tcp, "tcp", "`address` for raw TCP, which gives back every byte; may be repeated")
+	flags.Var(&udp, "udp", "`address` (host:port) for UDP, which gives back every datagram; may be repeated")
 	flags.Var(&xdsAddrs, "xds", "`address` (ip:port) for gRPC as a member of the mesh without a sidecar: mTLS and policy come by xDS; may be repeated")
 	flags.StringVar(&s.who.Service, "service", "echo", "name of the service")
 	flags.StringVar(&s.who.Cluster, "cluster", "", "cluster")
@@ -87,8 +91,8 @@ func serveMain(args []string, stderr io.Writer) int {
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
-	if len(http)+len(tcp)+len(xdsAddrs) == 0 || flags.NArg() > 0 {
-		fmt.Fprintf(stderr, "echo serve: give --http, --tcp or --xds addresses, and nothing else\n")
+	if len(http)+len(tcp)+len(udp)+len(xdsAddrs) == 0 || flags.NArg() > 0 {
+		fmt.Fprintf(stderr, "echo serve: give --http, --tcp, --udp or --xds addresses, and nothing else\n")
 		return 2
 	}
 	if s.who.Instance == "" {
@@ -96,7 +100,7 @@ func serveMain(args []string, stderr io.Writer) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := s.run(ctx, http, tcp, xdsAddrs); err != nil {
+	if err := s.run(ctx, http, tcp, udp, xdsAddrs); err != nil {
 		fmt.Fprintf(stderr, "echo: %v\n", err)
 		return 1
 	}
@@ -130,12 +134,24 @@ func listen(address string) (net.Listener, error) {
 }
 
 // run serves until ctx ends, then finishes what is open, up to 5 s.
-func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs, xdsAddrs []string) error {
+func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs, udpAddrs, xdsAddrs []string) error {
 	var listeners []net.Listener
+	var sockets []net.PacketConn
 	closeAll := func() {
 		for _, ln := range listeners {
 			_ = ln.Close()
 		}
+		for _, c := range sockets {
+			_ = c.Close()
+		}
+	}
+	for _, a := range udpAddrs {
+		c, err := net.ListenPacket("udp", a)
+		if err != nil {
+			closeAll()
+			return err
+		}
+		sockets = append(sockets, c)
 	}
 	for _, a := range slices.Concat(httpAddrs, tcpAddrs, xdsAddrs) {
 		ln, err := listen(a)
@@ -168,6 +184,9 @@ func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs, xdsAddrs []string
 		default:
 			all.Go(func() { _ = meshServer.Serve(ln) })
 		}
+	}
+	for _, c := range sockets {
+		all.Go(func() { serveUDP(c) })
 	}
 	<-ctx.Done()
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
@@ -363,6 +382,20 @@ func serveTCP(ctx context.Context, ln net.Listener) {
 				}
 			}
 		})
+	}
+}
+
+// serveUDP gives back every datagram until c is closed.
+func serveUDP(c net.PacketConn) {
+	buf := make([]byte, maxDatagram)
+	for {
+		n, from, err := c.ReadFrom(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err == nil {
+			_, _ = c.WriteTo(buf[:n], from)
+		}
 	}
 }
 

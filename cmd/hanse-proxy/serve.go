@@ -202,16 +202,24 @@ type process struct {
 }
 
 // trust loads bundles that the control plane has announced. When it returns nil, no connection rests on what they do not vouch for.
-func (p *process) trust(ctx context.Context, sequences map[string]uint64) error {
-	want := make(map[spiffeid.TrustDomain]uint64, len(sequences))
-	for name, seq := range sequences {
+func (p *process) trust(ctx context.Context, t xdsclient.Trust) error {
+	want := make(map[spiffeid.TrustDomain]uint64, len(t.Sequences))
+	authorities := make(map[spiffeid.TrustDomain][]byte, len(t.Authorities))
+	for name, seq := range t.Sequences {
 		td, err := spiffeid.TrustDomainFromString(name)
 		if err != nil {
 			return fmt.Errorf("announced trust domain %q: %w", name, err)
 		}
 		want[td] = seq
+		if d := t.Authorities[name]; len(d) > 0 {
+			authorities[td] = d
+		}
 	}
-	if err := p.ids.TrustRefresh(ctx, want); err != nil {
+	refresh := func() error { return p.ids.TrustRefresh(ctx, want) }
+	if p.cfg.ControlPlane.WorkloadAPI != "" {
+		refresh = func() error { return p.ids.TrustFollowed(ctx, authorities) }
+	}
+	if err := refresh(); err != nil {
 		return err
 	}
 	if s := p.sidecar.Load(); s != nil {

@@ -137,10 +137,13 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 	out := admin.Status{Cluster: p.cfg.Cluster, TrustDomain: p.cfg.TrustDomain, Version: p.version, Clusters: p.clusters(s), Proxies: len(p.proxies()), Services: len(services)}
 	check := func(c admin.Check) { out.Checks = append(out.Checks, c) }
 	if !p.replicas.alone() {
-		out.Replicas = p.replicas.rows(p.now(), p.roots.signs())
+		out.Replicas = p.replicas.rows(p.now(), p.signs())
 		check(p.replicas.check(p.now()))
 	}
 
+	if p.onSPIRE != nil {
+		out.Checks = append(out.Checks, p.spireCheck(p.now())...)
+	}
 	if svid, err := p.source.GetX509SVID(); err != nil || !svid.Certificates[0].NotAfter.After(p.now()) {
 		check(admin.Check{Name: "own SVID", Detail: "expired or missing", Remedy: "look at hansed's log: its authority cannot sign"})
 	} else {
@@ -188,6 +191,14 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 		out.Summary = fmt.Sprintf("%s is well: %d clusters in mesh %q, all fresh, synced and probed end to end.", p.cfg.Cluster, present(s.Members)+1, s.Mesh)
 	}
 	return out, nil
+}
+
+// signs are the replicas that sign themselves.
+func (p *controlPlane) signs() map[string]bool {
+	if p.roots == nil {
+		return nil
+	}
+	return p.roots.signs()
 }
 
 // present counts the members that have not left.
@@ -278,6 +289,9 @@ func (p *controlPlane) CreateToken(ctx context.Context, req admin.TokenRequest) 
 		}
 		return admin.Token{Token: t, For: req.For, Expires: expires}, nil
 	}
+	if err := p.bySPIRE("an agent token", "spire-server token generate; workloads of discovered services have their entries by themselves"); err != nil {
+		return admin.Token{}, err
+	}
 	var id spiffeid.ID
 	if req.Workload == "gateway" {
 		id = identity.GatewayID(p.td)
@@ -310,6 +324,9 @@ func (p *controlPlane) IssueAdmin(ctx context.Context, req admin.AdminRequest) (
 	key, err := x509.ParsePKIXPublicKey(req.PublicKey)
 	if ec, ok := key.(*ecdsa.PublicKey); err != nil || !ok || ec.Curve != elliptic.P256() && ec.Curve != elliptic.P384() {
 		return admin.AdminSVID{}, admin.Invalid("hanse makes one", "the public key is not one of EC P-256 or P-384")
+	}
+	if err := p.bySPIRE("an administrator's SVID", fmt.Sprintf("spire-server x509 mint -spiffeID %s -ttl %s", id, life)); err != nil {
+		return admin.AdminSVID{}, err
 	}
 	chain, err := p.authority.SignX509(ctx, ca.X509Params{ID: id, PublicKey: key, TTL: life})
 	if err != nil {

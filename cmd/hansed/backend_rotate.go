@@ -47,6 +47,9 @@ func (t *teller) tell(v, news any) error {
 
 // TrustRotate prepares a root and watches until it is active. The authority's own loop activates it: a watcher that goes changes nothing.
 func (p *controlPlane) TrustRotate(ctx context.Context, req admin.RotateRequest, emit func(admin.Event) error) (admin.Rotation, error) {
+	if err := p.bySPIRE("rotation", "spire-server localauthority x509 prepare; then hanse trust show "+p.td.Name()+" until nobody is missing; then spire-server localauthority x509 activate"); err != nil {
+		return admin.Rotation{}, err
+	}
 	root, deadline, err := p.authority.Rotate()
 	if err != nil {
 		return admin.Rotation{}, fmt.Errorf("rotate: %w", err)
@@ -242,6 +245,9 @@ func (p *controlPlane) trustAnnounced() bool {
 
 // revokeOwn takes a root of this cluster out of the bundle, after those who rest on it have left it.
 func (p *controlPlane) revokeOwn(ctx context.Context, authority string, force bool, wait time.Duration, out admin.Distrusted, t *teller) (admin.Distrusted, error) {
+	if err := p.bySPIRE("distrust of its own root", "spire-server localauthority x509 taint, and, when all have renewed, revoke"); err != nil {
+		return out, err
+	}
 	i := slices.IndexFunc(p.authority.Roots(), func(r ca.Root) bool {
 		return bundle.AuthorityID(r.Certificate) == authority || r.JWTKeyID == authority
 	})

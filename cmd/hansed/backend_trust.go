@@ -53,6 +53,9 @@ func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
 	}
 	if row.Own {
 		row.Source, row.Member = "own authority", p.cfg.Cluster
+		if p.onSPIRE != nil {
+			row.Source = "SPIRE"
+		}
 	}
 	for _, d := range p.bundles.Distrusted() {
 		switch {

@@ -21,6 +21,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
+	"github.com/hanse-mesh/hanse/identity/onspire"
 )
 
 // Config is hansed's configuration file. Durations are Go's ("1h", "90s"). Paths are relative to the file.
@@ -90,9 +91,34 @@ type Identity struct {
 	JWTLife  Duration `json:"jwtLife"`
 	RootLife Duration `json:"rootLife"`
 
+	// SPIRE, where a server is given, issues instead of this control plane.
+	SPIRE SPIRE `json:"spire"`
+
 	// Besides agent tokens, agents may show these.
 	X509Pop    X509Pop    `json:"x509pop"`
 	Kubernetes Kubernetes `json:"kubernetes"`
+}
+
+// SPIRE is a spire-server that was there before, and the spire-agent beside this control plane. listen, rootLife, x509pop and kubernetes
+// are then without meaning; the lives of SVIDs are those of the entries that are made.
+type SPIRE struct {
+	Server      string `json:"server"`      // unix:///path of its admin socket; or host:port, where this control plane's own entry must be an administrator's
+	WorkloadAPI string `json:"workloadAPI"` // unix:///path of the agent's socket
+
+	// Of workloads of discovered services, of the control plane itself, and of its gateways. Parents and selectors are Go templates over
+	// .TrustDomain .Cluster .Namespace .ServiceAccount .ID .Address .Hostname .Region .Zone. None: entries are people's to make.
+	Entries      []SPIREEntry `json:"entries"`
+	ControlPlane []SPIREEntry `json:"controlPlane"`
+	Gateways     []SPIREEntry `json:"gateways"`
+
+	Linger         Duration `json:"linger"`         // how long an entry outlives its workload; default 1m
+	BundleEndpoint string   `json:"bundleEndpoint"` // host:port at which spire-server reaches bundleEndpoint.listen; default: that, on 127.0.0.1 if unspecified
+}
+
+// SPIREEntry is a registration entry to be made.
+type SPIREEntry struct {
+	Parent    string   `json:"parent"`    // spiffe://{{.TrustDomain}}/k8s/nodes
+	Selectors []string `json:"selectors"` // k8s:ns:{{.Namespace}}
 }
 
 // X509Pop lets SPIRE agents attest by a certificate that chains to a CA in the file, and its key. Off without a file.
@@ -197,6 +223,7 @@ func (c *Config) fill() {
 	def(&c.Identity.X509Life, time.Hour)
 	def(&c.Identity.JWTLife, 5*time.Minute)
 	def(&c.Identity.RootLife, 7*24*time.Hour)
+	def(&c.Identity.SPIRE.Linger, time.Minute)
 	def(&c.Timers.Suspect, 20*time.Second)
 	def(&c.Timers.Recover, 10*time.Second)
 	def(&c.Timers.Probe, 5*time.Second)
@@ -312,6 +339,7 @@ func (c *Config) Validate() error {
 			bad("kubeAPI.enabled", "false, although %s is given: set it to true, or remove it", field)
 		}
 	}
+	c.validateSPIRE(bad)
 	if k := c.KubeAPI; !k.Enabled && (k.Kubeconfig != "" || k.Context != "") {
 		bad("kubeAPI.enabled", "false, although a kubeconfig or context is given: set it to true, or remove them")
 	}
@@ -338,4 +366,40 @@ func (c *Config) Validate() error {
 		return errors.Unwrap(faults)
 	}
 	return faults
+}
+
+func (c *Config) validateSPIRE(bad func(field, format string, args ...any)) {
+	s, i := c.Identity.SPIRE, c.Identity
+	if s.Server == "" {
+		if s.WorkloadAPI != "" || len(s.Entries)+len(s.ControlPlane)+len(s.Gateways) > 0 || s.BundleEndpoint != "" {
+			bad("identity.spire.server", "missing: the address of spire-server, such as unix:///run/spire/server/api.sock")
+		}
+		return
+	}
+	if path, local := strings.CutPrefix(s.Server, "unix://"); local && !filepath.IsAbs(path) {
+		bad("identity.spire.server", "%q: want unix:// and an absolute path, such as unix:///run/spire/server/api.sock", s.Server)
+	} else if _, port, err := net.SplitHostPort(s.Server); !local && (err != nil || port == "") {
+		bad("identity.spire.server", "%q is neither unix:///path nor host:port", s.Server)
+	}
+	if path, local := strings.CutPrefix(s.WorkloadAPI, "unix://"); !local || !filepath.IsAbs(path) {
+		bad("identity.spire.workloadAPI", "%q: want unix:// and the absolute path of the spire-agent's socket, such as unix:///run/spire/agent/api.sock", s.WorkloadAPI)
+	}
+	if s.BundleEndpoint != "" {
+		if h, _, err := net.SplitHostPort(s.BundleEndpoint); err != nil || h == "" {
+			bad("identity.spire.bundleEndpoint", "%q is not host:port", s.BundleEndpoint)
+		}
+	}
+	if i.X509Pop.CAFile != "" || i.Kubernetes.Cluster != "" {
+		bad("identity.spire", "agents attest at spire-server: configure its attestors, and remove identity.x509pop and identity.kubernetes")
+	}
+	if s.Linger.Duration < 0 {
+		bad("identity.spire.linger", "%s is negative", s.Linger)
+	}
+	for field, of := range map[string][]SPIREEntry{"entries": s.Entries, "controlPlane": s.ControlPlane, "gateways": s.Gateways} {
+		for n, e := range of {
+			if _, err := onspire.ParseTemplate(e.Parent, e.Selectors); err != nil {
+				bad(fmt.Sprintf("identity.spire.%s[%d]", field, n), "%v", err)
+			}
+		}
+	}
 }

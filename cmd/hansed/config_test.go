@@ -19,6 +19,11 @@ func TestLoadConfigSaysWhatIsWrong(t *testing.T) {
 		{"admin for all", good + "admin: {listen: 0.0.0.0:7440}\n", "not a loopback address"},
 		{"short root", good + "identity: {rootLife: 1h, x509Life: 1h}\n", "rootLife"},
 		{"duration", good + "identity: {x509Life: 12}\n", "want a number with a unit"},
+		{"SPIRE without its address", good + "identity: {spire: {workloadAPI: unix:///a}}\n", "identity.spire.server: missing"},
+		{"SPIRE's address", good + "identity: {spire: {server: /run/s.sock, workloadAPI: unix:///a}}\n", `"/run/s.sock" is neither unix:///path nor host:port`},
+		{"SPIRE without an agent", good + "identity: {spire: {server: unix:///s}}\n", "identity.spire.workloadAPI"},
+		{"SPIRE's entries", good + "identity: {spire: {server: unix:///s, workloadAPI: unix:///a, entries: [{parent: 'spiffe://{{.TrustDomain}}/n'}]}}\n", "identity.spire.entries[0]: selectors: none"},
+		{"SPIRE and attestors", good + "identity: {x509pop: {caFile: x}, spire: {server: unix:///s, workloadAPI: unix:///a}}\n", "agents attest at spire-server"},
 		{"all together", "cluster: ''\ntrustDomain: ''\n", "3 faults"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

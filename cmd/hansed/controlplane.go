@@ -31,6 +31,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity/attest"
 	"github.com/hanse-mesh/hanse/identity/bundle"
 	"github.com/hanse-mesh/hanse/identity/ca"
+	"github.com/hanse-mesh/hanse/identity/onspire"
 	"github.com/hanse-mesh/hanse/identity/spireapi"
 )
 
@@ -47,19 +48,22 @@ type controlPlane struct {
 	replicas  *replicas
 	shared    *sharedMemory // nil where this hansed is alone
 	board     *switchboard
-	authority *ca.Authority
-	roots     *roots // nil where this hansed is alone
+	issuer    issuer
+	authority *ca.Authority   // nil where SPIRE issues
+	onSPIRE   *onspire.Server // nil where it does not
+	workloads *registrar      // likewise
+	roots     *roots          // nil where this hansed is alone, or SPIRE issues
 	acks      *ackBook
 	exchange  *exchange
 	bundles   *bundle.Store
 	puller    *bundle.Puller
 	source    *identity.Source // the control plane's own SVID, and all bundles
-	tokens    *attest.Tokens
-	spire     *spireapi.Server
-	files     *file.Source // nil without a directory
-	kube      *kube.Source // nil without Kubernetes
-	writer    *kube.Writer // likewise
-	webhook   *webhook     // nil without injection
+	tokens    *attest.Tokens   // nil where SPIRE issues
+	spire     *spireapi.Server // likewise
+	files     *file.Source     // nil without a directory
+	kube      *kube.Source     // nil without Kubernetes
+	writer    *kube.Writer     // likewise
+	webhook   *webhook         // nil without injection
 	catalog   *catalog
 	mesh      *peering.Mesh
 	reach     *reach
@@ -115,45 +119,32 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if p.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(cfg.DataDir, "bundles"), TrustDomain: td, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
 		return nil, err
 	}
-	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: td, RootLife: cfg.Identity.RootLife.Duration,
-		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: log.With("part", "ca"), Registerer: reg}
 	if !p.replicas.alone() {
-		p.roots, p.acks, p.exchange = newRoots(p, leader), newAckBook(p), newExchange(p)
-		authority.Replica, authority.Join, authority.Peers, authority.Until = cfg.Replica, true, p.roots, p.roots.Until
+		p.acks, p.exchange = newAckBook(p), newExchange(p)
 	}
-	if p.authority, err = ca.Open(authority); err != nil {
-		return nil, err
-	}
-	if p.roots != nil {
-		err = p.roots.enroll(ctx, p.authority)
-	} else if err = p.bundles.Set(td, p.authority.Bundle(), "own authority"); errors.Is(err, bundle.ErrStale) {
-		err = nil
+	if cfg.Identity.SPIRE.Server != "" {
+		err = p.openSPIRE(ctx, reg)
+	} else {
+		err = p.openAuthority(ctx, leader, reg)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("own bundle: %w", err)
-	}
-	svid, err := p.authority.NewSVID(identity.ControlPlaneID(td), cfg.Identity.X509Life.Duration)
-	switch {
-	case err == nil:
-		p.source.SetSVID(svid)
-	case p.roots == nil:
-		return nil, fmt.Errorf("own SVID: %w", err)
-	default:
-		log.Warn("no SVID yet, and without one nobody can be served: another replica must sign it", "err", err)
+		return nil, err
 	}
 	p.source.SetBundles(p.bundles.All())
 	if p.puller, err = bundle.NewPuller(bundle.PullerConfig{Store: p.bundles, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
 		return nil, err
 	}
-	p.tokens = attest.New(td, recordsOf(p.stores.own, "identity/tokens/"), time.Now)
-	evidence, err := attestors(cfg.Identity, td)
-	if err != nil {
-		return nil, err
-	}
-	p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath), Attestors: evidence,
-		OwnBundle: p.ownBundle, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
-	if err != nil {
-		return nil, err
+	if p.authority != nil {
+		p.tokens = attest.New(td, recordsOf(p.stores.own, "identity/tokens/"), time.Now)
+		evidence, err := attestors(cfg.Identity, td)
+		if err != nil {
+			return nil, err
+		}
+		p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath), Attestors: evidence,
+			OwnBundle: p.ownBundle, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
+		if err != nil {
+			return nil, err
+		}
 	}
 
 	// Discovery.
@@ -182,6 +173,9 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	p.catalog = newCatalog(self, recordsOf(leader, "config/"), sources, remember, log.With("part", "catalog"),
 		func(s *discovery.Snapshot) {
 			p.reconcileTrust(s)
+			if p.onSPIRE != nil {
+				p.onSPIRE.SetEntries(p.workloads.entries(s))
+			}
 			p.mesh.SetLocal(s)
 		})
 
@@ -223,6 +217,39 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	return p, nil
 }
 
+// openAuthority makes hansed its own issuer.
+func (p *controlPlane) openAuthority(ctx context.Context, leader leaderStore, reg prometheus.Registerer) (err error) {
+	cfg := p.cfg
+	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: p.td, RootLife: cfg.Identity.RootLife.Duration,
+		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: p.log.With("part", "ca"), Registerer: reg}
+	if !p.replicas.alone() {
+		p.roots = newRoots(p, leader)
+		authority.Replica, authority.Join, authority.Peers, authority.Until = cfg.Replica, true, p.roots, p.roots.Until
+	}
+	if p.authority, err = ca.Open(authority); err != nil {
+		return err
+	}
+	p.issuer = ownAuthority{p.authority, identity.ControlPlaneID(p.td), cfg.Identity.X509Life.Duration}
+	if p.roots != nil {
+		err = p.roots.enroll(ctx, p.authority)
+	} else {
+		err = p.takeOwnBundle(p.authority.Bundle())
+	}
+	if err != nil {
+		return fmt.Errorf("own bundle: %w", err)
+	}
+	svid, err := p.authority.NewSVID(identity.ControlPlaneID(p.td), cfg.Identity.X509Life.Duration)
+	switch {
+	case err == nil:
+		p.source.SetSVID(svid)
+	case p.roots == nil:
+		return fmt.Errorf("own SVID: %w", err)
+	default:
+		p.log.Warn("no SVID yet, and without one nobody can be served: another replica must sign it", "err", err)
+	}
+	return nil
+}
+
 // Run serves until ctx ends, and has stopped everything when it returns.
 func (p *controlPlane) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
@@ -234,24 +261,28 @@ func (p *controlPlane) Run(ctx context.Context) error {
 			return nil
 		})
 	}
-	run("authority", p.authority.Run)
-	run("own SVID", func(ctx context.Context) error {
-		return p.authority.RunSVID(ctx, identity.ControlPlaneID(p.td), p.cfg.Identity.X509Life.Duration, p.source)
-	})
+	run("authority", p.issuer.Run)
+	run("own SVID", func(ctx context.Context) error { return p.issuer.RunSVID(ctx, p.source) })
 	if p.roots == nil {
 		run("own bundle", p.publishOwnBundle)
 	} else {
 		run("own bundle", p.roots.Run)
 		run("signing for replicas", p.roots.RunSigning)
-		run("acknowledgements of replicas", p.acks.Run)
 		run("agents and entries", p.followRecords)
+	}
+	if !p.replicas.alone() {
+		run("acknowledgements of replicas", p.acks.Run)
 		run("proxies of replicas", p.exchange.Run)
 		run("drills of replicas", p.followDrills)
+	}
+	if p.onSPIRE != nil {
+		run("bundles on SPIRE", p.tellSPIRE)
+	} else {
+		run("SPIRE API", p.spire.Run)
 	}
 	run("bundles", func(ctx context.Context) error { return p.bundles.RunSource(ctx, p.source) })
 	run("connections", func(ctx context.Context) error { return p.board.watch(ctx, p.log) })
 	run("bundle endpoints", p.puller.Run)
-	run("SPIRE API", p.spire.Run)
 	if p.files != nil {
 		run("files", p.files.Run)
 	}
@@ -288,9 +319,11 @@ func (p *controlPlane) Run(ctx context.Context) error {
 // publishOwnBundle brings each change of the own roots into the bundle store, and from there everywhere.
 func (p *controlPlane) publishOwnBundle(ctx context.Context) error {
 	for {
-		changed := p.authority.Changed()
-		if err := p.bundles.Set(p.td, p.authority.Bundle(), "own authority"); err != nil && !errors.Is(err, bundle.ErrStale) {
-			p.log.Error("own bundle was not stored; the last one stays in force", "err", err)
+		changed := p.issuer.Changed()
+		if b, ok := p.issuer.Bundle(); ok {
+			if err := p.takeOwnBundle(b); err != nil {
+				p.log.Error("own bundle was not stored; the last one stays in force", "err", err)
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -300,6 +333,19 @@ func (p *controlPlane) publishOwnBundle(ctx context.Context) error {
 	}
 }
 
+// addresses are those of the replicas' federation listeners.
+func (p *controlPlane) addresses() []string {
+	if p.roots != nil {
+		return p.roots.addresses()
+	}
+	all := slices.Clone(p.replicas.self.Addresses)
+	for _, r := range p.replicas.others() {
+		all = append(all, r.Addresses...)
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
 // publishAddresses tells the mesh where the replicas' federation listeners are. One that goes away stays in the list until its roots have left
 // the bundle: it may come back, and a peer that finds nobody there tries the next.
 func (p *controlPlane) publishAddresses(ctx context.Context) error {
@@ -307,7 +353,7 @@ func (p *controlPlane) publishAddresses(ctx context.Context) error {
 	defer tick.Stop()
 	var last []string
 	for {
-		if all := p.roots.addresses(); p.cfg.KubeAPI.FederationService == "" && !slices.Equal(all, last) {
+		if all := p.addresses(); p.cfg.KubeAPI.FederationService == "" && !slices.Equal(all, last) {
 			p.mesh.SetAddresses(all)
 			last = all
 		}
@@ -315,7 +361,9 @@ func (p *controlPlane) publishAddresses(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-p.replicas.wake:
-			kick(p.roots.dirty)
+			if p.roots != nil {
+				kick(p.roots.dirty)
+			}
 		case <-tick.C:
 		}
 	}
@@ -335,7 +383,7 @@ func (p *controlPlane) publishViews(ctx context.Context) error {
 		if set := p.mesh.Clusterset(); set.Local.Complete {
 			p.xds.SetView(set)
 		}
-		p.xds.SetTrust(names(p.bundles.Sequences()), uint64(p.bundles.Revision()))
+		p.xds.SetTrust(names(p.bundles.Sequences()), uint64(p.bundles.Revision()), p.authorities())
 		select {
 		case <-ctx.Done():
 			return nil
@@ -345,6 +393,15 @@ func (p *controlPlane) publishViews(ctx context.Context) error {
 			p.health.Sweep()
 		}
 	}
+}
+
+// authorities are the digests of the X.509 authorities of all trust domains.
+func (p *controlPlane) authorities() map[string][]byte {
+	out := map[string][]byte{}
+	for td, b := range p.bundles.All() {
+		out[td.Name()] = identity.Digest(b.X509Authorities())
+	}
+	return out
 }
 
 func names(by map[spiffeid.TrustDomain]uint64) map[string]uint64 {
@@ -424,7 +481,7 @@ func (p *controlPlane) acknowledge(ctx context.Context) error {
 			acked[td] = min(seq, proxies[td.Name()])
 		}
 		if p.acks != nil {
-			p.acks.publish(ctx, acked, func(seq uint64) bool { return len(p.spire.Missing(p.td, seq)) == 0 })
+			p.acks.publish(ctx, acked, func(seq uint64) bool { return len(p.agentsMissing(seq)) == 0 })
 			acked = p.acks.lowest()
 		}
 		p.mesh.SetAcked(acked)
@@ -456,10 +513,18 @@ func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 	if len(missing) == 0 && p.xds.TrustAcked()[p.td.Name()] < sequence {
 		missing = append(missing, "this control plane") // which has not announced it yet
 	}
-	for _, a := range p.spire.Missing(p.td, sequence) {
+	for _, a := range p.agentsMissing(sequence) {
 		missing = append(missing, "agent "+a)
 	}
 	return len(missing) == 0, missing
+}
+
+// agentsMissing names the stock agents that have not loaded the own bundle of that sequence. On SPIRE they are SPIRE's.
+func (p *controlPlane) agentsMissing(sequence uint64) []string {
+	if p.spire == nil {
+		return nil
+	}
+	return p.spire.Missing(p.td, sequence)
 }
 
 // ownBundle is the bundle of the own trust domain, with the roots of every replica.
@@ -467,7 +532,7 @@ func (p *controlPlane) ownBundle() *spiffebundle.Bundle {
 	if b, ok := p.bundles.Get(p.td); ok {
 		return b
 	}
-	return p.authority.Bundle()
+	return p.authority.Bundle() // its only user is the SPIRE API, which there is with an authority only
 }
 
 // onReport spreads what a proxy reports.

@@ -158,6 +158,9 @@ func (p *controlPlane) ready() error {
 	default:
 		return errors.New("listeners are not open yet")
 	}
+	if _, err := p.source.GetX509SVID(); err != nil {
+		return fmt.Errorf("this control plane can serve nobody: %w; hanse status says why", err)
+	}
 	select {
 	case <-p.mesh.Loaded():
 	default:

@@ -21,6 +21,7 @@ import (
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/onspire"
 )
 
 // drainTime bounds how long open calls may take when hansed ends.
@@ -54,25 +55,14 @@ func (p *controlPlane) serve(ctx context.Context) error {
 	fed := l
 	servers = append(servers, func(ctx context.Context) error { return p.mesh.Serve(ctx, fed) })
 
-	// 7444: SPIRE Server API for agents, and on a Unix socket for administrators.
-	if l, err = tcp("identity", p.cfg.Identity.Listen, false); err != nil {
-		return fail(err)
+	// 7444: SPIRE Server API for agents, and on a Unix socket for administrators; where SPIRE issues, both are its own.
+	if p.spire != nil {
+		api, err := p.serveSPIREAPI(tcp, &opened)
+		if err != nil {
+			return fail(err)
+		}
+		servers = append(servers, api...)
 	}
-	limits := []grpc.ServerOption{grpc.MaxRecvMsgSize(4 << 20), grpc.ConnectionTimeout(10 * time.Second), grpc.MaxConcurrentStreams(100),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 10 * time.Minute}),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true})}
-	limits = append(limits, p.spire.ServerOptions()...)
-	agents := grpc.NewServer(append(limits, grpc.Creds(credentials.NewTLS(identity.Reporting(p.spire.TLSConfig()))))...)
-	p.spire.RegisterAgent(agents)
-	servers = append(servers, serveGRPC(agents, l))
-
-	if l, err = unixListener(filepath.Join(p.cfg.DataDir, "spire-server", "api.sock")); err != nil {
-		return fail(err)
-	}
-	opened = append(opened, l)
-	admins := grpc.NewServer(limits...)
-	p.spire.RegisterAdmin(admins)
-	servers = append(servers, serveGRPC(admins, l))
 
 	// 7445: xDS.
 	if l, err = tcp("xDS", p.cfg.XDS.Listen, false); err != nil {
@@ -86,7 +76,11 @@ func (p *controlPlane) serve(ctx context.Context) error {
 	if l, err = tcp("bundle endpoint", p.cfg.Bundle.Listen, false); err != nil {
 		return fail(err)
 	}
-	bundles := httpServer(p.bundles.Handler(), p.log)
+	endpoint := p.bundles.Handler()
+	if p.onSPIRE != nil {
+		endpoint = p.bundles.Relay(onspire.RelayPath, endpoint)
+	}
+	bundles := httpServer(endpoint, p.log)
 	bundles.TLSConfig = bundle.EndpointTLS(p.source)
 	servers = append(servers, serveHTTP(bundles, l, true))
 
@@ -137,6 +131,29 @@ func (p *controlPlane) serve(ctx context.Context) error {
 		g.Go(func() error { return s(ctx) })
 	}
 	return g.Wait()
+}
+
+// serveSPIREAPI opens the listeners of the SPIRE Server API.
+func (p *controlPlane) serveSPIREAPI(tcp func(what, addr string, federation bool) (net.Listener, error), opened *[]net.Listener) ([]func(context.Context) error, error) {
+	l, err := tcp("identity", p.cfg.Identity.Listen, false)
+	if err != nil {
+		return nil, err
+	}
+	limits := []grpc.ServerOption{grpc.MaxRecvMsgSize(4 << 20), grpc.ConnectionTimeout(10 * time.Second), grpc.MaxConcurrentStreams(100),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 10 * time.Minute}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true})}
+	limits = append(limits, p.spire.ServerOptions()...)
+	agents := grpc.NewServer(append(limits, grpc.Creds(credentials.NewTLS(identity.Reporting(p.spire.TLSConfig()))))...)
+	p.spire.RegisterAgent(agents)
+	servers := []func(context.Context) error{serveGRPC(agents, l)}
+
+	if l, err = unixListener(filepath.Join(p.cfg.DataDir, "spire-server", "api.sock")); err != nil {
+		return nil, err
+	}
+	*opened = append(*opened, l)
+	admins := grpc.NewServer(limits...)
+	p.spire.RegisterAdmin(admins)
+	return append(servers, serveGRPC(admins, l)), nil
 }
 
 // serveGRPC returns a function that serves until ctx ends, then drains.

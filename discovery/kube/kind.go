@@ -103,6 +103,8 @@ type broken struct {
 // transform makes of what the server sent what is kept: typed, trimmed. It may be called again on its own result.
 func (k *kind) transform(o any) (any, error) {
 	switch o := o.(type) {
+	case *objects.Packed:
+		return o, nil
 	case *unstructured.Unstructured:
 		v := k.object()
 		if !k.written {
@@ -123,6 +125,9 @@ func (k *kind) transform(o any) (any, error) {
 			o.(metav1.Object).SetManagedFields(nil)
 			k.trim(o)
 		}
+		if s, ok := o.(*discoveryv1.EndpointSlice); ok && !k.written {
+			return objects.Pack(s)
+		}
 		return o, nil
 	}
 	return o, nil
@@ -135,6 +140,9 @@ func (k *kind) check(v any) (objects.Object, []*objects.Fault) {
 		return objects.Object{}, []*objects.Fault{{File: origin, Object: key.String(), Reason: "does not decode: " + b.err.Error()}}
 	}
 	o := objects.Object{Kind: k.name, Value: v.(metav1.Object), File: origin}
+	if p, ok := v.(*objects.Packed); ok {
+		o.Value = p.Unpack()
+	}
 	if err := objects.Validate(o); err != nil {
 		return objects.Object{}, objects.Faults(err)
 	}

@@ -335,12 +335,14 @@ func (s *Source) complete() bool {
 // spread returns what changed, and the EndpointSlices and Services that look different for it. With mu held.
 func (s *Source) spread() map[ref]struct{} {
 	changed := maps.Clone(s.changed)
-	pods, nodes, namespaces := map[types.NamespacedName]bool{}, map[string]bool{}, map[string]bool{}
-	inNamespace := map[string]bool{}
+	pods, nodes, namespaces := map[string]map[string]bool{}, map[string]bool{}, map[string]bool{} // Pods by namespace
 	for r := range s.changed {
 		switch r.kind.name {
 		case "Pod":
-			pods[r.name], inNamespace[r.name.Namespace] = true, true
+			if pods[r.name.Namespace] == nil {
+				pods[r.name.Namespace] = map[string]bool{}
+			}
+			pods[r.name.Namespace][r.name.Name] = true
 		case "Node":
 			nodes[r.name.Name] = true
 		case "Namespace":
@@ -350,28 +352,38 @@ func (s *Source) spread() map[ref]struct{} {
 	if len(pods)+len(nodes)+len(namespaces) == 0 {
 		return changed
 	}
-	for _, k := range s.kinds {
-		for name, it := range k.items {
-			r := ref{k, name}
-			switch k.name {
-			case "EndpointSlice":
-				if len(nodes) == 0 && !inNamespace[name.Namespace] {
-					continue
-				}
-				sl, ok := it.value.(*discoveryv1.EndpointSlice)
-				if ok && slices.ContainsFunc(sl.Endpoints, func(e discoveryv1.Endpoint) bool {
-					return e.TargetRef != nil && pods[types.NamespacedName{Namespace: name.Namespace, Name: e.TargetRef.Name}] || e.NodeName != nil && nodes[*e.NodeName]
-				}) {
-					changed[r] = struct{}{}
-				}
-			case "Service":
-				if namespaces[name.Namespace] {
-					changed[r] = struct{}{}
-				}
+	slicesOf := s.kind("EndpointSlice")
+	for name, it := range slicesOf.items {
+		p, ok := it.value.(*objects.Packed)
+		if ok && (len(nodes) > 0 && p.On(nodes) || mentions(p, pods[name.Namespace])) {
+			changed[ref{slicesOf, name}] = struct{}{}
+		}
+	}
+	if len(namespaces) > 0 {
+		ofServices := s.kind("Service")
+		for name := range ofServices.items {
+			if namespaces[name.Namespace] {
+				changed[ref{ofServices, name}] = struct{}{}
 			}
 		}
 	}
 	return changed
+}
+
+// fewPods are looked for one by one in the bytes of a slice, which for more is unpacked.
+const fewPods = 8
+
+// mentions reports whether an endpoint of p may be one of pods, all of p's namespace.
+func mentions(p *objects.Packed, pods map[string]bool) bool {
+	if len(pods) > fewPods {
+		return slices.ContainsFunc(p.Unpack().Endpoints, func(e discoveryv1.Endpoint) bool { return e.TargetRef != nil && pods[e.TargetRef.Name] })
+	}
+	for name := range pods {
+		if p.Mentions(name) {
+			return true
+		}
+	}
+	return false
 }
 
 // objectsOf returns what comes into the Set for r, and what leaves it. An object with faults keeps its last valid state. With mu held,
@@ -404,7 +416,7 @@ func (s *Source) objectsOf(r ref) (put []objects.Object, gone []objects.Key) {
 		o.Value = inheritClusterset(v, ns)
 		put = append(put, o)
 	case *discoveryv1.EndpointSlice:
-		put = s.place(o, v)
+		put = s.place(o, it.value, v)
 		keys := make([]objects.Key, len(put))
 		for i, p := range put {
 			keys[i] = p.Key()
@@ -425,8 +437,8 @@ func (s *Source) objectsOf(r ref) (put []objects.Object, gone []objects.Key) {
 	return put, gone
 }
 
-// place splits an EndpointSlice by what is known of its Pods and Nodes. With mu held.
-func (s *Source) place(o objects.Object, v *discoveryv1.EndpointSlice) []objects.Object {
+// place splits an EndpointSlice by what is known of its Pods and Nodes, and keeps the parts as the slice was kept. With mu held.
+func (s *Source) place(o objects.Object, kept any, v *discoveryv1.EndpointSlice) []objects.Object {
 	pods, nodes := s.kind("Pod").items, s.kind("Node").items
 	parts := split(v, func(name string) (pod, bool) {
 		p, ok := pods[types.NamespacedName{Namespace: v.Namespace, Name: name}].value.(pod)
@@ -439,6 +451,11 @@ func (s *Source) place(o objects.Object, v *discoveryv1.EndpointSlice) []objects
 	for i, p := range parts {
 		out[i] = o
 		out[i].Value = p
+		if whole, ok := kept.(*objects.Packed); ok && len(parts) == 1 {
+			out[i].Value = whole.With(p.Annotations)
+		} else if packed, err := objects.Pack(p); err == nil {
+			out[i].Value = packed
+		}
 	}
 	return out
 }

@@ -2,7 +2,6 @@ package kube
 
 import (
 	"maps"
-	"slices"
 	"strings"
 	"unique"
 
@@ -33,61 +32,16 @@ func trimService(o runtime.Object) {
 	s.Spec.Selector = nil
 }
 
-// Shared by all endpoints, which would otherwise have three pointers each.
-var (
-	yes, no = true, false
-)
-
-func shared(b *bool) *bool {
-	switch {
-	case b == nil:
-		return nil
-	case *b:
-		return &yes
-	}
-	return &no
-}
-
 // intern returns an equal string that all users of it share.
 func intern(s string) string { return unique.Make(s).Value() }
 
-func internPointer(s *string) *string {
-	if s == nil {
-		return nil
-	}
-	v := unique.Make(*s).Value()
-	return &v
-}
-
-// trimSlice keeps of a label set the two that are read, and of endpoints what places them.
+// trimSlice keeps of a label set the two that are read. What is kept of endpoints, Pack says.
 func trimSlice(o runtime.Object) {
 	s := o.(*discoveryv1.EndpointSlice)
 	maps.DeleteFunc(s.Labels, func(name, _ string) bool {
 		return name != discoveryv1.LabelServiceName && name != discoveryv1.LabelManagedBy
 	})
 	s.GenerateName = ""
-	var zone, node *string // of the endpoint before: most share it
-	same := func(p, with *string) *string {
-		if p != nil && with != nil && *p == *with {
-			return with
-		}
-		return internPointer(p)
-	}
-	for i := range s.Endpoints {
-		e := &s.Endpoints[i]
-		e.Conditions.Ready, e.Conditions.Serving, e.Conditions.Terminating = shared(e.Conditions.Ready), shared(e.Conditions.Serving), shared(e.Conditions.Terminating)
-		e.Zone, e.NodeName = same(e.Zone, zone), same(e.NodeName, node)
-		zone, node = e.Zone, e.NodeName
-		e.DeprecatedTopology, e.Hints = nil, nil
-		if r := e.TargetRef; r != nil {
-			if r.Kind != "Pod" {
-				e.TargetRef = nil
-				continue
-			}
-			*r = corev1.ObjectReference{Kind: "Pod", Name: r.Name, UID: r.UID}
-		}
-	}
-	s.Endpoints = slices.Clip(s.Endpoints)
 }
 
 func trimWritten(o runtime.Object) {

@@ -227,14 +227,10 @@ func (w *Writer) write(ctx context.Context, gv schema.GroupVersion, n discovery.
 	want.Import.APIVersion = gv.String()
 	imports := gv.WithResource("serviceimports")
 	if have.imported == nil {
-		first := want.Import.DeepCopy()
-		first.Spec.IPs, first.Spec.IPFamilies = nil, nil
-		got, err := w.applied(ctx, imports, first, "")
-		if err != nil {
+		var err error
+		if have.imported, err = w.firstImport(ctx, imports, want.Import); err != nil {
 			return err
 		}
-		have.imported = first
-		have.imported.UID, have.imported.Generation = got.GetUID(), got.GetGeneration()
 	}
 	for _, s := range want.Slices {
 		s.OwnerReferences = []metav1.OwnerReference{{APIVersion: gv.String(), Kind: "ServiceImport", Name: n.Name, UID: have.imported.UID}}
@@ -267,6 +263,29 @@ func (w *Writer) write(ctx context.Context, gv schema.GroupVersion, n discovery.
 		return w.delete(ctx, corev1.SchemeGroupVersion.WithResource("services"), n.Namespace, have.service.Name)
 	}
 	return nil
+}
+
+// firstImport returns the ServiceImport that the Source has not seen yet: the server's, or without IPs a new one.
+func (w *Writer) firstImport(ctx context.Context, imports schema.GroupVersionResource, want *mcsv1beta1.ServiceImport) (*mcsv1beta1.ServiceImport, error) {
+	bounded, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	got, err := w.cfg.Source.clients.dynamic.Resource(imports).Namespace(want.Namespace).Get(bounded, want.Name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		first := want.DeepCopy()
+		first.Spec.IPs, first.Spec.IPFamilies = nil, nil
+		got, err = w.applied(ctx, imports, first, "")
+	}
+	if err != nil {
+		return nil, err
+	}
+	if got.GetLabels()[labelManagedBy] != ManagedBy {
+		return nil, errForeign
+	}
+	out := &mcsv1beta1.ServiceImport{}
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(got.Object, out); err != nil {
+		return nil, fmt.Errorf("decode ServiceImport %s/%s: %w", want.Namespace, want.Name, err)
+	}
+	return out, nil
 }
 
 func (w *Writer) remove(ctx context.Context, gv schema.GroupVersion, n discovery.Name, have writtenObjects) error {

@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	mcsv1alpha1 "sigs.k8s.io/mcs-api/pkg/apis/v1alpha1"
 
@@ -149,7 +150,8 @@ func (b *builder) created(o Object) time.Time {
 
 func (b *builder) services() map[discovery.Name]*discovery.Service {
 	slicesOf := make(map[discovery.Name][]Object, len(b.Set.kinds["EndpointSlice"]))
-	all(b, "EndpointSlice", func(o Object, s *discoveryv1.EndpointSlice) {
+	all(b, "EndpointSlice", func(o Object, v metav1.Object) {
+		s := headOf(v)
 		n := discovery.Name{Namespace: s.Namespace, Name: s.Labels[discoveryv1.LabelServiceName]}
 		slicesOf[n] = append(slicesOf[n], o)
 	})
@@ -169,7 +171,7 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 		}
 		in := inputs{service: s}
 		for _, so := range slicesOf[o.Name()] {
-			in.slices = append(in.slices, so.Value.(*discoveryv1.EndpointSlice))
+			in.slices = append(in.slices, so.Value)
 		}
 		if exported {
 			spec := &export.Value.(*mcsv1alpha1.ServiceExport).Spec
@@ -241,15 +243,16 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 	}
 	slices.SortStableFunc(sliceObjects, func(x, y Object) int { // the preferred family first
 		rank := func(o Object) int {
-			if o.Value.(*discoveryv1.EndpointSlice).AddressType == prefer {
+			if headOf(o.Value).AddressType == prefer {
 				return 0
 			}
 			return 1
 		}
 		return cmp.Compare(rank(x), rank(y))
 	})
+	e.dual = slices.ContainsFunc(sliceObjects, func(o Object) bool { return headOf(o.Value).AddressType != prefer })
 	for _, so := range sliceObjects {
-		e.slice(so, so.Value.(*discoveryv1.EndpointSlice))
+		e.slice(so, unpacked(so.Value))
 	}
 	slices.SortFunc(svc.Endpoints, func(x, y *discovery.Endpoint) int { return cmp.Compare(x.ID, y.ID) })
 	if was != nil && !b.Complete {
@@ -292,7 +295,8 @@ type endpointBuilder struct {
 	service *discovery.Service
 	known   map[string]string      // IDs so far by endpointKey
 	ids     map[string]string      // IDs from now on
-	pods    map[string]podEndpoint // by UID of the targetRef
+	dual    bool                   // there are slices of several families
+	pods    map[string]podEndpoint // by name, if so
 	faults  []*Fault
 }
 
@@ -350,10 +354,10 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	if err != nil {
 		return
 	}
-	uid := ""
-	if from.TargetRef != nil && from.TargetRef.UID != "" { // a dual-stack pod is in a slice of each family: one endpoint
-		uid = string(from.TargetRef.UID)
-		if was, ok := e.pods[uid]; ok && was.family != family {
+	pod := ""
+	if e.dual && from.TargetRef != nil && from.TargetRef.Kind == "Pod" && from.TargetRef.Name != "" { // a dual-stack pod is in a slice of each family: one endpoint
+		pod = from.TargetRef.Name
+		if was, ok := e.pods[pod]; ok && was.family != family {
 			if was.of.Second == nil && maps.Equal(was.of.Ports, ep.Ports) {
 				was.of.Second = &a
 			}
@@ -377,8 +381,8 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	}
 	ep.ID, e.ids[key] = id, id
 	e.service.Endpoints = append(e.service.Endpoints, &ep)
-	if _, ok := e.pods[uid]; uid != "" && !ok {
-		e.pods[uid] = podEndpoint{family, &ep}
+	if _, ok := e.pods[pod]; pod != "" && !ok {
+		e.pods[pod] = podEndpoint{family, &ep}
 	}
 }
 

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/hanse-mesh/hanse/discovery"
 )
@@ -41,7 +41,7 @@ type serviceState struct {
 // inputs are the objects of one service. Objects are immutable, so equal pointers are equal objects.
 type inputs struct {
 	service *corev1.Service
-	slices  []*discoveryv1.EndpointSlice
+	slices  []metav1.Object
 	export  *discovery.Export
 }
 

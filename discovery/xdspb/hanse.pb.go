@@ -658,7 +658,8 @@ func (x *ServiceEndpoint) GetTargets() map[string]uint32 {
 type Trust struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sequences     map[string]uint64      `protobuf:"bytes,1,rep,name=sequences,proto3" json:"sequences,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"` // grows when what is trusted changes otherwise: a bundle may then hold less under the same sequence
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`                                                                                // grows when what is trusted changes otherwise: a bundle may then hold less under the same sequence
+	Authorities   map[string][]byte      `protobuf:"bytes,3,rep,name=authorities,proto3" json:"authorities,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // identity.Digest of each domain's X.509 authorities, for a proxy that is given bundles without sequences
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -705,6 +706,13 @@ func (x *Trust) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *Trust) GetAuthorities() map[string][]byte {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
 }
 
 // Faults is one resource, named "faults": the drills in force for this proxy. It is sent again every 5 s while a drill runs.
@@ -1092,13 +1100,17 @@ const file_discovery_xdspb_hanse_proto_rawDesc = "" +
 	"\atargets\x18\x06 \x03(\v2*.hanse.xds.v1.ServiceEndpoint.TargetsEntryR\atargets\x1a:\n" +
 	"\fTargetsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\xa3\x01\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\xab\x02\n" +
 	"\x05Trust\x12@\n" +
 	"\tsequences\x18\x01 \x03(\v2\".hanse.xds.v1.Trust.SequencesEntryR\tsequences\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x04R\brevision\x1a<\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12F\n" +
+	"\vauthorities\x18\x03 \x03(\v2$.hanse.xds.v1.Trust.AuthoritiesEntryR\vauthorities\x1a<\n" +
 	"\x0eSequencesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"5\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\x1a>\n" +
+	"\x10AuthoritiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"5\n" +
 	"\x06Faults\x12+\n" +
 	"\x06faults\x18\x01 \x03(\v2\x13.hanse.xds.v1.FaultR\x06faults\"\xd5\x02\n" +
 	"\x05Fault\x12\x14\n" +
@@ -1139,7 +1151,7 @@ func file_discovery_xdspb_hanse_proto_rawDescGZIP() []byte {
 	return file_discovery_xdspb_hanse_proto_rawDescData
 }
 
-var file_discovery_xdspb_hanse_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_discovery_xdspb_hanse_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_discovery_xdspb_hanse_proto_goTypes = []any{
 	(*EndpointMeta)(nil),        // 0: hanse.xds.v1.EndpointMeta
 	(*ServiceMeta)(nil),         // 1: hanse.xds.v1.ServiceMeta
@@ -1156,7 +1168,8 @@ var file_discovery_xdspb_hanse_proto_goTypes = []any{
 	(*Event)(nil),               // 12: hanse.xds.v1.Event
 	nil,                         // 13: hanse.xds.v1.ServiceEndpoint.TargetsEntry
 	nil,                         // 14: hanse.xds.v1.Trust.SequencesEntry
-	(*durationpb.Duration)(nil), // 15: google.protobuf.Duration
+	nil,                         // 15: hanse.xds.v1.Trust.AuthoritiesEntry
+	(*durationpb.Duration)(nil), // 16: google.protobuf.Duration
 }
 var file_discovery_xdspb_hanse_proto_depIdxs = []int32{
 	3,  // 0: hanse.xds.v1.InboundMeta.deny:type_name -> hanse.xds.v1.AccessRule
@@ -1167,17 +1180,18 @@ var file_discovery_xdspb_hanse_proto_depIdxs = []int32{
 	7,  // 5: hanse.xds.v1.Service.endpoints:type_name -> hanse.xds.v1.ServiceEndpoint
 	13, // 6: hanse.xds.v1.ServiceEndpoint.targets:type_name -> hanse.xds.v1.ServiceEndpoint.TargetsEntry
 	14, // 7: hanse.xds.v1.Trust.sequences:type_name -> hanse.xds.v1.Trust.SequencesEntry
-	10, // 8: hanse.xds.v1.Faults.faults:type_name -> hanse.xds.v1.Fault
-	15, // 9: hanse.xds.v1.Fault.latency:type_name -> google.protobuf.Duration
-	15, // 10: hanse.xds.v1.Fault.end:type_name -> google.protobuf.Duration
-	15, // 11: hanse.xds.v1.Fault.lease:type_name -> google.protobuf.Duration
-	15, // 12: hanse.xds.v1.Fault.report:type_name -> google.protobuf.Duration
-	12, // 13: hanse.xds.v1.EndpointReport.events:type_name -> hanse.xds.v1.Event
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	15, // 8: hanse.xds.v1.Trust.authorities:type_name -> hanse.xds.v1.Trust.AuthoritiesEntry
+	10, // 9: hanse.xds.v1.Faults.faults:type_name -> hanse.xds.v1.Fault
+	16, // 10: hanse.xds.v1.Fault.latency:type_name -> google.protobuf.Duration
+	16, // 11: hanse.xds.v1.Fault.end:type_name -> google.protobuf.Duration
+	16, // 12: hanse.xds.v1.Fault.lease:type_name -> google.protobuf.Duration
+	16, // 13: hanse.xds.v1.Fault.report:type_name -> google.protobuf.Duration
+	12, // 14: hanse.xds.v1.EndpointReport.events:type_name -> hanse.xds.v1.Event
+	15, // [15:15] is the sub-list for method output_type
+	15, // [15:15] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_discovery_xdspb_hanse_proto_init() }
@@ -1191,7 +1205,7 @@ func file_discovery_xdspb_hanse_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_discovery_xdspb_hanse_proto_rawDesc), len(file_discovery_xdspb_hanse_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -22,7 +22,7 @@ func fuzzServer(f *testing.F) *Server {
 	s, err := New(Config{Source: identity.NewSource(), TrustDomain: spiffeid.RequireTrustDomainFromString("west.demo")})
 	must(f, err)
 	s.cache.apply(shop{exported: true, services: map[string][]*discovery.Endpoint{"payments": {endpoint("a", "10.0.0.1", "payments")}}}.set(), nil, s.now())
-	s.SetTrust(map[string]uint64{"west.demo": 1}, 1)
+	s.SetTrust(map[string]uint64{"west.demo": 1}, 1, nil)
 	return s
 }
 

@@ -1,6 +1,7 @@
 package xdsserver
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -69,6 +70,7 @@ type Server struct {
 	reporters    map[*reporter]struct{}                   // guarded by mu
 	trust        map[string]uint64                        // guarded by mu; nil until SetTrust. Never changed in place
 	trustRev     uint64                                   // guarded by mu; goes with trust
+	authorities  map[string][]byte                        // guarded by mu; goes with trust. Never changed in place
 	trustGen     uint64                                   // guarded by mu
 	faults       func(viewer xdsgen.Viewer) *xdspb.Faults // guarded by mu
 	faultGen     uint64                                   // guarded by mu
@@ -219,14 +221,14 @@ func (s *Server) View() *xdsgen.View {
 }
 
 // SetTrust announces the newest bundle sequence of each trusted domain to all proxies. revision differs whenever what is trusted
-// has changed otherwise; a proxy then loads every bundle anew.
-func (s *Server) SetTrust(sequences map[string]uint64, revision uint64) {
+// has changed otherwise; a proxy then loads every bundle anew. authorities are the digests of each domain's X.509 authorities (identity.Digest).
+func (s *Server) SetTrust(sequences map[string]uint64, revision uint64, authorities map[string][]byte) {
 	s.mu.Lock()
-	if s.trust != nil && s.trustRev == revision && maps.Equal(s.trust, sequences) {
+	if s.trust != nil && s.trustRev == revision && maps.Equal(s.trust, sequences) && maps.EqualFunc(s.authorities, authorities, bytes.Equal) {
 		s.mu.Unlock()
 		return
 	}
-	s.trust, s.trustRev = maps.Clone(sequences), revision
+	s.trust, s.trustRev, s.authorities = maps.Clone(sequences), revision, maps.Clone(authorities)
 	s.trustGen++
 	s.mu.Unlock()
 	s.wakeAll()

@@ -221,7 +221,7 @@ func TestAcknowledgements(t *testing.T) {
 	now := time.Now()
 	h := start(t, func(c *Config) { c.Now = func() time.Time { return now } })
 	h.view(shop{services: map[string][]*discovery.Endpoint{"payments": {endpoint("a", "10.0.0.1", "payments")}}}.set())
-	h.SetTrust(map[string]uint64{"west.demo": 3, "east.demo": 5}, 1)
+	h.SetTrust(map[string]uint64{"west.demo": 3, "east.demo": 5}, 1, nil)
 	if got := h.TrustAcked(); got["west.demo"] != 3 || got["east.demo"] != 5 {
 		t.Errorf("without proxies: %v", got)
 	}
@@ -238,7 +238,7 @@ func TestAcknowledgements(t *testing.T) {
 	}
 	ack(resp)
 	eventually(t, func() bool { return h.Proxies()[0].Trust["west.demo"] == 3 })
-	h.SetTrust(map[string]uint64{"west.demo": 4, "east.demo": 5}, 1)
+	h.SetTrust(map[string]uint64{"west.demo": 4, "east.demo": 5}, 1, nil)
 	resp = c.next()
 	if got := h.TrustAcked(); got["west.demo"] != 3 || got["east.demo"] != 5 {
 		t.Errorf("before the ACK: %v", got)
@@ -297,7 +297,7 @@ func TestFaults(t *testing.T) {
 		if f.Faults[0].Renewal != want {
 			t.Errorf("renewal %d, want %d", f.Faults[0].Renewal, want)
 		}
-		h.SetTrust(map[string]uint64{"west.demo": want}, 1) // wakes the stream, but is no reason to ask again
+		h.SetTrust(map[string]uint64{"west.demo": want}, 1, nil) // wakes the stream, but is no reason to ask again
 		h.FaultsChanged()
 	}
 }

@@ -243,13 +243,13 @@ func (ss *session) resource(typeURL, name string) *xdsgen.Resource {
 
 func (ss *session) trustResource(name string) (*xdsgen.Resource, error) {
 	ss.s.mu.Lock()
-	sequences, revision, gen := ss.s.trust, ss.s.trustRev, ss.s.trustGen
+	sequences, revision, authorities, gen := ss.s.trust, ss.s.trustRev, ss.s.authorities, ss.s.trustGen
 	ss.s.mu.Unlock()
 	ss.trustGen = gen
 	if name != trustName || sequences == nil {
 		return nil, nil
 	}
-	return xdsgen.NewResource(trustName, &xdspb.Trust{Sequences: sequences, Revision: revision})
+	return xdsgen.NewResource(trustName, &xdspb.Trust{Sequences: sequences, Revision: revision, Authorities: authorities})
 }
 
 // faultsResource asks for the drills in force once per generation: their remaining times differ at each asking.

@@ -222,19 +222,8 @@ func jitter(d time.Duration) time.Duration { return d - time.Duration(rand.Int64
 // TrustRefresh loads all bundles anew, until each named trust domain's has at least the given sequence, and returns when they are
 // in the Source: a proxy may then acknowledge them. At least one load begins after the call, so that what is no longer
 // trusted is gone from the Source too. A trust domain that this workload does not federate with is not waited
-// for. It returns the last error when ctx ends first. Following another agent's Workload API, where sequences are unknown,
-// it returns after one sync interval.
+// for. It returns the last error when ctx ends first. An agent that follows another's Workload API has TrustFollowed instead.
 func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]uint64) error {
-	if a.cfg.WorkloadAPI != "" {
-		timer := time.NewTimer(a.cfg.SyncInterval)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-			return nil
-		case <-ctx.Done():
-			return fmt.Errorf("refresh trust: %w", ctx.Err())
-		}
-	}
 	wait := 50 * time.Millisecond
 	want = maps.Clone(want)
 	for loaded := false; ; {

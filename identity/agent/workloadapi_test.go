@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/agent"
 	"github.com/hanse-mesh/hanse/identity/bundle"
 	"github.com/hanse-mesh/hanse/identity/ca"
@@ -225,7 +226,14 @@ func TestFollowWorkloadAPI(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "files")
 	a, stop := runAgent(t, agent.Config{WorkloadAPI: addr, FilesDir: dir, SyncInterval: 10 * time.Millisecond})
 	wait(t, a.Source())
-	check(t, a.TrustRefresh(t.Context(), map[spiffeid.TrustDomain]uint64{east.td: 1}))
+	b := a.Source().Bundles()[east.td]
+	north := spiffeid.RequireTrustDomainFromString("north.demo") // which this workload does not federate with
+	check(t, a.TrustFollowed(t.Context(), map[spiffeid.TrustDomain][]byte{east.td: identity.Digest(b.X509Authorities()), north: identity.Digest(nil)}))
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := a.TrustFollowed(short, map[spiffeid.TrustDomain][]byte{east.td: identity.Digest(nil)}); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "east.demo") {
+		t.Errorf("another authority is announced than there is: %v", err)
+	}
 	for renewals := 0; renewals < 2; renewals++ {
 		svid, err := a.Source().GetX509SVID()
 		check(t, err)

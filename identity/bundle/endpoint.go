@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -31,16 +32,43 @@ func (s *Store) Handler() http.Handler {
 			http.Error(w, "no bundle yet", http.StatusServiceUnavailable)
 			return
 		}
-		data, err := b.Marshal()
-		if err != nil {
-			s.log.Error("cannot encode own bundle", "error", err)
-			http.Error(w, "cannot encode the bundle", http.StatusInternalServerError)
+		s.answer(w, b)
+	})
+}
+
+// Relay answers GET prefix<trust domain> with the bundle of a related trust domain that is in force, for a SPIRE server which this control
+// plane provides with bundles, and everything else by next.
+func (s *Store) Relay(prefix string, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name, ok := strings.CutPrefix(r.URL.Path, prefix)
+		if !ok || r.Method != http.MethodGet {
+			next.ServeHTTP(w, r)
 			return
 		}
-		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Cache-Control", "no-cache")
-		_, _ = w.Write(data) // the client is gone
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			http.Error(w, "no trust domain", http.StatusNotFound)
+			return
+		}
+		b, ok := s.Get(td)
+		if !ok {
+			http.Error(w, "no bundle of this trust domain", http.StatusNotFound)
+			return
+		}
+		s.answer(w, b)
 	})
+}
+
+func (s *Store) answer(w http.ResponseWriter, b *spiffebundle.Bundle) {
+	data, err := b.Marshal()
+	if err != nil {
+		s.log.Error("cannot encode a bundle", "trust_domain", b.TrustDomain().Name(), "error", err)
+		http.Error(w, "cannot encode the bundle", http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-cache")
+	_, _ = w.Write(data) // the client is gone
 }
 
 // EndpointTLS returns the configuration of a bundle endpoint with the https_spiffe profile: it presents the SVID of src

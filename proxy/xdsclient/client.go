@@ -80,11 +80,17 @@ type Config struct {
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 	// Trust loads bundles at least as new as the sequences, by trust domain. The control plane hears of it after nil was returned;
 	// an error is tried again.
-	Trust func(ctx context.Context, sequences map[string]uint64) error
+	Trust func(ctx context.Context, t Trust) error
 	// OnTable is called with each new Table before Table returns it, never twice at the same time.
 	OnTable func(*proxy.Table)
 	// Load yields what is to be reported; nil: nothing is reported.
 	Load Reporter
+}
+
+// Trust is what the control plane says that this proxy should trust.
+type Trust struct {
+	Sequences   map[string]uint64 // of the newest bundle, by trust domain
+	Authorities map[string][]byte // identity.Digest of its X.509 authorities; absent from control planes of before
 }
 
 // Client follows the control plane. It is safe for concurrent use.

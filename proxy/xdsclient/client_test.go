@@ -554,10 +554,10 @@ func TestTrustIsAckedAfterLoading(t *testing.T) {
 		fail := errors.New("not yet")
 		cp.set(t, trustType, trustName, &xdspb.Trust{Sequences: map[string]uint64{"west.test": 7}})
 		c, _ := start(t, cp, func(cfg *Config) {
-			cfg.Trust = func(_ context.Context, s map[string]uint64) error {
+			cfg.Trust = func(_ context.Context, t Trust) error {
 				mu.Lock()
 				defer mu.Unlock()
-				asked = append(asked, s)
+				asked = append(asked, t.Sequences)
 				return fail
 			}
 		})

@@ -69,6 +69,7 @@ const (
 	maxPatterns  = 256  // of one rule
 	maxFaults    = 64
 	maxDomains   = 4096
+	maxDigest    = 64   // bytes
 	maxHosts     = 4096 // endpoints of a headless service
 )
 
@@ -1074,7 +1075,15 @@ func decodeTrust(m *xdspb.Trust) (any, error) {
 	if err := bounded("sequences", len(m.Sequences), maxDomains); err != nil {
 		return nil, err
 	}
-	return maps.Clone(m.Sequences), nil
+	if err := bounded("authorities", len(m.Authorities), maxDomains); err != nil {
+		return nil, err
+	}
+	for td, d := range m.Authorities {
+		if err := bounded("authorities."+shorten(td), len(d), maxDigest); err != nil {
+			return nil, err
+		}
+	}
+	return Trust{Sequences: maps.Clone(m.Sequences), Authorities: maps.Clone(m.Authorities)}, nil
 }
 
 func decodeFaults(m *xdspb.Faults) (any, error) {

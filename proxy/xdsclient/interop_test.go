@@ -229,7 +229,7 @@ func TestWithTheRealControlPlane(t *testing.T) {
 	until(t, c, "a new endpoint", func(tab *proxy.Table) bool {
 		return len(tab.Clusters[paymentsAuthority].Levels[0].Localities[0].Endpoints) == 2
 	})
-	h.SetTrust(map[string]uint64{"west.test": 7}, 1)
+	h.SetTrust(map[string]uint64{"west.test": 7}, 1, nil)
 	until(t, c, "trust", func(tab *proxy.Table) bool { return tab.Trust["west.test"] == 7 })
 	h.SetFaults(func(xdsgen.Viewer) *xdspb.Faults {
 		return &xdspb.Faults{Faults: []*xdspb.Fault{{Drill: "d", Mode: "blackhole", Share: 100, End: durationpb.New(time.Minute), Renewal: 1}}}

@@ -540,12 +540,12 @@ func merge(cr, er *resource, absent bool) *proxy.Cluster {
 	return &out
 }
 
-// sequences returns the newest trust sequences that the control plane has announced.
-func (s *store) sequences() map[string]uint64 {
+// announced returns the newest trust that the control plane has announced.
+func (s *store) announced() Trust {
 	if r := s.kinds[trust].held[trustName]; r != nil {
-		return r.value.(map[string]uint64)
+		return r.value.(Trust)
 	}
-	return nil
+	return Trust{}
 }
 
 // failure says why an authority cannot be used though it exists: a NACK without a last good one.

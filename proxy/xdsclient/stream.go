@@ -237,9 +237,9 @@ type trustResult struct {
 func (r *run) loadTrust(ctx context.Context, m *discoveryv3.DeltaDiscoveryResponse, loaded chan<- trustResult, running *sync.WaitGroup) {
 	r.endTrust()
 	r.trustFor = m
-	sequences := r.store.sequences()
+	trust := r.store.announced()
 	if r.cfg.Trust == nil {
-		r.store.trusted = sequences
+		r.store.trusted = trust.Sequences
 		r.send(ack(m, nil))
 		return
 	}
@@ -247,9 +247,9 @@ func (r *run) loadTrust(ctx context.Context, m *discoveryv3.DeltaDiscoveryRespon
 	running.Go(func() {
 		backoff := minBackoff
 		for {
-			err := r.cfg.Trust(ctx, maps.Clone(sequences))
+			err := r.cfg.Trust(ctx, trust)
 			select {
-			case loaded <- trustResult{m, sequences, err}:
+			case loaded <- trustResult{m, trust.Sequences, err}:
 			case <-ctx.Done():
 				return
 			}
@@ -274,7 +274,7 @@ func (r *run) endTrust() {
 }
 
 func (r *run) trustLoaded(res trustResult) {
-	if r.trustCancel == nil || res.response != r.trustFor || !maps.Equal(res.sequences, r.store.sequences()) {
+	if r.trustCancel == nil || res.response != r.trustFor || !maps.Equal(res.sequences, r.store.announced().Sequences) {
 		return // of before
 	}
 	if res.err != nil {

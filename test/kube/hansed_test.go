@@ -12,31 +12,32 @@ import (
 	"time"
 )
 
-// TestHansed: the real program, with an API server as its source: a Service that is exported is in the mesh, its ServiceImport in the API
-// server until it is exported no longer.
-func TestHansed(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	s.crds(filepath.Join(module(t, "sigs.k8s.io/mcs-api"), "config/crd"), "serviceexports", "serviceimports")
-	s.apply([]byte(shop))
+// hansed is the real program, with an API server as its source.
+type hansed struct {
+	t        testing.TB
+	dir, bin string
+	identity string // its address for agents
+	xds      string
+	admin    string // its port for metrics and profiles
+	cmd      *exec.Cmd
+	log      string
+}
+
+// newHansed runs hansed beside s until the test ends.
+func newHansed(t testing.TB, s *server) *hansed {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "hk") // short: Unix sockets' paths are
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	bin := t.TempDir()
-	build := exec.Command("go", "build", "-trimpath", "-o", bin+"/", "../../cmd/hanse", "../../cmd/hansed")
+	ports := freePorts(t, 5)
+	h := &hansed{t: t, dir: dir, bin: t.TempDir(), identity: ports[1], xds: ports[2], admin: ports[4], log: filepath.Join(dir, "log")}
+	build := exec.Command("go", "build", "-trimpath", "-o", h.bin+"/", "../../cmd/hanse", "../../cmd/hansed", "../../cmd/hanse-proxy")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
-	write := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	write("kubeconfig", fmt.Sprintf(`
+	h.write("kubeconfig", fmt.Sprintf(`
 apiVersion: v1
 kind: Config
 clusters: [{name: c, cluster: {server: %q, certificate-authority: %q}}]
@@ -44,8 +45,7 @@ users: [{name: u, user: {token: admintoken}}]
 contexts: [{name: x, context: {cluster: c, user: u}}]
 current-context: x
 `, s.config.Host, s.config.CAFile))
-	ports := freePorts(t, 5)
-	config := write("hansed.yaml", fmt.Sprintf(`
+	config := h.write("hansed.yaml", fmt.Sprintf(`
 cluster: west
 trustDomain: west.demo
 mesh: demo
@@ -59,29 +59,55 @@ xds: {listen: %q}
 bundleEndpoint: {listen: %q}
 admin: {listen: %q}
 `, ports[0], ports[1], ports[2], ports[3], ports[4]))
-	log, err := os.Create(filepath.Join(dir, "log"))
-	if err != nil {
-		t.Fatal(err)
+	h.cmd = h.start("hansed", h.log, "--config", config)
+	return h
+}
+
+func (h *hansed) write(name, text string) string {
+	path := filepath.Join(h.dir, name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		h.t.Fatal(err)
 	}
-	defer log.Close()
-	cmd := exec.Command(filepath.Join(bin, "hansed"), "--config", config)
-	cmd.Stdout, cmd.Stderr = log, log
+	return path
+}
+
+// start runs a program until the test ends, and shows the end of its log if that failed.
+func (h *hansed) start(program, log string, args ...string) *exec.Cmd {
+	h.t.Helper()
+	out, err := os.Create(log)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer out.Close()
+	cmd := exec.Command(filepath.Join(h.bin, program), args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = h.dir, out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+		h.t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	h.t.Cleanup(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		_ = cmd.Wait()
-		if t.Failed() {
-			b, _ := os.ReadFile(log.Name())
-			t.Logf("hansed:\n%s", b[max(0, len(b)-6000):])
+		if h.t.Failed() {
+			b, _ := os.ReadFile(log)
+			h.t.Logf("%s:\n%s", program, b[max(0, len(b)-6000):])
 		}
 	})
-	hanse := func(args ...string) string {
-		out, _ := exec.Command(filepath.Join(bin, "hanse"), append([]string{"--socket", filepath.Join(dir, "hansed.sock")}, args...)...).CombinedOutput()
-		return string(out)
-	}
+	return cmd
+}
+
+func (h *hansed) hanse(args ...string) string {
+	out, _ := exec.Command(filepath.Join(h.bin, "hanse"), append([]string{"--socket", filepath.Join(h.dir, "hansed.sock")}, args...)...).CombinedOutput()
+	return string(out)
+}
+
+// TestHansed: a Service that is exported is in the mesh, its ServiceImport in the API server until it is exported no longer.
+func TestHansed(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	s.crds(filepath.Join(module(t, "sigs.k8s.io/mcs-api"), "config/crd"), "serviceexports", "serviceimports")
+	s.apply([]byte(shop))
+	hanse := newHansed(t, s).hanse
 	until(t, "hansed knows the Service", func() bool { return strings.Contains(hanse("get", "services"), "payments") })
 	var o []struct{ Source string }
 	if err := json.Unmarshal([]byte(hanse("get", "services", "payments", "--namespace", "shop", "-o", "json")), &o); err == nil && len(o) == 1 && o[0].Source != "Kubernetes" {

@@ -579,7 +579,7 @@ func (c *clusterset) follow(t *testing.T, namespace string) func() []string {
 			return
 		}
 		what := kind + map[watch.EventType]string{watch.Added: " added", watch.Deleted: " gone"}[e.Type]
-		if kind == "ServiceImport" && e.Type == watch.Modified && len(ipsOf(o)) > 0 {
+		if kind == "ServiceImport" && e.Type != watch.Deleted && len(ipsOf(o)) > 0 {
 			what = "ServiceImport callable"
 		}
 		if what == kind {

@@ -1,0 +1,234 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/ca"
+	"github.com/hanse-mesh/hanse/identity/onspire"
+)
+
+// issuer is whom the identities of this cluster come from: its own authority, or a SPIRE that was there before.
+type issuer interface {
+	Run(ctx context.Context) error
+	// RunSVID keeps the control plane's own SVID in src until ctx ends.
+	RunSVID(ctx context.Context, src *identity.Source) error
+	// Bundle is the own trust domain's; ok is false while the issuer has not said.
+	Bundle() (b *spiffebundle.Bundle, ok bool)
+	// Changed returns a channel that is closed at the next change of it. Take it before reading.
+	Changed() <-chan struct{}
+}
+
+// ownAuthority is hansed as its own issuer.
+type ownAuthority struct {
+	*ca.Authority
+	id   spiffeid.ID
+	life time.Duration
+}
+
+func (a ownAuthority) RunSVID(ctx context.Context, src *identity.Source) error {
+	return a.Authority.RunSVID(ctx, a.id, a.life, src)
+}
+
+func (a ownAuthority) Bundle() (*spiffebundle.Bundle, bool) { return a.Authority.Bundle(), true }
+
+// firstPatience is how long a start waits for spire-server, where this cluster has never seen its bundle.
+const firstPatience = 30 * time.Second
+
+// openSPIRE makes SPIRE the issuer.
+func (p *controlPlane) openSPIRE(ctx context.Context, reg prometheus.Registerer) error {
+	c := p.cfg.Identity.SPIRE
+	leads := func() bool { return p.replicas.alone() || p.replicas.leads() }
+	s, err := onspire.New(onspire.Config{Address: c.Server, WorkloadAPI: c.WorkloadAPI, TrustDomain: p.td, Relay: relayAddress(p.cfg), Linger: c.Linger.Duration, Leads: leads,
+		Log: p.log.With("part", "spire"), Registerer: reg})
+	if err != nil {
+		return err
+	}
+	if p.workloads, err = newRegistrar(p.cfg, p.log.With("part", "spire")); err != nil {
+		return err
+	}
+	p.onSPIRE, p.issuer = s, s
+	if _, known := p.bundles.Get(p.td); known {
+		return nil // what SPIRE said last stays in force until it answers
+	}
+	ctx, cancel := context.WithTimeout(ctx, firstPatience)
+	defer cancel()
+	if err := s.First(ctx); err != nil {
+		return errors.Join(fmt.Errorf("identity.spire: %w: is it running, and may this user read its socket, or is this SVID an administrator's?", err), s.Close())
+	}
+	b, _ := s.Bundle()
+	return p.takeOwnBundle(b)
+}
+
+// relayAddress is where spire-server reaches this control plane's bundle endpoint.
+func relayAddress(cfg *Config) string {
+	if a := cfg.Identity.SPIRE.BundleEndpoint; a != "" {
+		return a
+	}
+	host, port, err := net.SplitHostPort(cfg.Bundle.Listen)
+	if ip := net.ParseIP(host); err == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
+		host = "127.0.0.1"
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// takeOwnBundle brings what the issuer says of its own trust domain into the store, and from there everywhere. SPIRE's sequences may be
+// smaller than those before, after a move to it or from a backup: then ours goes on growing, so that no other cluster takes it for old.
+func (p *controlPlane) takeOwnBundle(b *spiffebundle.Bundle) error {
+	err := p.bundles.Set(p.td, b, "own authority")
+	if !errors.Is(err, bundle.ErrStale) {
+		return err
+	}
+	if p.onSPIRE == nil {
+		return nil
+	}
+	if have, ok := p.bundles.Get(p.td); ok && have.X509Bundle().Equal(b.X509Bundle()) && have.JWTBundle().Equal(b.JWTBundle()) {
+		return nil
+	}
+	return p.bundles.Replace(p.td, b, "SPIRE, which counts anew")
+}
+
+// tellSPIRE hands each change of foreign bundles to spire-server.
+func (p *controlPlane) tellSPIRE(ctx context.Context) error {
+	for {
+		changed := p.bundles.Changed()
+		p.onSPIRE.SetBundles(p.bundles.All())
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// registrar knows which entries the workloads of a Snapshot need.
+type registrar struct {
+	self      onspire.Workload
+	td        spiffeid.TrustDomain
+	x509, jwt time.Duration
+	workloads []*onspire.Template
+	fixed     []onspire.Entry // of the control plane and its gateways
+	log       *slog.Logger
+}
+
+func newRegistrar(cfg *Config, log *slog.Logger) (*registrar, error) {
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	r := &registrar{td: td, self: onspire.Workload{TrustDomain: td.Name(), Cluster: cfg.Cluster, Region: cfg.Region}, x509: cfg.Identity.X509Life.Duration, jwt: cfg.Identity.JWTLife.Duration, log: log}
+	c := cfg.Identity.SPIRE
+	for _, e := range c.Entries {
+		t, err := onspire.ParseTemplate(e.Parent, e.Selectors)
+		if err != nil {
+			return nil, err
+		}
+		r.workloads = append(r.workloads, t)
+	}
+	for id, of := range map[spiffeid.ID][]SPIREEntry{identity.ControlPlaneID(td): c.ControlPlane, identity.GatewayID(td): c.Gateways} {
+		for _, e := range of {
+			t, err := onspire.ParseTemplate(e.Parent, e.Selectors)
+			if err != nil {
+				return nil, err
+			}
+			w := r.self
+			w.ID = id.String()
+			entry, err := r.entry(t, w)
+			if err != nil {
+				return nil, err
+			}
+			r.fixed = append(r.fixed, entry)
+		}
+	}
+	return r, nil
+}
+
+func (r *registrar) entry(t *onspire.Template, w onspire.Workload) (onspire.Entry, error) {
+	e, err := t.Entry(w)
+	e.X509Life, e.JWTLife = r.x509, r.jwt
+	return e, err
+}
+
+// entries are those that a Snapshot asks for. s may be nil: then only the fixed ones.
+func (r *registrar) entries(s *discovery.Snapshot) []onspire.Entry {
+	out, seen := slices.Clone(r.fixed), map[string]bool{}
+	if s == nil {
+		return out
+	}
+	for _, svc := range s.Services {
+		for _, ep := range svc.Endpoints {
+			id, err := spiffeid.FromString(ep.SPIFFEID)
+			if err != nil || !id.MemberOf(r.td) || identity.Reserved(id) {
+				continue
+			}
+			w := r.self
+			w.ID, w.Address, w.Hostname, w.Region, w.Zone = id.String(), ep.Address.String(), ep.Hostname, ep.Locality.Region, ep.Locality.Zone
+			w.Namespace, w.ServiceAccount, _ = identity.ParseWorkloadID(id)
+			for _, t := range r.workloads {
+				e, err := r.entry(t, w)
+				if err != nil {
+					r.log.Warn("a workload gets no entry on SPIRE", "id", ep.SPIFFEID, "service", svc.Name.String(), "err", err)
+					continue
+				}
+				key := e.ID.String() + " " + e.Parent.String() + " " + strings.Join(e.Selectors, " ")
+				if !seen[key] {
+					seen[key] = true
+					out = append(out, e)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// spireCheck is the line of status on SPIRE.
+func (p *controlPlane) spireCheck(now time.Time) []admin.Check {
+	s := p.onSPIRE.Status()
+	server, agent := admin.Check{Name: "spire-server"}, admin.Check{Name: "spire-agent"}
+	since := "has never answered since this control plane started"
+	if !s.Answered.IsZero() {
+		since = fmt.Sprintf("answered last %s ago", now.Sub(s.Answered).Round(time.Second))
+	}
+	switch {
+	case s.Err != nil:
+		server.Detail = fmt.Sprintf("%s; the last good state stays in force: %v", since, s.Err)
+		server.Remedy = "is spire-server running, and identity.spire.server right?"
+	case len(s.Faults) > 0:
+		server.Detail = fmt.Sprintf("it refuses %d of what this cluster needs; first: %s", len(s.Faults), s.Faults[0])
+		server.Remedy = "hansed's log and spire-server's say why"
+	default:
+		server.OK, server.Detail = true, fmt.Sprintf("%s; %d entries and %d foreign bundles are kept there", p.cfg.Identity.SPIRE.Server, s.Entries, s.Domains)
+		if len(s.Foreign) > 0 {
+			server.Detail += fmt.Sprintf("; left alone, since people made them: %s", strings.Join(s.Foreign, ", "))
+		}
+	}
+	if s.AgentErr != nil {
+		agent.Detail = fmt.Sprintf("the last SVID stays in force until it expires: %v", s.AgentErr)
+		agent.Remedy = fmt.Sprintf("is spire-agent running at %s, and is there an entry for %s with selectors of this process?", p.cfg.Identity.SPIRE.WorkloadAPI, identity.ControlPlaneID(p.td))
+	} else {
+		agent.OK, agent.Detail = true, p.cfg.Identity.SPIRE.WorkloadAPI
+	}
+	return []admin.Check{server, agent}
+}
+
+// bySPIRE refuses what the issuer does and hansed does not, while SPIRE is the issuer.
+func (p *controlPlane) bySPIRE(what, command string) error {
+	if p.onSPIRE == nil {
+		return nil
+	}
+	return admin.Refused(command, "%s is SPIRE's to do: this cluster's identities come from it", what)
+}

@@ -68,6 +68,7 @@ type ImportedFrom struct {
 	Exported  time.Time   `json:"exported"`
 	Revision  int64       `json:"revision"` // of the exporter's etcd when the data was written; 0 for the own export
 	Endpoints []*Endpoint `json:"endpoints"`
+	Withheld  int         `json:"withheld,omitempty"` // more endpoints, whose IDs Peer.spec.import or spec.allow of their trust domain does not let in
 }
 
 // ImportConflict is an MCS Conflict condition: what Member exports differs from what With exports, and is not what is imported.

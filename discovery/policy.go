@@ -2,6 +2,8 @@ package discovery
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -211,6 +213,37 @@ type FederatedTrustDomain struct {
 	Profile     string `json:"bundleEndpointProfile,omitempty"` // https_spiffe or https_web
 	EndpointID  string `json:"endpointSPIFFEID,omitempty"`
 	Bundle      string `json:"trustDomainBundle,omitempty"` // SPIFFE JSON
+
+	Allow []Allow `json:"allow,omitempty"` // what may be imported of it; empty is everything
+}
+
+// Allow says which IDs of a foreign trust domain may serve which services.
+type Allow struct {
+	Services  []string `json:"services,omitempty"` // namespace/name, "*" for any of either; empty is all
+	SPIFFEIDs []string `json:"spiffeIDs"`          // patterns (identity.MatchPattern)
+}
+
+// Allowed says whether a foreign ID may serve a service. matches tells whether the ID matches a pattern. Without rules it may.
+func Allowed(rules []Allow, service Name, matches func(pattern string) bool) bool {
+	return len(rules) == 0 || slices.ContainsFunc(rules, func(a Allow) bool {
+		return (len(a.Services) == 0 || slices.ContainsFunc(a.Services, service.MatchPattern)) && slices.ContainsFunc(a.SPIFFEIDs, matches)
+	})
+}
+
+// MatchPattern says whether a name matches namespace/name, in which "*" stands for any of either.
+func (n Name) MatchPattern(pattern string) bool {
+	namespace, name, ok := strings.Cut(pattern, "/")
+	return ok && (namespace == "*" || namespace == n.Namespace) && (name == "*" || name == n.Name)
+}
+
+// AllowOf returns the rules of a trust domain; nil lets everything in.
+func (s *Snapshot) AllowOf(trustDomain string) []Allow {
+	for _, t := range s.TrustDomains {
+		if t.TrustDomain == trustDomain {
+			return t.Allow
+		}
+	}
+	return nil
 }
 
 // Self says which cluster a Snapshot describes.

@@ -367,6 +367,28 @@ func TestImportPolicy(t *testing.T) {
 	}
 }
 
+// TestAllow drops endpoints whose ID no rule of their trust domain lets serve the service, and counts them.
+func TestAllow(t *testing.T) {
+	a, b := service("west.demo", "payments", 4), service("west.demo", "catalog", 4)
+	for _, ep := range a.Endpoints[:3] {
+		ep.SPIFFEID = "spiffe://west.demo/ns/shop/sa/other"
+	}
+	e, _ := federation.Encode(snapshot("west.demo", a, b), nil, epoch)
+	p := policy("west.demo")
+	p.Allow = []discovery.Allow{{Services: []string{"shop/payments"}, SPIFFEIDs: []string{"spiffe://west.demo/ns/*/sa/payments"}}}
+	d := federation.NewDecoder(p)
+	d.Apply(all(e), epoch)
+	part := d.Part()
+	for name, want := range map[discovery.Name][2]int{a.Name: {1, 3}, b.Name: {0, 4}} {
+		if x := part.Exports[name]; x == nil || len(x.Endpoints) != want[0] || x.Withheld != want[1] {
+			t.Errorf("%s: %+v, want %d endpoints, %d withheld", name, x, want[0], want[1])
+		}
+	}
+	if len(part.Faults) != 0 {
+		t.Errorf("what a policy here leaves out is no fault of the exporter: %v", part.Faults)
+	}
+}
+
 func TestExportTimeIsClamped(t *testing.T) {
 	for _, c := range []struct{ claimed, want time.Time }{
 		{epoch, epoch},

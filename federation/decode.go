@@ -31,6 +31,7 @@ type Policy struct {
 	Admitted    time.Time            // export times before this, or too far ahead, become this
 	Peer        *discovery.Peer      // import policy; nil lets everything in
 	Endpoints   int                  // at most so many are taken; 0 is 2,000,000
+	Allow       []discovery.Allow    // which IDs may serve which services; empty lets everything in
 	Match       func(pattern string, id spiffeid.ID) bool
 }
 
@@ -51,6 +52,7 @@ type Export struct {
 	Exported         time.Time
 	Revision         int64                 // of the newest of its objects
 	Endpoints        []*discovery.Endpoint // sorted by ID
+	Withheld         int                   // endpoints that the policy here does not let in
 
 	local *discovery.Service // of LocalPart: what it was made of
 }
@@ -79,6 +81,7 @@ type object struct {
 	revision  int64
 	service   *Export // without endpoints; nil for a slot
 	endpoints []*discovery.Endpoint
+	withheld  int // not in endpoints
 }
 
 // NewDecoder returns a Decoder that has read nothing.
@@ -116,7 +119,7 @@ func (d *Decoder) Apply(changes []Change, now time.Time) {
 		if p := d.policy.Peer; p != nil && len(p.Namespaces) > 0 && !slices.Contains(p.Namespaces, n.Namespace) {
 			continue // not an error: this cluster chose not to import it
 		}
-		o, err := d.decode(slot, c.Value, now)
+		o, err := d.decode(n, slot, c.Value, now)
 		if err != nil {
 			d.faults[at] = err.Error()
 		}
@@ -192,6 +195,7 @@ func join(objects map[location]*object) *Export {
 	for _, o := range objects {
 		e.Revision = max(e.Revision, o.revision)
 		n += len(o.endpoints)
+		e.Withheld += o.withheld
 	}
 	e.Endpoints = make([]*discovery.Endpoint, 0, n)
 	for _, o := range objects {
@@ -241,14 +245,14 @@ func (o *object) newer(l location, other *object, at location) bool {
 }
 
 // decode returns an object, a fault, or both: an object without the endpoints that the fault is about.
-func (d *Decoder) decode(slot int, value []byte, now time.Time) (*object, error) {
+func (d *Decoder) decode(n discovery.Name, slot int, value []byte, now time.Time) (*object, error) {
 	if len(value) > MaxValue {
 		return nil, fmt.Errorf("%d bytes, at most %d are accepted", len(value), MaxValue)
 	}
 	if slot < 0 {
 		return d.decodeService(value, now)
 	}
-	return d.decodeSlot(value)
+	return d.decodeSlot(n, value)
 }
 
 func (d *Decoder) decodeService(value []byte, now time.Time) (*object, error) {
@@ -305,7 +309,7 @@ type profile struct {
 	err      error // nobody may use this profile
 }
 
-func (d *Decoder) decodeSlot(value []byte) (*object, error) {
+func (d *Decoder) decodeSlot(n discovery.Name, value []byte) (*object, error) {
 	pb := &federationpb.Slot{}
 	if err := proto.Unmarshal(value, pb); err != nil {
 		return nil, fmt.Errorf("not a Slot: %w", err)
@@ -315,7 +319,7 @@ func (d *Decoder) decodeSlot(value []byte) (*object, error) {
 	}
 	profiles := make([]profile, len(pb.Profiles))
 	for i, p := range pb.Profiles {
-		profiles[i] = d.profile(p)
+		profiles[i] = d.profile(n, p)
 	}
 	o := &object{endpoints: make([]*discovery.Endpoint, 0, len(pb.Endpoints))}
 	var refused []error
@@ -347,6 +351,8 @@ func (d *Decoder) decodeSlot(value []byte) (*object, error) {
 		}
 		if p.wanted {
 			o.endpoints = append(o.endpoints, ep)
+		} else {
+			o.withheld++
 		}
 	}
 	if len(refused) > 0 {
@@ -355,7 +361,7 @@ func (d *Decoder) decodeSlot(value []byte) (*object, error) {
 	return o, nil
 }
 
-func (d *Decoder) profile(pb *federationpb.Profile) profile {
+func (d *Decoder) profile(n discovery.Name, pb *federationpb.Profile) profile {
 	id, err := spiffeid.FromString(pb.SpiffeId)
 	switch {
 	case err != nil:
@@ -381,7 +387,7 @@ func (d *Decoder) profile(pb *federationpb.Profile) profile {
 		ports[t.Name] = uint16(t.Number)
 	}
 	return profile{
-		wanted: d.wanted(id),
+		wanted: d.wanted(n, id),
 		endpoint: discovery.Endpoint{
 			Ports: ports, HopPort: uint16(pb.HopPort), Transport: discovery.Transport(pb.Transport), SPIFFEID: id.String(),
 			Locality: discovery.Locality{Cluster: d.policy.Member, Region: pb.Region, Zone: pb.Zone}, Network: pb.Network,
@@ -407,12 +413,13 @@ func cut(path string) (first, rest string, ok bool) {
 	return "", "", false
 }
 
-func (d *Decoder) wanted(id spiffeid.ID) bool {
-	p := d.policy.Peer
-	if p == nil || len(p.SPIFFEIDs) == 0 {
-		return true
+// wanted says whether the policy here lets an ID serve a service.
+func (d *Decoder) wanted(n discovery.Name, id spiffeid.ID) bool {
+	matches := func(pattern string) bool { return d.policy.Match(pattern, id) }
+	if p := d.policy.Peer; p != nil && len(p.SPIFFEIDs) > 0 && !slices.ContainsFunc(p.SPIFFEIDs, matches) {
+		return false
 	}
-	return slices.ContainsFunc(p.SPIFFEIDs, func(pattern string) bool { return d.policy.Match(pattern, id) })
+	return discovery.Allowed(d.policy.Allow, n, matches)
 }
 
 // decodeEndpoint fills in ep, which has its ID.

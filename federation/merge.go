@@ -166,7 +166,7 @@ func mergeOne(name discovery.Name, from []share) *discovery.Import {
 			}
 		}
 		imp.From = append(imp.From, discovery.ImportedFrom{
-			Member: s.Name, Ports: s.Ports, Exported: s.Exported, Revision: s.Revision, Endpoints: s.Endpoints,
+			Member: s.Name, Ports: s.Ports, Exported: s.Exported, Revision: s.Revision, Endpoints: s.Endpoints, Withheld: s.Withheld,
 		})
 	}
 	for _, s := range from {
@@ -248,7 +248,7 @@ func sameImport(a, b *discovery.Import) bool {
 	return a.Traits.Equal(b.Traits) && maps.Equal(a.Labels, b.Labels) && maps.Equal(a.Annotations, b.Annotations) &&
 		slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Conflicts, b.Conflicts) &&
 		slices.EqualFunc(a.From, b.From, func(x, y discovery.ImportedFrom) bool {
-			return x.Member == y.Member && x.Revision == y.Revision && x.Exported.Equal(y.Exported) &&
+			return x.Member == y.Member && x.Revision == y.Revision && x.Withheld == y.Withheld && x.Exported.Equal(y.Exported) &&
 				slices.Equal(x.Ports, y.Ports) && slices.Equal(x.Endpoints, y.Endpoints)
 		})
 }

@@ -10,6 +10,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/identity"
 )
 
 func (c *cli) trustCommand() *cobra.Command {
@@ -112,15 +114,20 @@ SPIFFE's JSON, for those that need a first trust: a proxy of this cluster, or an
 
 	var req admin.TrustAdd
 	var bundle string
+	var allow []string
 	add := &cobra.Command{
 		Use:   "add TRUSTDOMAIN [--bundle FILE | --endpoint URL]",
 		Short: "Accept the identities of a trust domain",
 		Long: `Accept the identities of a trust domain. Its bundle is a file (PEM or SPIFFE's JSON; - is standard input), or is fetched from its bundle
 endpoint and kept fresh; with --endpoint and the profile https_spiffe a first bundle is needed to verify the endpoint. Without either, a member of the
-mesh that was removed is trusted again.`,
+mesh that was removed is trusted again.
+
+With --allow only the IDs that it names may serve the services that it names: other endpoints of that trust domain are not imported, and no sidecar
+accepts their identity. Once given, it replaces what was allowed before.`,
 		Example: `  hanse trust add partner.example --bundle partner.pem
   hanse trust add partner.example --endpoint https://spire.partner.example:8443 --endpoint-id spiffe://partner.example/spire/server --bundle partner.pem
-  hanse trust add east.demo`,
+  hanse trust add east.demo
+  hanse trust add east.demo --allow shop/payments=spiffe://east.demo/ns/shop/sa/payments --allow 'docs/*=/ns/docs/**'`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			td, err := spiffeid.TrustDomainFromString(args[0])
@@ -128,6 +135,13 @@ mesh that was removed is trusted again.`,
 				return usage("a trust domain is like east.example", "%q: %w", args[0], err)
 			}
 			req.TrustDomain = td.Name()
+			for _, rule := range allow {
+				a, err := parseAllow(td, rule)
+				if err != nil {
+					return usage("--allow SERVICE=ID, such as --allow 'shop/*=spiffe://"+td.Name()+"/ns/shop/**'", "--allow %q: %w", rule, err)
+				}
+				req.Allow = append(req.Allow, a)
+			}
 			if bundle != "" {
 				raw, err := c.readFile(bundle)
 				if err != nil {
@@ -167,6 +181,7 @@ mesh that was removed is trusted again.`,
 	add.Flags().StringVar(&req.EndpointURL, "endpoint", "", "the `URL` of its bundle endpoint")
 	add.Flags().StringVar(&req.Profile, "profile", "https_spiffe", "how the endpoint is verified: https_spiffe or https_web")
 	add.Flags().StringVar(&req.EndpointID, "endpoint-id", "", "the endpoint's `SPIFFEID`, with https_spiffe")
+	add.Flags().StringArrayVar(&allow, "allow", nil, "`SERVICE[,SERVICE]=ID[,ID]`: these services may be served by these IDs only (may be repeated; patterns with *)")
 	c.outputFlag(add, "json", "yaml")
 
 	var yes bool
@@ -198,6 +213,32 @@ mesh that was removed is trusted again.`,
 	return group
 }
 
+// parseAllow reads SERVICE[,SERVICE]=ID[,ID]; without SERVICE= it is about all. An ID may be a path of the trust domain.
+func parseAllow(td spiffeid.TrustDomain, rule string) (discovery.Allow, error) {
+	var a discovery.Allow
+	services, ids, ok := strings.Cut(rule, "=")
+	if !ok {
+		services, ids = "", rule
+	} else if services != "" {
+		a.Services = strings.Split(services, ",")
+	}
+	for _, s := range a.Services {
+		if strings.Count(s, "/") != 1 {
+			return a, fmt.Errorf("a service is namespace/name, not %q", s)
+		}
+	}
+	for _, id := range strings.Split(ids, ",") {
+		if strings.HasPrefix(id, "/") {
+			id = td.IDString() + id
+		}
+		if err := identity.ValidatePattern(id); err != nil {
+			return a, err
+		}
+		a.SPIFFEIDs = append(a.SPIFFEIDs, id)
+	}
+	return a, nil
+}
+
 func have(names []string) string {
 	if len(names) == 1 {
 		return names[0] + " has"
@@ -221,6 +262,16 @@ func (c *cli) printTrust(td admin.TrustDomain) {
 	}
 	for _, d := range td.Distrusted {
 		t.row(plain("distrusted"), cell{d, bad})
+	}
+	for _, a := range td.Allow {
+		services := "any service"
+		if len(a.Services) > 0 {
+			services = strings.Join(a.Services, ", ")
+		}
+		t.row(plain("allowed"), plain(fmt.Sprintf("%s by %s", services, strings.Join(a.SPIFFEIDs, ", "))))
+	}
+	if td.Withheld > 0 {
+		t.row(plain("withheld"), cell{counted(td.Withheld, "endpoint") + " not imported: no rule here lets the ID serve the service", doubtful})
 	}
 	if len(td.Acked) > 0 {
 		t.row(plain("loaded by"), plain(strings.Join(td.Acked, ", ")))

@@ -43,9 +43,18 @@ func (p *controlPlane) TrustList(context.Context) ([]admin.TrustDomain, error) {
 
 func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle) admin.TrustDomain {
 	row := admin.TrustDomain{Name: td.Name(), Own: td == p.td, Source: "applied", Authorities: []string{}}
-	for _, m := range p.mesh.Clusterset().Members {
+	set := p.mesh.Clusterset()
+	for _, m := range set.Members {
 		if m.TrustDomain == td.Name() {
 			row.Member, row.Source = m.Name, "mesh"
+		}
+	}
+	row.Allow = set.Local.AllowOf(td.Name())
+	for _, imp := range set.Imports {
+		for _, from := range imp.From {
+			if from.Member == row.Member {
+				row.Withheld += from.Withheld
+			}
 		}
 	}
 	if r, ok := p.bundles.Related(td); ok && r.URL != "" && row.Member == "" {
@@ -128,7 +137,7 @@ func (p *controlPlane) TrustAdd(ctx context.Context, req admin.TrustAdd) (admin.
 	}
 	if found, err := p.bundles.Trust(td, ""); err != nil {
 		return admin.TrustDomain{}, err
-	} else if _, related := p.bundles.Related(td); found && related && req.EndpointURL == "" && len(req.Bundle) == 0 {
+	} else if _, related := p.bundles.Related(td); found && related && req.EndpointURL == "" && len(req.Bundle) == 0 && len(req.Allow) == 0 {
 		return p.TrustShow(ctx, td.Name()) // its bundle was kept
 	}
 	o := v1alpha1.ClusterFederatedTrustDomain{
@@ -138,6 +147,9 @@ func (p *controlPlane) TrustAdd(ctx context.Context, req admin.TrustAdd) (admin.
 	}
 	o.Spec.BundleEndpointProfile.Type = cmp.Or(req.Profile, string(bundle.HTTPSSPIFFE))
 	o.Spec.BundleEndpointProfile.EndpointSPIFFEID = req.EndpointID
+	for _, a := range req.Allow {
+		o.Spec.Allow = append(o.Spec.Allow, v1alpha1.FederationAllow{Services: a.Services, SPIFFEIDs: a.SPIFFEIDs})
+	}
 	b, err := json.Marshal(o)
 	if err != nil {
 		return admin.TrustDomain{}, err

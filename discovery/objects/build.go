@@ -599,6 +599,11 @@ func (b *builder) trustDomains() []*discovery.FederatedTrustDomain {
 			continue
 		}
 		named[s.TrustDomain] = o
+		rules, _ := o.Value.(*v1alpha1.ClusterFederatedTrustDomain).Allowed() // Validate has seen it
+		var allow []discovery.Allow
+		for _, r := range rules {
+			allow = append(allow, discovery.Allow{Services: r.Services, SPIFFEIDs: r.SPIFFEIDs})
+		}
 		domains = append(domains, &discovery.FederatedTrustDomain{
 			Name:        o.Value.GetName(),
 			TrustDomain: s.TrustDomain,
@@ -606,6 +611,7 @@ func (b *builder) trustDomains() []*discovery.FederatedTrustDomain {
 			Profile:     s.BundleEndpointProfile.Type,
 			EndpointID:  s.BundleEndpointProfile.EndpointSPIFFEID,
 			Bundle:      s.TrustDomainBundle,
+			Allow:       allow,
 		})
 	}
 	slices.SortFunc(domains, func(x, y *discovery.FederatedTrustDomain) int { return cmp.Compare(x.Name, y.Name) })

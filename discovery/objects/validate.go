@@ -46,6 +46,8 @@ func annotationsOf(kind string) []string {
 		return []string{AnnotationHopPort, AnnotationRegion, AnnotationServiceAccount, AnnotationTransport, AnnotationWeight}
 	case "ServiceExport":
 		return []string{AnnotationAudience}
+	case "ClusterFederatedTrustDomain":
+		return []string{v1alpha1.AllowAnnotation}
 	}
 	return nil
 }
@@ -612,6 +614,49 @@ func (c *checker) drill(d *v1alpha1.Drill) {
 	}
 }
 
+// maxAllow bounds rules of one trust domain, and what one rule lists.
+const maxAllow = 1000
+
+// allow checks spec.allow, or the annotation in its place.
+func (c *checker) allow(f *v1alpha1.ClusterFederatedTrustDomain, td spiffeid.TrustDomain) []v1alpha1.FederationAllow {
+	at := "spec.allow"
+	if _, ok := f.Annotations[v1alpha1.AllowAnnotation]; ok {
+		at = "metadata.annotations[" + v1alpha1.AllowAnnotation + "]"
+	}
+	rules, err := f.Allowed()
+	if err != nil {
+		c.add(at, f.Annotations[v1alpha1.AllowAnnotation], "%s", err)
+	}
+	if len(rules) > maxAllow {
+		c.add(at, len(rules), "must be at most %d rules", maxAllow)
+		return rules
+	}
+	for i, r := range rules {
+		for j, name := range r.Services {
+			ns, svc, _ := strings.Cut(name, "/")
+			if ns != "*" && len(validation.IsDNS1123Label(ns)) > 0 || svc != "*" && len(validation.IsDNS1123Label(svc)) > 0 {
+				c.add(fmt.Sprintf("%s[%d].services[%d]", at, i, j), name, "must be namespace/name, with * for any of either, such as shop/payments or shop/*")
+			}
+		}
+		field := fmt.Sprintf("%s[%d].spiffeIDs", at, i)
+		switch {
+		case len(r.SPIFFEIDs) == 0:
+			c.add(field, nil, "must list at least one pattern; spiffe://%s/** is every ID", td.Name())
+		case len(r.SPIFFEIDs) > maxAllow || len(r.Services) > maxAllow:
+			c.add(field, len(r.SPIFFEIDs), "a rule lists at most %d services and %d patterns", maxAllow, maxAllow)
+			continue
+		}
+		for j, pattern := range r.SPIFFEIDs {
+			field := fmt.Sprintf("%s[%d]", field, j)
+			c.spiffePattern(field, pattern)
+			if own, _, _ := strings.Cut(strings.TrimPrefix(pattern, "spiffe://"), "/"); identity.ValidatePattern(pattern) == nil && own != td.Name() {
+				c.add(field, pattern, "names another trust domain: begin with spiffe://%s/", td.Name())
+			}
+		}
+	}
+	return rules
+}
+
 func (c *checker) federatedTrustDomain(f *v1alpha1.ClusterFederatedTrustDomain) {
 	s := &f.Spec
 	td, err := spiffeid.TrustDomainFromString(s.TrustDomain)
@@ -620,7 +665,12 @@ func (c *checker) federatedTrustDomain(f *v1alpha1.ClusterFederatedTrustDomain) 
 		c.add("spec.trustDomain", s.TrustDomain, "must be a trust domain's name: lower case letters, digits, ., - and _")
 		example = "partner.example"
 	}
-	if u, err := url.Parse(s.BundleEndpointURL); err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil {
+	rules := c.allow(f, td)
+	if s.BundleEndpointURL == "" && (s.TrustDomainBundle != "" || len(rules) > 0) { // by hand, or a member of the mesh, whose bundle comes by itself
+		if s.BundleEndpointProfile.EndpointSPIFFEID != "" {
+			c.add("spec.bundleEndpointProfile.endpointSPIFFEID", s.BundleEndpointProfile.EndpointSPIFFEID, "has a meaning only with bundleEndpointURL")
+		}
+	} else if u, err := url.Parse(s.BundleEndpointURL); err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil {
 		shown := ""
 		if err == nil {
 			shown = u.Redacted()
@@ -628,9 +678,11 @@ func (c *checker) federatedTrustDomain(f *v1alpha1.ClusterFederatedTrustDomain) 
 		c.add("spec.bundleEndpointURL", shown, "must be an https:// URL without user and password")
 	}
 	profile := &s.BundleEndpointProfile
-	c.oneOf("spec.bundleEndpointProfile.type", profile.Type, v1alpha1.ProfileSPIFFE, v1alpha1.ProfileWeb)
+	if profile.Type != "" || s.BundleEndpointURL != "" {
+		c.oneOf("spec.bundleEndpointProfile.type", profile.Type, v1alpha1.ProfileSPIFFE, v1alpha1.ProfileWeb)
+	}
 	switch _, err := spiffeid.FromString(profile.EndpointSPIFFEID); {
-	case profile.Type == v1alpha1.ProfileSPIFFE && err != nil:
+	case profile.Type == v1alpha1.ProfileSPIFFE && s.BundleEndpointURL != "" && err != nil:
 		c.add("spec.bundleEndpointProfile.endpointSPIFFEID", profile.EndpointSPIFFEID,
 			"must be the SPIFFE ID that the endpoint presents, such as spiffe://%s/spire/server", example)
 	case profile.Type == v1alpha1.ProfileWeb && profile.EndpointSPIFFEID != "":

@@ -1,6 +1,8 @@
 package v1alpha1
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -371,6 +373,41 @@ type ClusterFederatedTrustDomainSpec struct {
 	BundleEndpointProfile BundleEndpointProfile `json:"bundleEndpointProfile"`
 	// TrustDomainBundle is the initial bundle, as SPIFFE JSON. The https_spiffe profile needs one to begin.
 	TrustDomainBundle string `json:"trustDomainBundle,omitempty"`
+	// Allow says which of its IDs may serve which services here; without it all may. SPIRE's kind does not have it: where SPIRE's own
+	// definition is installed, the annotation hanse.mesh/allow has the same in JSON.
+	Allow []FederationAllow `json:"allow,omitempty"`
+}
+
+// AllowAnnotation is spec.allow where the definition of the kind is SPIRE's own.
+const AllowAnnotation = "hanse.mesh/allow"
+
+// FederationAllow lets IDs of a foreign trust domain serve services.
+type FederationAllow struct {
+	// Services are names, namespace/name, in which "*" stands for any of either; empty is all.
+	Services []string `json:"services,omitempty"`
+	// SPIFFEIDs are patterns of that trust domain, of which one must match the ID of an endpoint.
+	SPIFFEIDs []string `json:"spiffeIDs"`
+}
+
+// Allowed returns spec.allow, or what the annotation says instead.
+func (f *ClusterFederatedTrustDomain) Allowed() ([]FederationAllow, error) {
+	raw, ok := f.Annotations[AllowAnnotation]
+	if !ok {
+		return f.Spec.Allow, nil
+	}
+	if len(f.Spec.Allow) > 0 {
+		return nil, errors.New("is given by spec.allow, too: remove one of them")
+	}
+	var rules []FederationAllow
+	dec := json.NewDecoder(strings.NewReader(raw))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&rules); err != nil {
+		return nil, fmt.Errorf("must be spec.allow in JSON, such as [{\"services\":[\"shop/*\"],\"spiffeIDs\":[\"spiffe://partner.example/ns/shop/**\"]}]: %w", err)
+	}
+	if dec.More() || len(rules) == 0 {
+		return nil, errors.New("must be one JSON list with at least one rule")
+	}
+	return rules, nil
 }
 
 // Profiles of a bundle endpoint (SPIFFE Federation §5.2).

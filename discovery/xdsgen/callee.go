@@ -25,6 +25,7 @@ type callee struct {
 
 // part is what one cluster contributes to a callee.
 type part struct {
+	service   discovery.Name
 	member    *discovery.Member // nil: this cluster
 	cluster   string
 	region    string
@@ -34,6 +35,7 @@ type part struct {
 	noPort    bool   // this cluster's service lacks the port
 	endpoints []*discovery.Endpoint
 	plaintext bool // endpoints without identity may be used
+	withheld  int  // endpoints that were not imported, for their IDs
 }
 
 // state is Fresh for this cluster, and for a member that nothing is known of: silence is not absence.
@@ -87,7 +89,7 @@ func (v *View) find(n discovery.Name, local bool) (ports []discovery.Port, parts
 		return nil, nil, false, fmt.Errorf("no cluster exports a service %s, and cluster %s has none", n, v.Set.Local.Self.Cluster)
 	}
 	for i := range imp.From {
-		parts = append(parts, v.importedPart(&imp.From[i], own))
+		parts = append(parts, v.importedPart(n, &imp.From[i], own))
 	}
 	return imp.Ports, parts, imp.Headless, nil
 }
@@ -120,15 +122,15 @@ func portNumber(ports []discovery.Port, number uint16) *discovery.Port {
 
 func (v *View) ownPart(s *discovery.Service) part {
 	self := &v.Set.Local.Self
-	return part{cluster: self.Cluster, region: self.Region, gateways: self.Gateways, ports: s.Ports, endpoints: s.Endpoints,
+	return part{service: s.Name, cluster: self.Cluster, region: self.Region, gateways: self.Gateways, ports: s.Ports, endpoints: s.Endpoints,
 		plaintext: s.Annotations[PlaintextAnnotation] == "true"}
 }
 
-func (v *View) importedPart(from *discovery.ImportedFrom, own *discovery.Service) part {
+func (v *View) importedPart(n discovery.Name, from *discovery.ImportedFrom, own *discovery.Service) part {
 	if from.Member == v.Set.Local.Self.Cluster && own != nil {
 		return v.ownPart(own) // the Snapshot is at least as new as the merge
 	}
-	p := part{cluster: from.Member, ports: from.Ports, endpoints: from.Endpoints, member: v.Set.Members[from.Member]}
+	p := part{service: n, withheld: from.Withheld, cluster: from.Member, ports: from.Ports, endpoints: from.Endpoints, member: v.Set.Members[from.Member]}
 	if p.member != nil {
 		p.region, p.gateways = p.member.Region, p.member.Gateways
 	} else if from.Member != v.Set.Local.Self.Cluster {

@@ -129,7 +129,7 @@ func (v *View) upstreamTLS(viewer *Viewer, c *callee) (*corev3.TransportSocket, 
 	ids := make(map[string]struct{})
 	for i := range c.parts {
 		for _, e := range c.parts[i].endpoints {
-			if e.SPIFFEID != "" && v.trusts(e.SPIFFEID) {
+			if e.SPIFFEID != "" && v.trusts(e.SPIFFEID) && v.allows(c.name, e.SPIFFEID) {
 				ids[e.SPIFFEID] = struct{}{}
 			}
 		}

@@ -8,7 +8,10 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/identity"
 )
 
 // maxPerLevel bounds the endpoints that one sidecar uses of a level.
@@ -101,6 +104,9 @@ func (v *View) levels(viewer *Viewer, c *callee) *Levels {
 			out.Omitted = append(out.Omitted, Omitted{Cluster: p.cluster, Reason: reason})
 			continue
 		}
+		if p.withheld > 0 {
+			out.Omitted = append(out.Omitted, Omitted{Cluster: p.cluster, Reason: fmt.Sprintf("%d of its endpoints have SPIFFE IDs that may not serve %s here (%s)", p.withheld, p.service, allowPolicy)})
+		}
 		for _, e := range p.endpoints {
 			r, reason := v.ranked(viewer, p, e)
 			if reason == "" {
@@ -184,6 +190,8 @@ func (v *View) ranked(viewer *Viewer, p *part, e *discovery.Endpoint) (Ranked, s
 		return r, "it has no SPIFFE ID"
 	case e.SPIFFEID != "" && !v.trusts(e.SPIFFEID):
 		return r, fmt.Sprintf("trust domain %s is not trusted here", trustDomain(e.SPIFFEID))
+	case e.SPIFFEID != "" && !v.allows(p.service, e.SPIFFEID):
+		return r, fmt.Sprintf("%s may not serve %s here (%s)", e.SPIFFEID, p.service, allowPolicy)
 	}
 	if e.Network != viewer.Network {
 		if len(p.gateways) == 0 {
@@ -203,6 +211,19 @@ func (v *View) trusts(id string) bool {
 	td := trustDomain(id)
 	_, ok := v.Set.Trusted[td]
 	return ok || len(v.Set.Trusted) == 0 || td == v.Set.Local.Self.TrustDomain
+}
+
+// allowPolicy is where it is said who may serve what.
+const allowPolicy = "spec.allow of its trust domain, or spec.import of the Peer"
+
+// allows reports whether an ID may serve a service, by spec.allow of its trust domain.
+func (v *View) allows(service discovery.Name, id string) bool {
+	rules := v.Set.Local.AllowOf(trustDomain(id))
+	if len(rules) == 0 {
+		return true
+	}
+	parsed, err := spiffeid.FromString(id)
+	return err == nil && discovery.Allowed(rules, service, func(pattern string) bool { return identity.MatchPattern(pattern, parsed) })
 }
 
 func trustDomain(id string) string {

@@ -76,7 +76,8 @@ type Changes struct {
 func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes) {
 	old := v.Set
 	ch := &Changes{
-		All:      !reflect.DeepEqual(old.Local.Self, set.Local.Self) || !sameMembers(old.Members, set.Members) || !sameKeys(old.Trusted, set.Trusted),
+		All: !reflect.DeepEqual(old.Local.Self, set.Local.Self) || !sameMembers(old.Members, set.Members) || !sameKeys(old.Trusted, set.Trusted) ||
+			!reflect.DeepEqual(allows(old.Local), allows(set.Local)),
 		Access:   !slices.EqualFunc(old.Local.Access, set.Local.Access, same),
 		Services: make(map[discovery.Name]struct{}),
 		Hosts:    make(map[netip.Addr]struct{}),
@@ -116,6 +117,17 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 	next.indexHosts(old.Local.Services, moved, ch.Hosts)
 	next.standIns(imports, old.Local.ClustersetIPs, ch.Hosts)
 	return next, ch
+}
+
+// allows returns the rules of each foreign trust domain that has any.
+func allows(s *discovery.Snapshot) map[string][]discovery.Allow {
+	rules := map[string][]discovery.Allow{}
+	for _, t := range s.TrustDomains {
+		if len(t.Allow) > 0 {
+			rules[t.TrustDomain] = t.Allow
+		}
+	}
+	return rules
 }
 
 // diff calls changed for every key whose value differs.

@@ -60,7 +60,11 @@ func (w *world) step() *discovery.Clusterset {
 	next := &discovery.Clusterset{Local: &local, Imports: cloned(old.Imports), Members: cloned(old.Members), Trusted: old.Trusted}
 	local.Services, local.TrafficPolicy = cloned(local.Services), cloned(local.TrafficPolicy)
 	n := pick(w, worldNames...)
-	switch w.IntN(8) {
+	switch w.IntN(9) {
+	case 8:
+		local.TrustDomains = []*discovery.FederatedTrustDomain{{TrustDomain: "east.demo", Allow: pick(w, nil, []discovery.Allow{
+			{Services: []string{pick(w, "shop/*", "*/a")}, SPIFFEIDs: []string{"spiffe://east.demo/ns/shop/sa/" + pick(w, "x", "*")}},
+		})}}
 	case 7:
 		local.ClustersetIPs = cloned(local.ClustersetIPs)
 		if a := netip.AddrFrom4([4]byte{10, 0, 0, byte(4 + w.IntN(2))}); w.IntN(3) == 0 {

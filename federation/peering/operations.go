@@ -266,6 +266,9 @@ func (m *Mesh) accepts(r *federation.Record) string {
 			ids = fmt.Sprintf("SPIFFE IDs %v of %s", p.SPIFFEIDs, r.TrustDomain)
 		}
 	}
+	if s := m.local.Load(); s != nil && len(s.AllowOf(r.TrustDomain)) > 0 {
+		ids += " as its ClusterFederatedTrustDomain allows"
+	}
 	return fmt.Sprintf("%s: %s, endpoints with %s", r.Name, what, ids)
 }
 

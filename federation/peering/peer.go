@@ -92,6 +92,9 @@ func (m *Mesh) peerKey(r *federation.Record) string {
 		p := s.Peers[r.Name]
 		policy = fmt.Sprintf("%q %q", p.Namespaces, p.SPIFFEIDs)
 	}
+	if s := m.local.Load(); s != nil {
+		policy += fmt.Sprintf(" %q", s.AllowOf(r.TrustDomain))
+	}
 	return fmt.Sprintf("%s %s %q %d %s", r.Name, r.TrustDomain, r.Addresses, toUnix(r.Admitted), policy)
 }
 
@@ -313,7 +316,7 @@ func newReader(m *Mesh, p *peer, log *slog.Logger) *reader {
 		Member: p.record.Name, TrustDomain: p.td, Admitted: p.record.Admitted, Match: identity.MatchPattern,
 	}
 	if s := m.local.Load(); s != nil {
-		policy.Peer = s.Peers[p.record.Name]
+		policy.Peer, policy.Allow = s.Peers[p.record.Name], s.AllowOf(p.td.Name())
 	}
 	return &reader{
 		m: m, p: p, log: log, decoder: federation.NewDecoder(policy), news: true,

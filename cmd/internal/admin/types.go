@@ -300,6 +300,10 @@ type TrustDomain struct {
 	Note        string   `json:"note,omitempty"`
 	// Distrusted lists what a person took out of force: the AuthorityID of an authority, or "all".
 	Distrusted []string `json:"distrusted,omitempty"`
+	// Allow says which of its IDs may serve which services here; empty is all. Withheld counts endpoints that are not imported for it,
+	// or for what the Peer's spec.import says.
+	Allow    []discovery.Allow `json:"allow,omitempty"`
+	Withheld int               `json:"withheld,omitempty"`
 	// Refused is the newest bundle that was not taken; the one before it is in force.
 	Refused *RefusedBundle `json:"refused,omitempty"`
 
@@ -365,6 +369,8 @@ type TrustAdd struct {
 	EndpointURL string          `json:"endpointURL,omitempty"`
 	Profile     string          `json:"profile,omitempty"`
 	EndpointID  string          `json:"endpointSPIFFEID,omitempty"`
+
+	Allow []discovery.Allow `json:"allow,omitempty"`
 }
 
 // Applied is the answer to POST /v1/apply and DELETE /v1/objects.

@@ -361,6 +361,8 @@ func remedyFor(reason string) string {
 	switch {
 	case strings.Contains(reason, "is not trusted"):
 		return "hanse trust list; hanse trust add TRUST-DOMAIN"
+	case strings.Contains(reason, "may not serve"):
+		return "hanse trust show TRUST-DOMAIN; hanse get clusterfederatedtrustdomains; hanse get peers"
 	case strings.Contains(reason, "no gateway"):
 		return "give that cluster a gateway (gateways: in hansed's configuration), or declare both clusters one network"
 	case strings.Contains(reason, "withdrawn"):

@@ -274,7 +274,7 @@ func (f *Fake) TrustShow(_ context.Context, name string) (admin.TrustDomain, err
 func (f *Fake) TrustAdd(_ context.Context, req admin.TrustAdd) (admin.TrustDomain, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	td := admin.TrustDomain{Name: req.TrustDomain, Source: "applied", Authorities: []string{}}
+	td := admin.TrustDomain{Name: req.TrustDomain, Source: "applied", Authorities: []string{}, Allow: req.Allow}
 	if req.EndpointURL != "" {
 		td.Source = "endpoint"
 	}

@@ -16,7 +16,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	mcsv1alpha1 "sigs.k8s.io/mcs-api/pkg/apis/v1alpha1"
 
@@ -86,8 +85,8 @@ func (b *builder) keepUnseen() {
 	}
 	for n, was := range b.State.services {
 		if b.next.services[n] == nil {
-			b.next.services[n] = &serviceState{ids: was.ids}
-			if len(was.ids) > 0 {
+			b.next.services[n] = &serviceState{ids: was.known()}
+			if was.remembers() {
 				b.next.known++
 			}
 		}
@@ -148,64 +147,186 @@ func (b *builder) created(o Object) time.Time {
 	return t
 }
 
+// services builds those whose objects changed since the Build before, and takes the others from it.
 func (b *builder) services() map[discovery.Name]*discovery.Service {
-	slicesOf := make(map[discovery.Name][]Object, len(b.Set.kinds["EndpointSlice"]))
-	all(b, "EndpointSlice", func(o Object, v metav1.Object) {
-		s := headOf(v)
-		n := discovery.Name{Namespace: s.Namespace, Name: s.Labels[discoveryv1.LabelServiceName]}
-		slicesOf[n] = append(slicesOf[n], o)
-	})
 	exports := make(map[discovery.Name]Object, len(b.Set.kinds["ServiceExport"]))
-	all(b, "ServiceExport", func(o Object, _ *mcsv1alpha1.ServiceExport) { exports[o.Name()] = o })
-
-	services := make(map[discovery.Name]*discovery.Service, len(b.Set.kinds["Service"]))
-	all(b, "Service", func(o Object, s *corev1.Service) {
-		export, exported := exports[o.Name()]
-		if s.Spec.Type == corev1.ServiceTypeExternalName {
-			if exported {
-				b.fault(export, "metadata.name", s.Name, "Service %s is an ExternalName, which cannot be exported (MCS InvalidServiceType)", o.Name())
+	created := make(map[discovery.Name]time.Time, len(exports))
+	all(b, "ServiceExport", func(o Object, _ *mcsv1alpha1.ServiceExport) {
+		exports[o.Name()], created[o.Name()] = o, b.created(o)
+	})
+	was := b.State.index
+	if !b.Complete || b.State.self != b.next.self {
+		was = nil
+	}
+	is, changed := b.follow(was)
+	if was != nil {
+		for n, t := range created {
+			if s := b.State.services[n]; s != nil && s.inputs.export != nil && !s.inputs.export.Created.Equal(t) {
+				changed[n] = struct{}{}
 			}
-			delete(slicesOf, o.Name())
-			delete(exports, o.Name())
-			return
+		}
+		b.next.known = b.State.known
+		b.next.services = b.State.services
+		if len(changed) > 0 {
+			b.next.services = maps.Clone(b.State.services)
+			is.services, is.faulty = maps.Clone(was.services), maps.Clone(was.faulty)
+		}
+	}
+	for n := range changed {
+		if s := b.next.services[n]; s != nil && s.remembers() {
+			b.next.known--
+		}
+		delete(b.next.services, n)
+		delete(is.services, n)
+		delete(is.faulty, n)
+		o, s := b.plainService(n)
+		if s == nil {
+			continue
 		}
 		in := inputs{service: s}
-		for _, so := range slicesOf[o.Name()] {
+		for _, so := range is.slices[n] {
 			in.slices = append(in.slices, so.Value)
 		}
-		if exported {
+		if export, ok := exports[n]; ok {
 			spec := &export.Value.(*mcsv1alpha1.ServiceExport).Spec
 			in.export = &discovery.Export{
-				Created: b.created(export), Audience: audience(export.Value.GetAnnotations()[AnnotationAudience]),
+				Created: created[n], Audience: audience(export.Value.GetAnnotations()[AnnotationAudience]),
 				Labels: spec.ExportedLabels, Annotations: spec.ExportedAnnotations,
 			}
 		}
-		was := b.State.services[o.Name()]
-		forget := b.Complete && was != nil && was.result != nil && len(was.ids) != len(was.result.Endpoints)
-		if was == nil || was.result == nil || forget || !was.inputs.equal(&in) || b.State.self != b.next.self {
-			is := b.service(o, slicesOf[o.Name()], in, was)
-			b.changed = b.changed || was != nil && !maps.Equal(was.ids, is.ids) || was == nil && len(is.ids) > 0
-			was = is
+		now := b.State.services[n]
+		forget := b.Complete && now != nil && now.result != nil && now.ids != nil
+		if now == nil || now.result == nil || forget || !now.inputs.equal(&in) || b.State.self != b.next.self {
+			now = b.service(o, is.slices[n], in, now)
 		}
-		if len(was.ids) > 0 {
+		if now.remembers() {
 			b.next.known++
 		}
-		b.next.services[o.Name()] = was
-		b.faults = append(b.faults, was.faults...)
-		services[o.Name()] = was.result
-		delete(slicesOf, o.Name())
-		delete(exports, o.Name())
-	})
-	for n, orphans := range slicesOf {
+		b.next.services[n], is.services[n] = now, now.result
+		if len(now.faults) > 0 {
+			is.faulty[n] = struct{}{}
+		}
+	}
+	for n := range is.faulty {
+		b.faults = append(b.faults, b.next.services[n].faults...)
+	}
+	for n, orphans := range is.slices {
+		if _, ok := is.services[n]; ok {
+			continue
+		}
+		if _, ok := b.Set.Get(Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name}); ok { // an ExternalName
+			continue
+		}
 		for _, o := range orphans {
 			b.pending(o, "metadata.labels["+discoveryv1.LabelServiceName+"]", n.Name, "there is no Service %s; its endpoints are not used", n)
 		}
 	}
 	for n, o := range exports {
-		b.created(o) // the export is older than its Service
-		b.pending(o, "metadata.name", n.Name, "there is no Service %s to export (MCS NoService)", n)
+		if _, ok := is.services[n]; ok {
+			continue
+		}
+		if _, ok := b.Set.Get(Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name}); ok {
+			b.fault(o, "metadata.name", n.Name, "Service %s is an ExternalName, which cannot be exported (MCS InvalidServiceType)", n)
+		} else {
+			b.pending(o, "metadata.name", n.Name, "there is no Service %s to export (MCS NoService)", n)
+		}
 	}
-	return services
+	if b.Complete {
+		b.next.index = is
+	}
+	return is.services
+}
+
+// plainService returns a Service that has endpoints, or nil.
+func (b *builder) plainService(n discovery.Name) (Object, *corev1.Service) {
+	o, ok := b.Set.Get(Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name})
+	if !ok {
+		return o, nil
+	}
+	s := o.Value.(*corev1.Service)
+	if s.Spec.Type == corev1.ServiceTypeExternalName {
+		return o, nil
+	}
+	return o, s
+}
+
+// index is what a Build looked up, for the next to look only at what changed. It is immutable once its Build ended.
+type index struct {
+	set      *Set
+	slices   map[discovery.Name][]Object // EndpointSlices by Service, sorted by key
+	services map[discovery.Name]*discovery.Service
+	faulty   map[discovery.Name]struct{} // those with faults
+}
+
+// follow indexes the Set, and names the Services of which an object changed; after nothing, all.
+func (b *builder) follow(was *index) (*index, map[discovery.Name]struct{}) {
+	changed := map[discovery.Name]struct{}{}
+	serviceOf := func(o Object) discovery.Name {
+		s := headOf(o.Value)
+		return discovery.Name{Namespace: s.Namespace, Name: s.Labels[discoveryv1.LabelServiceName]}
+	}
+	if was == nil {
+		is := &index{set: b.Set, slices: make(map[discovery.Name][]Object, len(b.Set.kinds["EndpointSlice"])),
+			services: make(map[discovery.Name]*discovery.Service, len(b.Set.kinds["Service"])), faulty: map[discovery.Name]struct{}{}}
+		for _, o := range b.Set.kinds["EndpointSlice"] {
+			n := serviceOf(o)
+			is.slices[n] = append(is.slices[n], o)
+		}
+		for _, o := range b.Set.kinds["Service"] {
+			changed[o.Name()] = struct{}{}
+		}
+		return is, changed
+	}
+	is := &index{set: b.Set, slices: was.slices, services: was.services, faulty: was.faulty}
+	for _, kind := range []string{"Service", "ServiceExport"} {
+		differences(was.set.kinds[kind], b.Set.kinds[kind], func(o Object, _ bool) { changed[o.Name()] = struct{}{} })
+	}
+	cloned := false
+	differences(was.set.kinds["EndpointSlice"], b.Set.kinds["EndpointSlice"], func(o Object, isNew bool) {
+		n := serviceOf(o)
+		changed[n] = struct{}{}
+		if !cloned {
+			is.slices, cloned = maps.Clone(is.slices), true
+		}
+		list := slices.DeleteFunc(slices.Clone(is.slices[n]), func(p Object) bool { return compareKeys(p, o) == 0 })
+		if isNew {
+			i, _ := slices.BinarySearchFunc(list, o, compareKeys)
+			list = slices.Insert(list, i, o)
+		}
+		if is.slices[n] = list; len(list) == 0 {
+			delete(is.slices, n)
+		}
+	})
+	return is, changed
+}
+
+// differences calls f for each object that is in one of two sorted lists only; of one that changed, for the old and then the new.
+func differences(old, now []Object, f func(o Object, isNew bool)) {
+	for len(old) > 0 || len(now) > 0 {
+		c := 0
+		switch {
+		case len(old) == 0:
+			c = 1
+		case len(now) == 0:
+			c = -1
+		case old[0].Value != now[0].Value:
+			c = compareKeys(old[0], now[0])
+			if c == 0 {
+				f(old[0], false)
+				f(now[0], true)
+			}
+		}
+		switch {
+		case c < 0:
+			f(old[0], false)
+			old = old[1:]
+		case c > 0:
+			f(now[0], true)
+			now = now[1:]
+		default:
+			old, now = old[1:], now[1:]
+		}
+	}
 }
 
 // service builds one service anew; was holds the IDs of its endpoints, or is nil.
@@ -234,9 +355,7 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 	}
 
 	e := &endpointBuilder{builder: b, service: svc, ids: map[string]string{}, pods: map[string]podEndpoint{}}
-	if was != nil {
-		e.known = was.ids
-	}
+	e.known = was.known()
 	prefer := discoveryv1.AddressTypeIPv4
 	if len(s.Spec.IPFamilies) > 0 {
 		prefer = discoveryv1.AddressType(s.Spec.IPFamilies[0])
@@ -256,12 +375,16 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 	}
 	slices.SortFunc(svc.Endpoints, func(x, y *discovery.Endpoint) int { return cmp.Compare(x.ID, y.ID) })
 	if was != nil && !b.Complete {
-		for key, id := range was.ids {
+		for key, id := range e.known {
 			e.ids[key] = id // those of e.ids are from there
 		}
 	}
 	if was != nil && reflect.DeepEqual(was.result, svc) { // rewritten, but the same
 		svc = was.result
+	}
+	b.changed = b.changed || !maps.Equal(e.known, e.ids)
+	if len(e.ids) == len(svc.Endpoints) {
+		e.ids = nil
 	}
 	return &serviceState{ids: e.ids, inputs: in, result: svc, faults: e.faults}
 }

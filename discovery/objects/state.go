@@ -21,8 +21,9 @@ type State struct {
 	revision uint64
 	created  map[Key]time.Time
 	services map[discovery.Name]*serviceState
-	known    int   // services with endpoint IDs
-	self     place // what the results in services were built for; not persisted
+	known    int    // services with endpoint IDs
+	index    *index // of the Build before, if that was complete; not persisted
+	self     place  // what the results in services were built for; not persisted
 }
 
 // place is the part of discovery.Self that endpoints carry.
@@ -30,7 +31,7 @@ type place struct{ cluster, trustDomain, network, region string }
 
 // serviceState is the memory of one service. It is immutable once its Build ended.
 type serviceState struct {
-	ids map[string]string // endpoint ID by endpointKey
+	ids map[string]string // endpoint ID by endpointKey; nil where just those of result
 
 	// The last result and what it came from; not persisted.
 	inputs inputs
@@ -83,8 +84,8 @@ func (s *State) MarshalJSON() ([]byte, error) {
 		out.Created[k.Kind+"/"+k.Namespace+"/"+k.Name] = t
 	}
 	for n, svc := range s.services {
-		if len(svc.ids) > 0 {
-			out.Endpoints[n.String()] = svc.ids
+		if ids := svc.known(); len(ids) > 0 {
+			out.Endpoints[n.String()] = ids
 		}
 	}
 	return json.Marshal(out)
@@ -124,6 +125,32 @@ func (s *State) UnmarshalJSON(data []byte) error {
 	}
 	*s = next
 	return nil
+}
+
+// known returns the endpoint IDs by endpointKey.
+func (s *serviceState) known() map[string]string {
+	if s == nil || s.ids != nil || s.result == nil {
+		if s == nil {
+			return nil
+		}
+		return s.ids
+	}
+	ids := make(map[string]string, len(s.result.Endpoints))
+	var ports map[string]uint16 // of the endpoint before: most share them
+	var hopPort uint16
+	suffix := ""
+	for _, e := range s.result.Endpoints {
+		if suffix == "" || hopPort != e.HopPort || !maps.Equal(ports, e.Ports) {
+			ports, hopPort, suffix = e.Ports, e.HopPort, keySuffix(e)
+		}
+		ids[endpointKey(e, suffix)] = e.ID
+	}
+	return ids
+}
+
+// remembers reports whether there is any endpoint ID.
+func (s *serviceState) remembers() bool {
+	return len(s.ids) > 0 || s.result != nil && len(s.result.Endpoints) > 0
 }
 
 func validID(id string) bool {

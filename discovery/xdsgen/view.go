@@ -47,7 +47,7 @@ type View struct {
 }
 
 // hosts lists, sorted, the own services with an endpoint at an address, or with that ClusterIP. It is split, so that the next View copies little of it.
-type hosts [512]map[netip.Addr][]discovery.Name
+type hosts [512]map[netip.Addr]*[]discovery.Name // all addresses of a service that are nobody else's share one list
 
 func shard(a netip.Addr) int {
 	b := a.As16()
@@ -55,7 +55,12 @@ func shard(a netip.Addr) int {
 }
 
 // at returns the services of an address.
-func (h *hosts) at(a netip.Addr) []discovery.Name { return h[shard(a)][a] }
+func (h *hosts) at(a netip.Addr) []discovery.Name {
+	if names := h[shard(a)][a]; names != nil {
+		return *names
+	}
+	return nil
+}
 
 // NewView indexes a Clusterset.
 func NewView(set *discovery.Clusterset, callers Callers) *View {
@@ -116,6 +121,9 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 	}
 	next.indexHosts(old.Local.Services, moved, ch.Hosts)
 	next.standIns(imports, old.Local.ClustersetIPs, ch.Hosts)
+	if ch.All { // what else changed need not be known, nor kept: at first it is everything
+		ch.Services, ch.Hosts = nil, nil
+	}
 	return next, ch
 }
 
@@ -212,16 +220,17 @@ func (v *View) indexRoutes() {
 // indexHosts brings hosts up to date for the services that moved, and notes the addresses concerned.
 func (v *View) indexHosts(old map[discovery.Name]*discovery.Service, moved []discovery.Name, touched map[netip.Addr]struct{}) {
 	var own [len(v.hosts)]bool // shards that are copies already
-	edit := func(a netip.Addr) map[netip.Addr][]discovery.Name {
+	edit := func(a netip.Addr) map[netip.Addr]*[]discovery.Name {
 		i := shard(a)
 		if !own[i] {
-			m := make(map[netip.Addr][]discovery.Name, len(v.hosts[i])+1)
+			m := make(map[netip.Addr]*[]discovery.Name, len(v.hosts[i])+1)
 			maps.Copy(m, v.hosts[i])
 			v.hosts[i], own[i] = m, true
 		}
 		return v.hosts[i]
 	}
 	for _, n := range moved {
+		alone := &[]discovery.Name{n}
 		before, after := addresses(old[n]), addresses(v.Set.Local.Services[n])
 		for a := range before {
 			touched[a] = struct{}{}
@@ -229,8 +238,12 @@ func (v *View) indexHosts(old map[discovery.Name]*discovery.Service, moved []dis
 				continue
 			}
 			m := edit(a)
-			if rest := slices.DeleteFunc(slices.Clone(m[a]), func(o discovery.Name) bool { return o == n }); len(rest) > 0 {
-				m[a] = rest
+			var rest []discovery.Name
+			if names := m[a]; names != nil {
+				rest = slices.DeleteFunc(slices.Clone(*names), func(o discovery.Name) bool { return o == n })
+			}
+			if len(rest) > 0 {
+				m[a] = &rest
 			} else {
 				delete(m, a)
 			}
@@ -241,8 +254,11 @@ func (v *View) indexHosts(old map[discovery.Name]*discovery.Service, moved []dis
 				continue
 			}
 			m := edit(a)
-			if i, found := slices.BinarySearchFunc(m[a], n, discovery.Name.Compare); !found {
-				m[a] = slices.Insert(slices.Clone(m[a]), i, n)
+			if m[a] == nil {
+				m[a] = alone
+			} else if i, found := slices.BinarySearchFunc(*m[a], n, discovery.Name.Compare); !found {
+				all := slices.Insert(slices.Clone(*m[a]), i, n)
+				m[a] = &all
 			}
 		}
 	}

@@ -140,6 +140,7 @@ const scaleEnv = "HANSE_TEST_KUBE_SOURCE"
 func readOnly() {
 	host, ca, _ := strings.Cut(os.Getenv(scaleEnv), " ")
 	config := rest.Config{Host: host, BearerToken: "admintoken", TLSClientConfig: rest.TLSClientConfig{CAFile: ca}}
+	debug.SetGCPercent(50) // as hansed does
 	began := time.Now()
 	src, err := kube.New(kube.Config{REST: &config})
 	if err != nil {

@@ -141,6 +141,9 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 		check(p.replicas.check(p.now()))
 	}
 
+	if p.upstream != nil {
+		check(upstreamCheck(p.upstream))
+	}
 	if p.onSPIRE != nil {
 		out.Checks = append(out.Checks, p.spireCheck(p.now())...)
 	}

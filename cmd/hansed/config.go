@@ -94,6 +94,9 @@ type Identity struct {
 	// SPIRE, where a server is given, issues instead of this control plane.
 	SPIRE SPIRE `json:"spire"`
 
+	// Upstream, where given, signs this control plane's CA.
+	Upstream Upstream `json:"upstream"`
+
 	// Besides agent tokens, agents may show these.
 	X509Pop    X509Pop    `json:"x509pop"`
 	Kubernetes Kubernetes `json:"kubernetes"`
@@ -113,6 +116,22 @@ type SPIRE struct {
 
 	Linger         Duration `json:"linger"`         // how long an entry outlives its workload; default 1m
 	BundleEndpoint string   `json:"bundleEndpoint"` // host:port at which spire-server reaches bundleEndpoint.listen; default: that, on 127.0.0.1 if unspecified
+}
+
+// Upstream is an authority above this control plane's own: a folder as cert-manager writes it, or files, or a spire-server. At most one.
+type Upstream struct {
+	Dir      string `json:"dir"`      // with tls.crt, tls.key and ca.crt
+	CertFile string `json:"certFile"` // PEM: the CA certificate, then those between it and the root
+	KeyFile  string `json:"keyFile"`  // PEM
+	CAFile   string `json:"caFile"`   // PEM: the roots; may be missing where the CA is a root itself
+
+	SPIRE UpstreamSPIRE `json:"spire"` // of the same trust domain; this control plane's SVID has a downstream entry there
+}
+
+// UpstreamSPIRE is a spire-server above this control plane.
+type UpstreamSPIRE struct {
+	Server      string `json:"server"`      // host:port
+	WorkloadAPI string `json:"workloadAPI"` // unix:///path of the spire-agent that gives the SVID with the downstream entry
 }
 
 // SPIREEntry is a registration entry to be made.
@@ -197,7 +216,7 @@ func LoadConfig(path string) (*Config, error) {
 	}
 	dir := filepath.Dir(path)
 	for _, p := range []*string{&c.DataDir, &c.ConfigDir, &c.Socket, &c.Etcd.CertFile, &c.Etcd.KeyFile, &c.Etcd.CAFile,
-		&c.Identity.X509Pop.CAFile, &c.KubeAPI.Kubeconfig, &c.Identity.Kubernetes.CAFile, &c.Identity.Kubernetes.TokenFile} {
+		&c.Identity.X509Pop.CAFile, &c.Identity.Upstream.Dir, &c.Identity.Upstream.CertFile, &c.Identity.Upstream.KeyFile, &c.Identity.Upstream.CAFile, &c.KubeAPI.Kubeconfig, &c.Identity.Kubernetes.CAFile, &c.Identity.Kubernetes.TokenFile} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
@@ -340,6 +359,7 @@ func (c *Config) Validate() error {
 		}
 	}
 	c.validateSPIRE(bad)
+	c.validateUpstream(bad)
 	if k := c.KubeAPI; !k.Enabled && (k.Kubeconfig != "" || k.Context != "") {
 		bad("kubeAPI.enabled", "false, although a kubeconfig or context is given: set it to true, or remove them")
 	}
@@ -366,6 +386,33 @@ func (c *Config) Validate() error {
 		return errors.Unwrap(faults)
 	}
 	return faults
+}
+
+func (c *Config) validateUpstream(bad func(field, format string, args ...any)) {
+	u, n := c.Identity.Upstream, 0
+	for _, set := range []bool{u.Dir != "", u.CertFile != "", u.SPIRE.Server != ""} {
+		n += b2i(set)
+	}
+	switch {
+	case n > 1:
+		bad("identity.upstream", "dir, certFile and spire exclude each other: there is one authority above this one")
+	case n == 1 && c.Identity.SPIRE.Server != "":
+		bad("identity.upstream", "with identity.spire this control plane signs nothing: remove one of them")
+	case n == 0 && u != (Upstream{}):
+		bad("identity.upstream", "give dir, or certFile and keyFile, or spire.server and spire.workloadAPI")
+	}
+	if (u.CertFile == "") != (u.KeyFile == "") {
+		bad("identity.upstream", "certFile and keyFile go together")
+	}
+	if u.SPIRE.Server == "" {
+		return
+	}
+	if _, port, err := net.SplitHostPort(u.SPIRE.Server); err != nil || port == "" {
+		bad("identity.upstream.spire.server", "%q is not host:port", u.SPIRE.Server)
+	}
+	if path, local := strings.CutPrefix(u.SPIRE.WorkloadAPI, "unix://"); !local || !filepath.IsAbs(path) {
+		bad("identity.upstream.spire.workloadAPI", "%q: want unix:// and the absolute path of the spire-agent's socket, such as unix:///run/spire/agent/api.sock", u.SPIRE.WorkloadAPI)
+	}
 }
 
 func (c *Config) validateSPIRE(bad func(field, format string, args ...any)) {

@@ -24,6 +24,9 @@ func TestLoadConfigSaysWhatIsWrong(t *testing.T) {
 		{"SPIRE without an agent", good + "identity: {spire: {server: unix:///s}}\n", "identity.spire.workloadAPI"},
 		{"SPIRE's entries", good + "identity: {spire: {server: unix:///s, workloadAPI: unix:///a, entries: [{parent: 'spiffe://{{.TrustDomain}}/n'}]}}\n", "identity.spire.entries[0]: selectors: none"},
 		{"SPIRE and attestors", good + "identity: {x509pop: {caFile: x}, spire: {server: unix:///s, workloadAPI: unix:///a}}\n", "agents attest at spire-server"},
+		{"two upstreams", good + "identity: {upstream: {dir: a, spire: {server: 'h:1', workloadAPI: unix:///a}}}\n", "exclude each other"},
+		{"upstream key", good + "identity: {upstream: {certFile: a}}\n", "certFile and keyFile go together"},
+		{"upstream SPIRE", good + "identity: {upstream: {spire: {server: 'h:1'}}}\n", "identity.upstream.spire.workloadAPI"},
 		{"all together", "cluster: ''\ntrustDomain: ''\n", "3 faults"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -52,6 +52,7 @@ type controlPlane struct {
 	authority *ca.Authority   // nil where SPIRE issues
 	onSPIRE   *onspire.Server // nil where it does not
 	workloads *registrar      // likewise
+	upstream  upstreamCA      // nil without one
 	roots     *roots          // nil where this hansed is alone, or SPIRE issues
 	acks      *ackBook
 	exchange  *exchange
@@ -222,6 +223,12 @@ func (p *controlPlane) openAuthority(ctx context.Context, leader leaderStore, re
 	cfg := p.cfg
 	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: p.td, RootLife: cfg.Identity.RootLife.Duration,
 		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: p.log.With("part", "ca"), Registerer: reg}
+	if p.upstream, err = p.openUpstream(); err != nil {
+		return err
+	}
+	if p.upstream != nil {
+		authority.Upstream = p.upstream
+	}
 	if !p.replicas.alone() {
 		p.roots = newRoots(p, leader)
 		authority.Replica, authority.Join, authority.Peers, authority.Until = cfg.Replica, true, p.roots, p.roots.Until
@@ -274,6 +281,9 @@ func (p *controlPlane) Run(ctx context.Context) error {
 		run("acknowledgements of replicas", p.acks.Run)
 		run("proxies of replicas", p.exchange.Run)
 		run("drills of replicas", p.followDrills)
+	}
+	if p.upstream != nil {
+		run("upstream authority", p.upstream.Run)
 	}
 	if p.onSPIRE != nil {
 		run("bundles on SPIRE", p.tellSPIRE)

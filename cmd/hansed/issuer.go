@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,6 +22,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity/bundle"
 	"github.com/hanse-mesh/hanse/identity/ca"
 	"github.com/hanse-mesh/hanse/identity/onspire"
+	"github.com/hanse-mesh/hanse/identity/upstream"
 )
 
 // issuer is whom the identities of this cluster come from: its own authority, or a SPIRE that was there before.
@@ -27,6 +30,8 @@ type issuer interface {
 	Run(ctx context.Context) error
 	// RunSVID keeps the control plane's own SVID in src until ctx ends.
 	RunSVID(ctx context.Context, src *identity.Source) error
+	// Sign makes an X509-SVID with DNS names, for a server of this control plane whose clients know no SPIFFE IDs.
+	Sign(ctx context.Context, key crypto.Signer, id spiffeid.ID, life time.Duration, dnsNames []string) ([]*x509.Certificate, error)
 	// Bundle is the own trust domain's; ok is false while the issuer has not said.
 	Bundle() (b *spiffebundle.Bundle, ok bool)
 	// Changed returns a channel that is closed at the next change of it. Take it before reading.
@@ -42,6 +47,10 @@ type ownAuthority struct {
 
 func (a ownAuthority) RunSVID(ctx context.Context, src *identity.Source) error {
 	return a.Authority.RunSVID(ctx, a.id, a.life, src)
+}
+
+func (a ownAuthority) Sign(ctx context.Context, key crypto.Signer, id spiffeid.ID, life time.Duration, dnsNames []string) ([]*x509.Certificate, error) {
+	return a.SignX509(ctx, ca.X509Params{ID: id, PublicKey: key.Public(), TTL: life, DNSNames: dnsNames})
 }
 
 func (a ownAuthority) Bundle() (*spiffebundle.Bundle, bool) { return a.Authority.Bundle(), true }
@@ -72,6 +81,40 @@ func (p *controlPlane) openSPIRE(ctx context.Context, reg prometheus.Registerer)
 	}
 	b, _ := s.Bundle()
 	return p.takeOwnBundle(b)
+}
+
+// upstreamCA is a CA above the own authority.
+type upstreamCA interface {
+	ca.Upstream
+	fmt.Stringer
+	Run(ctx context.Context) error
+	Err() error // of what was tried last; nil: it is well
+}
+
+// openUpstream opens what the configuration sets above the own authority, if anything.
+func (p *controlPlane) openUpstream() (upstreamCA, error) {
+	c, log := p.cfg.Identity.Upstream, p.log.With("part", "upstream")
+	switch {
+	case c.SPIRE.Server != "":
+		return upstream.NewSPIRE(upstream.SPIREConfig{Server: c.SPIRE.Server, WorkloadAPI: c.SPIRE.WorkloadAPI, TrustDomain: p.td, Log: log})
+	case c.Dir != "" || c.CertFile != "":
+		f, err := upstream.OpenFiles(upstream.FilesConfig{Dir: c.Dir, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile, TrustDomain: p.td, Now: p.now, Log: log})
+		if err != nil {
+			return nil, fmt.Errorf("identity.upstream: %w", err)
+		}
+		return f, nil
+	}
+	return nil, nil
+}
+
+// upstreamCheck is the line of status on it.
+func upstreamCheck(u upstreamCA) admin.Check {
+	c := admin.Check{Name: "upstream authority", OK: true, Detail: u.String()}
+	if err := u.Err(); err != nil {
+		c.OK, c.Detail = false, fmt.Sprintf("%s: the last good state stays in force: %v", u, err)
+		c.Remedy = "correct it before this authority's CA expires: hanse trust show"
+	}
+	return c
 }
 
 // relayAddress is where spire-server reaches this control plane's bundle endpoint.

@@ -26,7 +26,6 @@ import (
 	"github.com/hanse-mesh/hanse/discovery/kube/inject"
 	"github.com/hanse-mesh/hanse/discovery/objects"
 	"github.com/hanse-mesh/hanse/identity"
-	"github.com/hanse-mesh/hanse/identity/ca"
 )
 
 // Webhook answers the API server: it puts sidecars into Pods and judges objects of our kinds. Off without an image.
@@ -169,18 +168,18 @@ func validate(r *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, 
 	return &admissionv1.AdmissionResponse{Allowed: true}, "allowed"
 }
 
-// runCertificate keeps a certificate of the own authority for the webhook's names.
+// runCertificate keeps a certificate of the issuer for the webhook's names.
 func (w *webhook) runCertificate(ctx context.Context, p *controlPlane) error {
 	service := p.cfg.KubeAPI.Webhook.Service
 	names := []string{service + ".svc", service + ".svc.cluster.local", service, "localhost"}
 	for ctx.Err() == nil {
 		wait := time.Second // after an error
-		changed := p.authority.Changed()
+		changed := p.issuer.Changed()
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
 			return err
 		}
-		chain, err := p.authority.SignX509(ctx, ca.X509Params{ID: identity.ControlPlaneID(p.td), PublicKey: &key.PublicKey, TTL: p.cfg.Identity.X509Life.Duration, DNSNames: names})
+		chain, err := p.issuer.Sign(ctx, key, identity.ControlPlaneID(p.td), p.cfg.Identity.X509Life.Duration, names)
 		if err != nil {
 			w.log.Error("the webhook has no new certificate", "err", err)
 			changed = nil

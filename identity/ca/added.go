@@ -21,6 +21,7 @@ type Added struct {
 	JWTKey      crypto.PublicKey
 	Expires     time.Time // zero for a JWT key that has no end
 	Tainted     bool
+	Upstream    bool // an Upstream's: it goes when that no longer has it
 }
 
 // KeyID is the hex subject key ID of a certificate, or the JWT key's ID.
@@ -186,10 +187,11 @@ type fileAdded struct {
 	JWTKey      []byte    `json:"jwt_key,omitempty"` // PKIX
 	Expires     time.Time `json:"expires,omitzero"`
 	Tainted     bool      `json:"tainted,omitempty"`
+	Upstream    bool      `json:"upstream,omitempty"`
 }
 
 func (d Added) encode() (fileAdded, error) {
-	f := fileAdded{JWTKeyID: d.JWTKeyID, Expires: d.Expires, Tainted: d.Tainted}
+	f := fileAdded{JWTKeyID: d.JWTKeyID, Expires: d.Expires, Tainted: d.Tainted, Upstream: d.Upstream}
 	var err error
 	if d.Certificate != nil {
 		f.Certificate = d.Certificate.Raw
@@ -200,7 +202,7 @@ func (d Added) encode() (fileAdded, error) {
 }
 
 func (f fileAdded) decode() (Added, error) {
-	d := Added{JWTKeyID: f.JWTKeyID, Expires: f.Expires, Tainted: f.Tainted}
+	d := Added{JWTKeyID: f.JWTKeyID, Expires: f.Expires, Tainted: f.Tainted, Upstream: f.Upstream}
 	var err error
 	switch {
 	case len(f.Certificate) > 0:

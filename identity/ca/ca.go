@@ -55,6 +55,8 @@ type Config struct {
 
 	// Join is set for a replica that is added to a running cluster: its first root waits to be acknowledged too.
 	Join bool
+	// Upstream signs this authority's CAs; its roots are then the trust domain's. Nil: this authority makes its own.
+	Upstream Upstream
 	// Peers sign while this replica may not. May be nil.
 	Peers Peers
 	// Until is until when the others know that this replica signs: nothing that it signs ends later. Nil: there are no others.
@@ -227,7 +229,7 @@ func (a *Authority) SignX509(ctx context.Context, p X509Params) ([]*x509.Certifi
 		return nil, fmt.Errorf("sign X509-SVID %s: %w", p.ID, err)
 	}
 	a.metrics.signed.WithLabelValues("x509").Inc()
-	return []*x509.Certificate{leaf}, nil
+	return append([]*x509.Certificate{leaf}, r.below()...), nil
 }
 
 // SignDownstream signs an intermediate CA of this trust domain (X509-SVID §4): whoever holds its key signs for every ID of
@@ -255,7 +257,7 @@ func (a *Authority) SignDownstream(_ context.Context, key crypto.PublicKey, ttl 
 		return nil, fmt.Errorf("sign downstream CA of %s: %w", a.cfg.TrustDomain, err)
 	}
 	a.metrics.signed.WithLabelValues("ca").Inc()
-	return []*x509.Certificate{cert}, nil
+	return append([]*x509.Certificate{cert}, r.below()...), nil
 }
 
 // NewSVID makes a P-256 key and signs an X509-SVID for it, for this replica's own use.

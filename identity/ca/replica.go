@@ -27,10 +27,10 @@ func (a *Authority) Signs() bool {
 	return r != nil && now.Before(r.cert.NotAfter) && (a.cfg.Until == nil || now.Before(a.cfg.Until()))
 }
 
-// Active is the root that signs, or nil.
+// Active is the certificate of the bundle on which rests what is signed now: the active root, or the upstream one above it. Nil: none signs.
 func (a *Authority) Active() *x509.Certificate {
 	if r := a.state.Load().with(active); r != nil {
-		return r.cert
+		return r.inBundle()
 	}
 	return nil
 }

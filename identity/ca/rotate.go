@@ -15,17 +15,17 @@ func (a *Authority) Prepare() error { return a.prepare(false) }
 
 func (a *Authority) prepare(held bool) error {
 	now := a.cfg.Now()
-	next, err := newRoot(a.cfg, now)
-	if err != nil {
-		return fmt.Errorf("prepare root of %s: %w", a.cfg.TrustDomain, err)
-	}
-	next.held = held
 	if r := a.state.Load().with(prepared); r != nil && now.Before(r.cert.NotAfter) {
 		if !held || r.held {
 			return nil
 		}
 		return a.editRoot("", prepared, false, func(r *root) { r.held = true })
 	}
+	next, err := newRoot(a.cfg, now)
+	if err != nil {
+		return fmt.Errorf("prepare root of %s: %w", a.cfg.TrustDomain, err)
+	}
+	next.held = held
 	err = a.change(func(n *state) bool {
 		n.roots = slices.DeleteFunc(n.roots, func(r *root) bool { return r.phase == prepared })
 		n.roots = append(n.roots, next)
@@ -94,13 +94,16 @@ func (a *Authority) DropOld() error {
 func (a *Authority) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	upstream := a.upstreamChanged()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
 		case <-a.wake:
+		case <-upstream:
 		}
+		upstream = a.upstreamChanged() // before step looks
 		wait, err := a.step()
 		if err != nil {
 			a.metrics.failures.Inc()
@@ -114,13 +117,13 @@ func (a *Authority) Run(ctx context.Context) error {
 func (a *Authority) step() (time.Duration, error) {
 	now := a.cfg.Now()
 	poll := min(max(a.cfg.RootLife/200, 20*time.Millisecond), 5*time.Second)
-	if err := errors.Join(a.DropOld(), a.replaceExpired(now, false)); err != nil {
+	if err := errors.Join(a.DropOld(), a.followUpstream(), a.replaceExpired(now, false)); err != nil {
 		return poll, err
 	}
 	st := a.state.Load()
 	act, next := st.with(active), st.with(prepared)
 	switch {
-	case next == nil && !now.Before(act.created.Add(act.life()/2)):
+	case next == nil && (!now.Before(act.created.Add(act.life()/2)) || a.moved(act)):
 		return poll, a.Prepare()
 	case next != nil:
 		return poll, a.activateWhenKnown(now, st.sequence, act, next)

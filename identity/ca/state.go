@@ -44,6 +44,26 @@ type root struct {
 	signedUntil time.Time // nothing that it signed ends later
 	held        bool      // prepared by a person, who activates it too
 	tainted     bool      // old, and agents are to renew what it signed
+
+	// Of a root that an Upstream signed; it is then no root of the bundle, but a CA below one.
+	above  []*x509.Certificate // between cert and anchor, lowest first
+	anchor *x509.Certificate   // in the bundle; nil: cert itself is
+}
+
+// inBundle is the certificate of the bundle that the root rests on.
+func (r *root) inBundle() *x509.Certificate {
+	if r.anchor != nil {
+		return r.anchor
+	}
+	return r.cert
+}
+
+// below is what follows a certificate that the root signed, up to the bundle.
+func (r *root) below() []*x509.Certificate {
+	if r.anchor == nil {
+		return nil
+	}
+	return append([]*x509.Certificate{r.cert}, r.above...)
 }
 
 // LogValue hides the keys.
@@ -79,7 +99,7 @@ func (s *state) bundle(cfg Config) *spiffebundle.Bundle {
 			if r.phase != p {
 				continue
 			}
-			b.AddX509Authority(r.cert)
+			b.AddX509Authority(r.inBundle())
 			if err := b.AddJWTAuthority(r.kid, r.jwtKey.Public()); err != nil {
 				panic(err) // a key ID is never empty
 			}
@@ -109,6 +129,12 @@ func newRoot(cfg Config, now time.Time) (*root, error) {
 	template, err := caTemplate(cfg, now, now.Add(cfg.RootLife))
 	if err != nil {
 		return nil, err
+	}
+	if cfg.Upstream != nil {
+		if r.kid, err = keyID(r.jwtKey); err != nil {
+			return nil, err
+		}
+		return r, r.signedBy(cfg.Upstream, template)
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, r.key.Public(), r.key)
 	if err != nil {
@@ -195,6 +221,8 @@ type fileRoot struct {
 	Certificate []byte    `json:"certificate"` // DER
 	Key         []byte    `json:"key"`         // PKCS#8
 	JWTKey      []byte    `json:"jwt_key"`     // PKCS#8
+	Above       [][]byte  `json:"above,omitempty"`
+	Anchor      []byte    `json:"anchor,omitempty"`
 }
 
 const maxFile = 1 << 20
@@ -210,8 +238,15 @@ func store(path string, td spiffeid.TrustDomain, s *state) error {
 		if err != nil {
 			return fmt.Errorf("encode JWT key: %w", err)
 		}
-		f.Roots = append(f.Roots, fileRoot{Phase: r.phase, Created: r.created, SignedUntil: r.signedUntil, Held: r.held, Tainted: r.tainted,
-			Certificate: r.cert.Raw, Key: key, JWTKey: jwtKey})
+		fr := fileRoot{Phase: r.phase, Created: r.created, SignedUntil: r.signedUntil, Held: r.held, Tainted: r.tainted,
+			Certificate: r.cert.Raw, Key: key, JWTKey: jwtKey}
+		if r.anchor != nil {
+			fr.Anchor = r.anchor.Raw
+			for _, c := range r.above {
+				fr.Above = append(fr.Above, c.Raw)
+			}
+		}
+		f.Roots = append(f.Roots, fr)
 	}
 	for _, d := range s.added {
 		fa, err := d.encode()
@@ -301,6 +336,18 @@ func (f fileRoot) decode(td spiffeid.TrustDomain) (*root, error) {
 	}
 	if r.jwtKey, err = parseKey(f.JWTKey); err != nil {
 		return nil, fmt.Errorf("JWT key: %w", err)
+	}
+	if len(f.Anchor) > 0 {
+		if r.anchor, err = x509.ParseCertificate(f.Anchor); err != nil {
+			return nil, fmt.Errorf("anchor: %w", err)
+		}
+		for _, der := range f.Above {
+			c, err := x509.ParseCertificate(der)
+			if err != nil {
+				return nil, fmt.Errorf("certificate above: %w", err)
+			}
+			r.above = append(r.above, c)
+		}
 	}
 	r.kid, err = keyID(r.jwtKey)
 	return r, err

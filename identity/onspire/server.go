@@ -2,9 +2,13 @@ package onspire
 
 import (
 	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
@@ -162,6 +167,21 @@ func (s *Server) SetBundles(want map[spiffeid.TrustDomain]*spiffebundle.Bundle) 
 	s.wantBundles = want
 	s.mu.Unlock()
 	s.kick()
+}
+
+// Sign has SPIRE mint an X509-SVID with DNS names.
+func (s *Server) Sign(ctx context.Context, key crypto.Signer, id spiffeid.ID, life time.Duration, dnsNames []string) ([]*x509.Certificate, error) {
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{URIs: []*url.URL{id.URL()}, DNSNames: dnsNames}, key)
+	if err != nil {
+		return nil, fmt.Errorf("make a certificate request: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	r, err := svidv1.NewSVIDClient(s.conn).MintX509SVID(ctx, &svidv1.MintX509SVIDRequest{Csr: csr, Ttl: int32(life / time.Second)})
+	if err != nil {
+		return nil, fmt.Errorf("mint %s on spire-server %s: %w", id, s.cfg.Address, err)
+	}
+	return spiretypes.ToChain(r.GetSvid())
 }
 
 func (s *Server) kick() {

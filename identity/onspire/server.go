@@ -233,7 +233,7 @@ func (s *Server) first(ctx context.Context) error {
 		defer cancel()
 		x, err := workloadapi.FetchX509Context(call, workloadapi.WithAddr(s.cfg.WorkloadAPI))
 		if err != nil {
-			return fmt.Errorf("Workload API %s: %w", s.cfg.WorkloadAPI, err)
+			return fmt.Errorf("the Workload API %s: %w", s.cfg.WorkloadAPI, err)
 		}
 		s.credentials(x)
 	}

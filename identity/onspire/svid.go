@@ -18,11 +18,11 @@ import (
 func (s *Server) RunSVID(ctx context.Context, src *identity.Source) error {
 	c, err := workloadapi.New(ctx, workloadapi.WithAddr(s.cfg.WorkloadAPI), workloadapi.WithBackoffStrategy(steady{}))
 	if err != nil {
-		return fmt.Errorf("Workload API %s: %w", s.cfg.WorkloadAPI, err)
+		return fmt.Errorf("the Workload API %s: %w", s.cfg.WorkloadAPI, err)
 	}
 	defer c.Close()
 	if err := c.WatchX509Context(ctx, watcher{s, src}); ctx.Err() == nil {
-		return fmt.Errorf("Workload API %s: %w", s.cfg.WorkloadAPI, err)
+		return fmt.Errorf("the Workload API %s: %w", s.cfg.WorkloadAPI, err)
 	}
 	return nil
 }

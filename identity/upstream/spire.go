@@ -79,11 +79,11 @@ func (s *SPIRE) Run(ctx context.Context) error {
 	g.Go(func() error {
 		c, err := workloadapi.New(ctx, workloadapi.WithAddr(s.cfg.WorkloadAPI))
 		if err != nil {
-			return fmt.Errorf("Workload API %s: %w", s.cfg.WorkloadAPI, err)
+			return fmt.Errorf("the Workload API %s: %w", s.cfg.WorkloadAPI, err)
 		}
 		defer c.Close()
 		if err := c.WatchX509Context(ctx, watcher{s}); ctx.Err() == nil {
-			return fmt.Errorf("Workload API %s: %w", s.cfg.WorkloadAPI, err)
+			return fmt.Errorf("the Workload API %s: %w", s.cfg.WorkloadAPI, err)
 		}
 		return nil
 	})
@@ -153,7 +153,7 @@ func (s *SPIRE) ready(ctx context.Context) error {
 	}
 	x, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(s.cfg.WorkloadAPI))
 	if err != nil {
-		return fmt.Errorf("Workload API %s: %w", s.cfg.WorkloadAPI, err)
+		return fmt.Errorf("the Workload API %s: %w", s.cfg.WorkloadAPI, err)
 	}
 	s.take(x)
 	return nil

@@ -135,13 +135,40 @@ bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION):
 	@mv bin/tools/controller-gen $@
 
 .PHONY: test-kube
-test-kube: bin/tools/kube-apiserver ## Against real Kubernetes v1.36.3 programs (8 CPU minutes to build them, once)
+test-kube: bin/tools/kube-apiserver bin/tools/coredns ## Against real Kubernetes v1.36.3 programs (8 CPU minutes to build them, once)
 	$(GO) test -race -count=1 -timeout 20m ./test/kube
 
-bin/tools/kube-apiserver: test/kube/kubernetes/go.mod
-	@mkdir -p bin/tools
-	cd test/kube/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w $(KUBERNETES_LDFLAGS)' -o ../../../bin/tools/ k8s.io/kubernetes/cmd/kube-apiserver
+KUBERNETES_BUILD = @mkdir -p bin/tools && cd test/kube/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w $(KUBERNETES_LDFLAGS)' -o ../../../bin/tools/
+KUBERNETES_PROGRAMS := $(addprefix bin/tools/,kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl)
+
+$(KUBERNETES_PROGRAMS): bin/tools/%: test/kube/kubernetes/go.mod
+	$(KUBERNETES_BUILD) k8s.io/kubernetes/cmd/$*
 	@touch $@
+
+bin/tools/etcd: test/kube/etcd/go.mod
+	@mkdir -p bin/tools
+	cd test/kube/etcd && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o ../../../bin/tools/etcd go.etcd.io/etcd/server/v3
+
+bin/tools/coredns: test/kube/coredns/go.mod
+	@mkdir -p bin/tools
+	cd test/kube/coredns && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o ../../../bin/tools/ github.com/coredns/coredns
+
+bin/images/pause.tar: test/kube/pause/main.go
+	@mkdir -p bin/tools
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/tools/pause ./test/kube/pause
+	$(GO) run ./deploy/images -version $(VERSION) bin/tools/pause
+
+.PHONY: kube-tools
+kube-tools: $(KUBERNETES_PROGRAMS) bin/tools/etcd bin/tools/coredns bin/images/pause.tar ## Build what a Kubernetes cluster consists of, once (15 CPU minutes)
+
+.PHONY: lab
+lab: kube-tools images ## Two real Kubernetes clusters, a and b, until interrupted: test/kube/lab/labctl (root; containerd and others from the distribution)
+	$(GO) run ./test/kube/lab/labctl -version $(VERSION)
+
+.PHONY: e2e-kube
+e2e-kube: kube-tools images ## A mesh's whole life on two real Kubernetes clusters (root; containerd and others from the distribution)
+	$(GO) vet ./test/kube/lab/... ./test/kube/e2e
+	$(GO) test -count=1 -v -timeout 15m ./test/kube/e2e
 
 .PHONY: conformance-gateway
 conformance-gateway: bin/tools/gateway-conformance ## The Gateway API's suite, unmodified: its mesh profiles against the cluster of KUBECONFIG, which has Hanse; the report goes to docs/conformance/

@@ -1,0 +1,304 @@
+//go:build linux
+
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+// Config describes a Lab.
+type Config struct {
+	Clusters []string  // names, at most 8; default a and b
+	Tools    string    // directory of etcd, kube-apiserver, …; required
+	Images   []string  // OCI archives that every node has; the pause image must be among them
+	Pause    string    // its name
+	Flat     bool      // pods of all clusters reach each other
+	Dir      string    // state and logs; required
+	Log      io.Writer // progress; nil: none
+}
+
+// Lab is what runs.
+type Lab struct {
+	Clusters map[string]*Cluster
+
+	// read-only after Up
+	cfg Config
+
+	mu   sync.Mutex
+	cmds []*exec.Cmd // guarded by mu: in the order in which they were started
+}
+
+// programs are needed in Config.Tools.
+var programs = []string{"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl", "coredns"}
+
+// Needs says what is missing on this machine; nil if nothing is.
+func Needs(tools string) error {
+	var missing []string
+	if os.Geteuid() != 0 {
+		missing = append(missing, "root")
+	}
+	for _, p := range []string{"containerd", "ctr", "runc", "ip", "iptables", "nsenter", "unshare", "conntrack", "nft"} {
+		if _, err := exec.LookPath(p); err != nil {
+			missing = append(missing, p)
+		}
+	}
+	if _, err := os.Stat(cniPlugins + "/bridge"); err != nil {
+		missing = append(missing, cniPlugins+"/bridge")
+	}
+	for _, p := range programs {
+		if _, err := os.Stat(filepath.Join(tools, p)); err != nil {
+			missing = append(missing, filepath.Join(tools, p))
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return fmt.Errorf("missing: %s (Debian: apt-get install --no-install-recommends containerd runc containernetworking-plugins iptables nftables conntrack iproute2; the others: make kube-tools)", strings.Join(missing, ", "))
+}
+
+// inside marks the process that has the namespaces; its value is the number of the one outside.
+const inside = "HANSE_LAB_INSIDE"
+
+// Enter runs this program again, with the same arguments, in namespaces of its own, and returns its exit code; in there it returns at once, and ok is true. pidFile, if not "", holds the
+// number of the process in there meanwhile.
+func Enter(pidFile string) (code int, ok bool, err error) {
+	if os.Getenv(inside) != "" {
+		return 0, true, setUp()
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return 1, false, err
+	}
+	cmd := exec.Command(exe, os.Args[1:]...)
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", inside, os.Getpid()))
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(signals)
+	sweep()
+	defer sweep()
+	runtime.LockOSThread() // Pdeathsig is of the thread
+	defer runtime.UnlockOSThread()
+	if err := cmd.Start(); err != nil {
+		return 1, false, fmt.Errorf("namespaces: %w", err)
+	}
+	if pidFile != "" {
+		if err := os.WriteFile(pidFile, fmt.Appendln(nil, cmd.Process.Pid), 0o600); err != nil {
+			_ = cmd.Process.Kill()
+			return 1, false, err
+		}
+		defer os.Remove(pidFile)
+	}
+	ended := make(chan struct{})
+	defer close(ended)
+	go func() {
+		for {
+			select {
+			case <-ended:
+				return
+			case s := <-signals:
+				if s != os.Interrupt { // a terminal sends that to both
+					_ = cmd.Process.Signal(s)
+				}
+			}
+		}
+	}()
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return max(1, exit.ExitCode()), false, nil
+	}
+	return 0, false, err
+}
+
+// setUp makes the mounts this process's own.
+func setUp() error {
+	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("private mounts: %w", err)
+	}
+	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
+		return fmt.Errorf("mount /proc: %w", err)
+	}
+	if err := os.MkdirAll("/run/netns", 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("none", "/run/netns", "tmpfs", 0, ""); err != nil {
+		return fmt.Errorf("mount /run/netns: %w", err)
+	}
+	return nil
+}
+
+// Up starts the clusters. It must be called in the process that Enter has made.
+func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
+	if len(cfg.Clusters) == 0 {
+		cfg.Clusters = []string{"a", "b"}
+	}
+	if len(cfg.Clusters) > 8 {
+		return nil, fmt.Errorf("%d clusters: at most 8", len(cfg.Clusters))
+	}
+	if err := Needs(cfg.Tools); err != nil {
+		return nil, err
+	}
+	for _, p := range []*string{&cfg.Tools, &cfg.Dir} {
+		if *p, err = filepath.Abs(*p); err != nil {
+			return nil, err
+		}
+	}
+	l := &Lab{cfg: cfg, Clusters: map[string]*Cluster{}}
+	defer func() {
+		if err != nil {
+			l.Down()
+		}
+	}()
+	if err := os.RemoveAll(cfg.Dir); err != nil { // of a lab before
+		return nil, err
+	}
+	if err := l.network(ctx); err != nil {
+		return nil, err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for i, name := range cfg.Clusters {
+		c := l.cluster(name, i)
+		l.Clusters[name] = c
+		g.Go(func() error {
+			start := time.Now()
+			if err := c.up(ctx); err != nil {
+				return fmt.Errorf("cluster %s: %w", name, err)
+			}
+			l.say("cluster %s is ready after %s", name, time.Since(start).Round(100*time.Millisecond))
+			return nil
+		})
+	}
+	return l, g.Wait()
+}
+
+func (l *Lab) say(format string, args ...any) {
+	if l.cfg.Log != nil {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		fmt.Fprintf(l.cfg.Log, format+"\n", args...)
+	}
+}
+
+// network makes a namespace for each node, and a bridge between them.
+func (l *Lab) network(ctx context.Context) error {
+	lines := []string{"netns add fab", "-n fab link set lo up", "-n fab link add fab0 type bridge", "-n fab link set fab0 up"}
+	for i, n := range l.cfg.Clusters {
+		lines = append(lines, "netns add "+n, "-n "+n+" link set lo up", fmt.Sprintf("link add eth0 netns %s type veth peer name v%d netns fab", n, i),
+			fmt.Sprintf("-n fab link set v%d master fab0 up", i), fmt.Sprintf("-n %s addr add %s/24 dev eth0", n, nodeIP(i)), fmt.Sprintf("-n %s link set eth0 up", n),
+			fmt.Sprintf("-n %s route add default via 10.9.0.254", n)) // programs look for the interface of the default route; nothing is behind this one
+	}
+	for _, line := range lines {
+		if _, err := run("", exec.CommandContext(ctx, "ip", strings.Fields(line)...)); err != nil {
+			return err
+		}
+	}
+	for _, n := range l.cfg.Clusters {
+		if _, err := run("", exec.CommandContext(ctx, "nsenter", "--net=/run/netns/"+n, "sysctl", "-qw", "net.ipv4.ip_forward=1")); err != nil {
+			return err
+		}
+	}
+	return l.Routes(ctx, l.cfg.Flat)
+}
+
+// Routes lets pods of all clusters reach each other, or not. Where they do, the nodes must not hide them: see Config.Flat.
+func (l *Lab) Routes(ctx context.Context, flat bool) error {
+	for i, n := range l.cfg.Clusters {
+		for j := range l.cfg.Clusters {
+			if i == j {
+				continue
+			}
+			if _, err := run("", exec.CommandContext(ctx, "ip", "-n", n, "route", "flush", podRange(j))); err != nil {
+				return err
+			}
+			to := []string{"blackhole", podRange(j)}
+			if flat {
+				to = []string{podRange(j), "via", nodeIP(j)}
+			}
+			if _, err := run("", exec.CommandContext(ctx, "ip", append([]string{"-n", n, "route", "add"}, to...)...)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func nodeIP(i int) string   { return fmt.Sprintf("10.9.0.%d", i+1) }
+func podRange(i int) string { return fmt.Sprintf("10.%d.0.0/16", 244+i) }
+
+// start runs a program until the lab ends; what it says goes to a file.
+func (l *Lab) start(log string, name string, args ...string) (*exec.Cmd, error) {
+	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	cmd := exec.Command(name, args...)
+	cmd.Stdout, cmd.Stderr = f, f
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal's interrupt is for this process
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	l.cmds = append(l.cmds, cmd)
+	l.mu.Unlock()
+	go func() { _ = cmd.Wait() }()
+	return cmd, nil
+}
+
+// Down ends everything. It is not needed: the end of this process does the same, less kindly.
+func (l *Lab) Down() {
+	l.mu.Lock()
+	cmds := l.cmds
+	l.cmds = nil
+	l.mu.Unlock()
+	for i := len(cmds) - 1; i >= 0; i-- {
+		_ = cmds[i].Process.Kill()
+	}
+}
+
+// run runs a program and returns what it said on standard output.
+func run(stdin string, cmd *exec.Cmd) (string, error) {
+	cmd.Stdin = strings.NewReader(stdin)
+	cmd.WaitDelay = time.Second
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(errs.String()))
+	}
+	return out.String(), nil
+}
+
+// eventually calls f until it succeeds.
+func eventually(ctx context.Context, limit time.Duration, f func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for {
+		err := f()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}

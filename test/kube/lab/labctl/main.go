@@ -1,0 +1,108 @@
+//go:build linux
+
+// Command labctl keeps Kubernetes clusters up for somebody to try things on: `make lab`, and in another terminal
+//
+//	go run ./test/kube/lab/labctl a kubectl get pods -A
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/hanse-mesh/hanse/test/kube/lab"
+)
+
+func main() {
+	flat := flag.Bool("flat", false, "pods of all clusters reach each other")
+	clusters := flag.String("clusters", "a,b", "names, separated by commas")
+	dir := flag.String("dir", filepath.Join(os.TempDir(), "hanse-clusters"), "state and logs; another lab needs another one")
+	tools := flag.String("tools", "bin/tools", "directory of kube-apiserver and the others")
+	images := flag.String("images", "bin/images", "directory of OCI archives that every node gets")
+	version := flag.String("version", "v0.1.0", "of the images")
+	flag.Usage = func() {
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: labctl [flags]                    keep clusters up until interrupted\n       labctl [flags] CLUSTER COMMAND…   run a command in a cluster's network, with its KUBECONFIG\n       labctl [flags] CLUSTER load FILE  give its node the images of an OCI archive")
+		flag.PrintDefaults()
+	}
+	flag.Parse()
+	code, err := 0, error(nil)
+	if flag.NArg() > 1 {
+		code, err = in(*dir, *tools, flag.Arg(0), flag.Args()[1:])
+	} else {
+		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Tools: *tools, Flat: *flat, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "labctl:", err)
+		code = max(1, code)
+	}
+	os.Exit(code)
+}
+
+func up(cfg lab.Config, images string) (int, error) {
+	if err := lab.Needs(cfg.Tools); err != nil {
+		return 1, err
+	}
+	code, entered, err := lab.Enter(cfg.Dir + ".pid")
+	if err != nil || !entered {
+		return code, err
+	}
+	if cfg.Images, err = filepath.Glob(filepath.Join(images, "*.tar")); err != nil {
+		return 1, err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	l, err := lab.Up(ctx, cfg)
+	if err != nil {
+		return 1, err
+	}
+	defer l.Down()
+	for _, name := range cfg.Clusters {
+		fmt.Fprintf(os.Stderr, "cluster %s: node %s, %s; labctl %s kubectl get pods -A\n", name, l.Clusters[name].IP, l.Clusters[name].Kubeconfig, name)
+	}
+	fmt.Fprintln(os.Stderr, "Ctrl-C ends them")
+	<-ctx.Done()
+	return 0, nil
+}
+
+// in runs a command inside a lab that is up.
+func in(dir, tools, cluster string, command []string) (int, error) {
+	pid, err := os.ReadFile(dir + ".pid")
+	if err != nil {
+		return 1, fmt.Errorf("no lab is up in %s: %w", dir, err)
+	}
+	if tools, err = filepath.Abs(tools); err != nil {
+		return 1, err
+	}
+	lab := []string{"-t", strings.TrimSpace(string(pid)), "-m", "-p"}
+	switch command[0] {
+	case "kubectl":
+		command[0] = filepath.Join(tools, "kubectl")
+		fallthrough
+	default:
+		command = append([]string{"nsenter", "--net=/run/netns/" + cluster, "env", "KUBECONFIG=" + filepath.Join(dir, cluster, "admin.conf")}, command...)
+	case "load":
+		if len(command) != 2 {
+			return 2, errors.New("load takes one file")
+		}
+		archive, err := filepath.Abs(command[1])
+		if err != nil {
+			return 1, err
+		}
+		command = []string{"nsenter", "--net=/run/netns/" + cluster, "ctr", "-a", filepath.Join(dir, cluster, "run-containerd/containerd.sock"), "-n", "k8s.io", "images", "import", archive}
+	}
+	cmd := exec.Command("nsenter", append(lab, command...)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	err = cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exit.ExitCode(), nil
+	}
+	return 0, err
+}

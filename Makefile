@@ -86,6 +86,10 @@ fuzz: ## Each fuzz target for 30 s
 bench-federation: ## Sync, flap and latency figures of the federation layer
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./federation/...
 
+.PHONY: bench-identity
+bench-identity: ## Signings per CPU-second (see docs/measurements.md)
+	$(GO) test -run '^$$' -bench . ./identity/ca
+
 .PHONY: bench-proxy
 bench-proxy: build ## Two sidecars beside nginx, HAProxy and Envoy, where they are installed: CPU, latency, bytes, connections, memory; writes docs/benchmarks.md (8 minutes)
 	$(GO) run ./test/bench -write docs/benchmarks.md

@@ -7,12 +7,10 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
-	"net/url"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -210,26 +208,16 @@ func (a *Authority) SignX509(ctx context.Context, p X509Params) ([]*x509.Certifi
 	if notBefore.Before(r.cert.NotBefore) {
 		notBefore = r.cert.NotBefore
 	}
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber:          serial,
-		Subject:               pkix.Name{Organization: []string{"Hanse"}},
-		NotBefore:             notBefore,
-		NotAfter:              notAfter,
-		KeyUsage:              x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-		URIs:                  []*url.URL{p.ID.URL()},
-		DNSNames:              p.DNSNames,
-	}, r.cert, p.PublicKey, r.key)
+	der, err := r.sign(leaf{serial: serial, notBefore: notBefore, notAfter: notAfter, key: p.PublicKey, uri: p.ID.String(), dnsNames: p.DNSNames})
 	if err != nil {
 		return nil, fmt.Errorf("sign X509-SVID %s: %w", p.ID, err)
 	}
-	leaf, err := x509.ParseCertificate(der)
+	cert, err := x509.ParseCertificate(der)
 	if err != nil {
 		return nil, fmt.Errorf("sign X509-SVID %s: %w", p.ID, err)
 	}
 	a.metrics.signed.WithLabelValues("x509").Inc()
-	return append([]*x509.Certificate{leaf}, r.below()...), nil
+	return append([]*x509.Certificate{cert}, r.below()...), nil
 }
 
 // SignDownstream signs an intermediate CA of this trust domain (X509-SVID §4): whoever holds its key signs for every ID of

@@ -46,6 +46,9 @@ func IsAdminID(td spiffeid.TrustDomain, id spiffeid.ID) bool {
 	return id.MemberOf(td) && strings.HasPrefix(id.Path(), "/hanse/admin/")
 }
 
+// AgentUserAgent is how our own agents introduce themselves to a SPIRE server.
+const AgentUserAgent = "hanse-agent"
+
 // Reserved reports whether id is in /hanse/ or /spire/, which no registration entry and no mint request may name.
 func Reserved(id spiffeid.ID) bool {
 	p := id.Path() + "/"

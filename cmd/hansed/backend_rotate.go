@@ -142,7 +142,7 @@ func (p *controlPlane) TrustDistrust(ctx context.Context, req admin.DistrustRequ
 	case td == p.td:
 		return p.revokeOwn(ctx, authority, req.Force, wait, out, &t)
 	case req.Undo:
-		found, err := p.bundles.Trust(td, authority)
+		found, err := p.distrusts.undo(ctx, td, authority)
 		if err != nil {
 			return out, err
 		}
@@ -151,13 +151,20 @@ func (p *controlPlane) TrustDistrust(ctx context.Context, req admin.DistrustRequ
 		}
 		return p.confirmed(ctx, start, wait, out, &t, func(*admin.Distrusted) bool { return true })
 	}
-	if err := p.bundles.Distrust(td, authority); err != nil {
+	revision, err := p.distrusts.add(ctx, td, authority)
+	if err != nil {
 		if errors.Is(err, bundle.ErrTooMany) {
 			return out, admin.Refused("take back what is settled: hanse trust distrust --undo", "%v", err)
 		}
 		return out, err
 	}
-	return p.confirmed(ctx, start, wait, out, &t, func(*admin.Distrusted) bool { return true })
+	if revision == 0 {
+		out.Note = "etcd does not answer: replicas that cannot be reached now obey when it does"
+	}
+	return p.confirmed(ctx, start, wait, out, &t, func(d *admin.Distrusted) bool {
+		d.Missing = append(d.Missing, p.distrusts.missing(revision)...)
+		return len(d.Missing) == 0
+	})
 }
 
 // findTrust resolves a trust domain or the beginning of an authority's name.

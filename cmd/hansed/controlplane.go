@@ -57,6 +57,7 @@ type controlPlane struct {
 	acks      *ackBook
 	exchange  *exchange
 	bundles   *bundle.Store
+	distrusts *distrusts
 	puller    *bundle.Puller
 	source    *identity.Source // the control plane's own SVID, and all bundles
 	tokens    *attest.Tokens   // nil where SPIRE issues
@@ -118,6 +119,10 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 
 	// Identity.
 	if p.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(cfg.DataDir, "bundles"), TrustDomain: td, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
+		return nil, err
+	}
+	p.distrusts = newDistrusts(p)
+	if err := p.distrusts.load(ctx); err != nil {
 		return nil, err
 	}
 	if !p.replicas.alone() {
@@ -291,6 +296,7 @@ func (p *controlPlane) Run(ctx context.Context) error {
 		run("SPIRE API", p.spire.Run)
 	}
 	run("bundles", func(ctx context.Context) error { return p.bundles.RunSource(ctx, p.source) })
+	run("distrust", p.distrusts.Run)
 	run("connections", func(ctx context.Context) error { return p.board.watch(ctx, p.log) })
 	run("bundle endpoints", p.puller.Run)
 	if p.files != nil {

@@ -69,6 +69,7 @@ func (a *Agent) connect(trust *spiffebundle.Bundle, cred *credential) (*client, 
 		tlsConfig.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
 	}
 	conn, err := grpc.NewClient("passthrough:///"+addr,
+		grpc.WithUserAgent(identity.AgentUserAgent),
 		grpc.WithTransportCredentials(credentials.NewTLS(tlsConfig)),
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return a.cfg.Dial(ctx, addr) }),
 		grpc.WithConnectParams(grpc.ConnectParams{

@@ -1,6 +1,7 @@
 package bundle
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -60,6 +61,42 @@ func (s *Store) Distrust(td spiffeid.TrustDomain, authority string) error {
 		return fmt.Errorf("distrust %s: %w", td, err)
 	}
 	s.log.Warn("distrusted", "trust_domain", td.Name(), "authority", authority)
+	return nil
+}
+
+// SetDistrusted makes these the decisions in force, and no others, at once. What Since lacks is now.
+func (s *Store) SetDistrusted(next []Distrust) error {
+	next = slices.Clone(next)
+	for i, d := range next {
+		if d.TrustDomain == s.cfg.TrustDomain.Name() {
+			return fmt.Errorf("distrust %s: %w: it is the own one; revoke the root instead", d.TrustDomain, ErrTrustDomain)
+		}
+		if d.Since.IsZero() {
+			next[i].Since = s.cfg.Now().UTC()
+		}
+	}
+	if len(next) > maxDistrusted {
+		return ErrTooMany
+	}
+	slices.SortFunc(next, func(a, b Distrust) int {
+		return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.TrustDomain, b.TrustDomain), cmp.Compare(a.Authority, b.Authority))
+	})
+	same := func(a, b Distrust) bool { return a.TrustDomain == b.TrustDomain && a.Authority == b.Authority }
+	err := s.change(func(n *state) (bool, error) {
+		has := func(all []Distrust, d Distrust) bool {
+			return slices.ContainsFunc(all, func(x Distrust) bool { return same(x, d) })
+		}
+		gone := slices.ContainsFunc(n.distrusted, func(d Distrust) bool { return !has(next, d) })
+		if !gone && !slices.ContainsFunc(next, func(d Distrust) bool { return !has(n.distrusted, d) }) {
+			return false, nil
+		}
+		n.distrusted = next
+		n.revision++
+		return true, s.storeRelations(n)
+	})
+	if err != nil {
+		return fmt.Errorf("distrust: %w", err)
+	}
 	return nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"net"
 	"path"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -30,6 +31,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
@@ -42,6 +44,7 @@ import (
 const (
 	heardOf      = 30 * time.Second // after which a silent agent is waited for no more
 	syncInterval = 5 * time.Second  // of stock agents
+	ownInterval  = time.Second      // of our own, which push what they load
 )
 
 // Config of a Server. Authority, Bundles, Tokens and KV are required.
@@ -101,6 +104,7 @@ type activity struct {
 type loaded struct {
 	sequence uint64
 	since    time.Time
+	handsOn  time.Duration // until what uses the agent has it, too
 }
 
 // New loads the agents and entries from cfg.KV and builds a Server.
@@ -293,7 +297,7 @@ func (s *Server) TLSConfig() *tls.Config {
 }
 
 // Missing names the agents that have not loaded the bundle of td with at least that sequence, or did so less than one sync
-// interval (5 s) ago: what a stock agent fetches it hands on within that time. It asks for agents that were heard of in
+// interval (5 s) ago: what a stock agent fetches it hands on within that time; of our own agents it is 1 s. It asks for agents that were heard of in
 // the last 30 s, and until 30 s after New for all unexpired ones; for a foreign td, for those that federate with it.
 func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
 	now := s.cfg.Now()
@@ -308,7 +312,7 @@ func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
 		case a.Banned:
 		case heard && now.Sub(act.at) > heardOf, !heard && (!starting || a.Expires <= now.Unix()):
 		case td != s.td && !s.federates(a, td, now):
-		case !ok, l.sequence < sequence, now.Sub(l.since) < syncInterval:
+		case !ok, l.sequence < sequence, now.Sub(l.since) < l.handsOn:
 			out = append(out, a.ID)
 		}
 	}
@@ -336,9 +340,18 @@ func (s *service) noteLoaded(ctx context.Context, td spiffeid.TrustDomain, seque
 		if act.loaded == nil {
 			act.loaded = map[spiffeid.TrustDomain]loaded{}
 		}
-		act.loaded[td] = loaded{sequence: sequence, since: s.cfg.Now()}
+		act.loaded[td] = loaded{sequence: sequence, since: s.cfg.Now(), handsOn: handsOn(ctx)}
 		s.seen[a.ID] = act
 	}
+}
+
+// handsOn is how long the caller takes to hand on what it loads. An agent that lies about what it is deceives its own workloads only.
+func handsOn(ctx context.Context) time.Duration {
+	md, _ := metadata.FromIncomingContext(ctx)
+	if agent := md.Get("user-agent"); len(agent) == 1 && strings.HasPrefix(agent[0], identity.AgentUserAgent+" ") {
+		return ownInterval
+	}
+	return syncInterval
 }
 
 // service is what the services share.

@@ -44,7 +44,7 @@ This command talks to the control plane of one cluster, hansed, by its Unix sock
 			root.AddCommand(cmd)
 		}
 	}
-	add("mesh", c.tokenCommand(), c.joinCommand(), c.leaveCommand(), c.clustersCommand(), c.trustCommand(), c.adminCommand())
+	add("mesh", c.tokenCommand(), c.joinCommand(), c.leaveCommand(), c.clustersCommand(), c.trustCommand(), c.identityCommand(), c.adminCommand())
 	add("look", c.statusCommand(), c.servicesCommand(), c.endpointsCommand(), c.proxiesCommand(), c.explainCommand())
 	add("config", c.applyCommand(), c.getCommand(), c.deleteCommand(), c.validateCommand(), c.injectCommand(), c.contextsCommand())
 	add("try", c.drillCommand(), c.demoCommand())

@@ -226,7 +226,7 @@ func (s *service) signAgent(ctx context.Context, id spiffeid.ID, csr *x509.Certi
 }
 
 // signError is Unavailable while another replica may sign, or this one soon.
-func (s *service) signError(err error) error {
+func (s *Server) signError(err error) error {
 	if errors.Is(err, ca.ErrNotActive) || errors.Is(err, ca.ErrExpired) {
 		return status.Error(codes.Unavailable, err.Error())
 	}

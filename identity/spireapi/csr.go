@@ -28,7 +28,7 @@ func parseCSR(der []byte) (*x509.CertificateRequest, error) {
 	if err != nil {
 		return nil, invalid("malformed CSR: %v", err)
 	}
-	if err := checkKey(csr.PublicKey); err != nil {
+	if err := CheckKey(csr.PublicKey); err != nil {
 		return nil, invalid("CSR: %v", err)
 	}
 	if err := csr.CheckSignature(); err != nil {
@@ -37,7 +37,7 @@ func parseCSR(der []byte) (*x509.CertificateRequest, error) {
 	return csr, nil
 }
 
-func checkKey(key crypto.PublicKey) error {
+func CheckKey(key crypto.PublicKey) error {
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:
 		if k.Curve == elliptic.P256() || k.Curve == elliptic.P384() {

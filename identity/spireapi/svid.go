@@ -22,7 +22,7 @@ type svidService struct {
 }
 
 // mintable says why id cannot be minted for an administrator, or nil.
-func (s *svidService) mintable(id spiffeid.ID) error {
+func (s *Server) mintable(id spiffeid.ID) error {
 	switch {
 	case !id.MemberOf(s.td):
 		return invalid("%s is not of trust domain %s", id, s.td)
@@ -53,19 +53,10 @@ func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVID
 	if err != nil {
 		return nil, invalid("CSR: URI SAN: %v", err)
 	}
-	if err := s.mintable(id); err != nil {
+	chain, err := s.MintX509(ctx, ca.X509Params{ID: id, PublicKey: csr.PublicKey, DNSNames: csr.DNSNames, TTL: seconds(req.Ttl)})
+	if err != nil {
 		return nil, err
 	}
-	for _, name := range csr.DNSNames {
-		if !validDNSName(name) {
-			return nil, invalid("CSR: %q is not a DNS name", name)
-		}
-	}
-	chain, err := s.cfg.Authority.SignX509(ctx, ca.X509Params{ID: id, PublicKey: csr.PublicKey, DNSNames: csr.DNSNames, TTL: seconds(req.Ttl)})
-	if err != nil {
-		return nil, s.signError(err)
-	}
-	s.log.Info("X509-SVID minted", "id", id.String(), "expires", chain[0].NotAfter)
 	return &svidv1.MintX509SVIDResponse{Svid: spiretypes.FromChain(id, chain)}, nil
 }
 
@@ -78,14 +69,10 @@ func (s *svidService) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRe
 	if err != nil {
 		return nil, invalid("id: %v", err)
 	}
-	if err := s.mintable(id); err != nil {
-		return nil, err
-	}
-	svid, err := s.signJWT(ctx, id, req.Audience, req.Ttl)
+	svid, err := s.MintJWT(ctx, id, req.Audience, seconds(req.Ttl))
 	if err != nil {
 		return nil, err
 	}
-	s.log.Info("JWT-SVID minted", "id", id.String(), "expires", time.Unix(svid.ExpiresAt, 0))
 	return &svidv1.MintJWTSVIDResponse{Svid: svid}, nil
 }
 
@@ -171,7 +158,7 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	if e == nil {
 		return nil, status.Errorf(codes.NotFound, "entry %q not found or not authorized", req.EntryId)
 	}
-	svid, err := s.signJWT(ctx, e.spiffeID, req.Audience, e.JwtSvidTtl)
+	svid, err := s.signJWT(ctx, e.spiffeID, req.Audience, seconds(e.JwtSvidTtl))
 	if err != nil {
 		return nil, err
 	}
@@ -179,7 +166,7 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	return &svidv1.NewJWTSVIDResponse{Svid: svid}, nil
 }
 
-func (s *svidService) signJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl int32) (*types.JWTSVID, error) {
+func (s *Server) signJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (*types.JWTSVID, error) {
 	if len(audience) == 0 || len(audience) > maxNames {
 		return nil, invalid("%d audiences, want 1 to %d", len(audience), maxNames)
 	}
@@ -188,7 +175,7 @@ func (s *svidService) signJWT(ctx context.Context, id spiffeid.ID, audience []st
 			return nil, invalid("an audience is empty or too long")
 		}
 	}
-	j, err := s.cfg.Authority.SignJWT(ctx, id, audience, seconds(ttl))
+	j, err := s.cfg.Authority.SignJWT(ctx, id, audience, ttl)
 	if err != nil {
 		return nil, s.signError(err)
 	}

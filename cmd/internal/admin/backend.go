@@ -23,6 +23,12 @@ type Backend interface {
 	CreateToken(ctx context.Context, req TokenRequest) (Token, error)
 	// IssueAdmin signs spiffe://<td>/hanse/admin/<name> for a key of the caller's.
 	IssueAdmin(ctx context.Context, req AdminRequest) (AdminSVID, error)
+	// Identities lists the SPIFFE IDs that this cluster issues or knows of in its trust domain, sorted.
+	Identities(ctx context.Context) ([]Identity, error)
+	// Identity shows one; NotFound if neither an entry nor an endpoint has it.
+	Identity(ctx context.Context, id string) (Identity, error)
+	// Mint signs an SVID by hand. Reserved IDs are refused.
+	Mint(ctx context.Context, req MintRequest) (Minted, error)
 	// Join emits a Step for what it does and a Check for each fact it found, and ends with what came of it. With req.Check it
 	// changes nothing on either side. A failed check is an error after its Check was emitted.
 	Join(ctx context.Context, req JoinRequest, emit func(Event) error) (JoinResult, error)

@@ -124,6 +124,21 @@ func (c *Client) IssueAdmin(ctx context.Context, req AdminRequest) (v AdminSVID,
 	return v, c.post(ctx, "/v1/admins", req, &v)
 }
 
+// Identities lists SPIFFE IDs.
+func (c *Client) Identities(ctx context.Context) (v []Identity, err error) {
+	return v, c.get(ctx, "/v1/identities", nil, &v)
+}
+
+// Identity shows one.
+func (c *Client) Identity(ctx context.Context, id string) (v Identity, err error) {
+	return v, c.get(ctx, "/v1/identities", url.Values{"id": {id}}, &v)
+}
+
+// Mint has an SVID signed by hand.
+func (c *Client) Mint(ctx context.Context, req MintRequest) (v Minted, err error) {
+	return v, c.post(ctx, "/v1/mint", req, &v)
+}
+
 // Join joins a mesh, or with req.Check finds out whether it could.
 func (c *Client) Join(ctx context.Context, req JoinRequest, emit func(Event) error) (v JoinResult, err error) {
 	return v, c.stream(ctx, "/v1/join", req, emit, &v)

@@ -42,6 +42,13 @@ func Handler(b Backend, log *slog.Logger) http.Handler {
 
 	answer(h, "POST /v1/tokens", decoded(func(ctx context.Context, req TokenRequest) (any, error) { return b.CreateToken(ctx, req) }))
 	answer(h, "POST /v1/admins", decoded(func(ctx context.Context, req AdminRequest) (any, error) { return b.IssueAdmin(ctx, req) }))
+	answer(h, "GET /v1/identities", func(ctx context.Context, r *http.Request) (any, error) {
+		if id := r.URL.Query().Get("id"); id != "" {
+			return b.Identity(ctx, id)
+		}
+		return list(b.Identities(ctx))
+	})
+	answer(h, "POST /v1/mint", decoded(func(ctx context.Context, req MintRequest) (any, error) { return b.Mint(ctx, req) }))
 	stream(h, "POST /v1/join", func(ctx context.Context, req JoinRequest, emit func(Event) error) (any, error) {
 		return b.Join(ctx, req, emit)
 	})

@@ -282,7 +282,7 @@ func (f *Fake) TrustAdd(_ context.Context, req admin.TrustAdd) (admin.TrustDomai
 	return td, nil
 }
 
-// TrustRemove removes one.
+// IssueAdmin signs nothing.
 func (f *Fake) IssueAdmin(_ context.Context, req admin.AdminRequest) (admin.AdminSVID, error) {
 	if req.Name == "" {
 		return admin.AdminSVID{}, admin.Invalid("", "an administrator has a name")
@@ -291,6 +291,38 @@ func (f *Fake) IssueAdmin(_ context.Context, req admin.AdminRequest) (admin.Admi
 		Address: "127.0.1.1:7447", Expires: f.now().Add(12 * time.Hour)}, nil
 }
 
+// Identities are fixed.
+func (f *Fake) Identities(context.Context) ([]admin.Identity, error) {
+	seen := 2.5
+	agent := admin.IdentityAgent{ID: "spiffe://west.demo/spire/agent/hanse_token/payments-1", Type: "join_token", Expires: f.now().Add(20 * time.Hour), Seen: &seen}
+	return []admin.Identity{
+		{ID: "spiffe://west.demo/ns/shop/sa/frontend", Services: []string{}, Entries: []admin.IdentityEntry{}, Agents: []admin.IdentityAgent{}},
+		{ID: "spiffe://west.demo/ns/shop/sa/payments", Services: []string{"payments.shop"}, Agents: []admin.IdentityAgent{agent}, Entries: []admin.IdentityEntry{
+			{ID: "e1", Parent: agent.ID, Selectors: []string{"unix:uid:1000"}, FederatesWith: []string{"east.demo"}}}},
+		{ID: agent.ID, Services: []string{}, Entries: []admin.IdentityEntry{}, Agents: []admin.IdentityAgent{agent}},
+	}, nil
+}
+
+// Identity is one of them.
+func (f *Fake) Identity(ctx context.Context, id string) (admin.Identity, error) {
+	all, _ := f.Identities(ctx)
+	for _, i := range all {
+		if i.ID == id || strings.HasSuffix(i.ID, "/ns/"+strings.Replace(id, "/", "/sa/", 1)) {
+			return i, nil
+		}
+	}
+	return admin.Identity{}, admin.NotFound("hanse identity list shows those that there are", "no entry, agent or endpoint has the ID %s", id)
+}
+
+// Mint signs nothing.
+func (f *Fake) Mint(_ context.Context, req admin.MintRequest) (admin.Minted, error) {
+	if len(req.Audience) > 0 {
+		return admin.Minted{ID: "spiffe://west.demo/ns/shop/sa/payments", Token: "header.payload.signature", Expires: f.now().Add(5 * time.Minute)}, nil
+	}
+	return admin.Minted{ID: "spiffe://west.demo/ns/shop/sa/payments", Chain: [][]byte{[]byte("not a certificate")}, Bundle: json.RawMessage(`{}`), Expires: f.now().Add(time.Hour)}, nil
+}
+
+// TrustRemove removes one.
 func (f *Fake) TrustRemove(_ context.Context, name string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

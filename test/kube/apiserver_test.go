@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -57,6 +58,9 @@ type server struct {
 	cmd   *exec.Cmd
 	done  chan struct{} // closed when cmd has ended
 
+	mu        sync.Mutex
+	resources map[schema.GroupVersionKind]*meta.RESTMapping // guarded by mu
+
 	config *rest.Config
 	client dynamic.Interface
 }
@@ -79,7 +83,7 @@ func freePorts(t testing.TB, n int) []string {
 func start(t testing.TB, flags ...string) *server {
 	t.Helper()
 	ports := freePorts(t, 3)
-	s := &server{t: t, dir: t.TempDir(), addr: ports[0], flags: flags}
+	s := &server{t: t, dir: t.TempDir(), addr: ports[0], flags: flags, resources: map[schema.GroupVersionKind]*meta.RESTMapping{}}
 	cfg := embed.NewConfig()
 	cfg.Dir, cfg.LogLevel = filepath.Join(s.dir, "etcd"), "panic"
 	client, peer := &url.URL{Scheme: "http", Host: ports[1]}, &url.URL{Scheme: "http", Host: ports[2]}
@@ -226,17 +230,22 @@ func (s *server) resource(o *unstructured.Unstructured) (dynamic.ResourceInterfa
 		return nil, err
 	}
 	gvk := o.GroupVersionKind()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		var m *meta.RESTMapping
-		groups, err := restmapper.GetAPIGroupResources(dc)
-		if err == nil {
-			m, err = restmapper.NewDiscoveryRESTMapper(groups).RESTMapping(gvk.GroupKind(), gvk.Version)
-		}
-		if err != nil {
-			if time.Now().After(deadline) {
-				return nil, err
+		m := s.resources[gvk]
+		if m == nil {
+			groups, err := restmapper.GetAPIGroupResources(dc)
+			if err == nil {
+				m, err = restmapper.NewDiscoveryRESTMapper(groups).RESTMapping(gvk.GroupKind(), gvk.Version)
 			}
-			continue
+			if err != nil {
+				if time.Now().After(deadline) {
+					return nil, err
+				}
+				continue
+			}
+			s.resources[gvk] = m
 		}
 		if m.Scope.Name() == meta.RESTScopeNameRoot {
 			return s.client.Resource(m.Resource), nil

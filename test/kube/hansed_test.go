@@ -19,6 +19,7 @@ type hansed struct {
 	identity string // its address for agents
 	xds      string
 	admin    string // its port for metrics and profiles
+	webhook  string // its address
 	cmd      *exec.Cmd
 	log      string
 }
@@ -31,8 +32,8 @@ func newHansed(t testing.TB, s *server) *hansed {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	ports := freePorts(t, 5)
-	h := &hansed{t: t, dir: dir, bin: t.TempDir(), identity: ports[1], xds: ports[2], admin: ports[4], log: filepath.Join(dir, "log")}
+	ports := freePorts(t, 6)
+	h := &hansed{t: t, dir: dir, bin: t.TempDir(), identity: ports[1], xds: ports[2], admin: ports[4], webhook: ports[5], log: filepath.Join(dir, "log")}
 	build := exec.Command("go", "build", "-trimpath", "-o", h.bin+"/", "../../cmd/hanse", "../../cmd/hansed", "../../cmd/hanse-proxy")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
@@ -52,13 +53,13 @@ mesh: demo
 region: eu-1
 dataDir: data
 socket: hansed.sock
-kubeAPI: {enabled: true, kubeconfig: kubeconfig}
+kubeAPI: {enabled: true, kubeconfig: kubeconfig, webhook: {listen: %q, inject: {image: "hanse-proxy:test"}}}
 federation: {listen: %q}
 identity: {listen: %q}
 xds: {listen: %q}
 bundleEndpoint: {listen: %q}
 admin: {listen: %q}
-`, ports[0], ports[1], ports[2], ports[3], ports[4]))
+`, ports[5], ports[0], ports[1], ports[2], ports[3], ports[4]))
 	h.cmd = h.start("hansed", h.log, "--config", config)
 	return h
 }

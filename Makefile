@@ -130,7 +130,11 @@ generate: ## Regenerate protobuf code (needs protoc, protoc-gen-go v1.36.12, pro
 crds: bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION) ## Regenerate deploy/crd from discovery/v1alpha1
 	rm -rf deploy/crd
 	bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION) crd:maxDescLen=10000 paths=./discovery/v1alpha1 output:crd:dir=deploy/crd
-	@rm deploy/crd/hanse.mesh_drills.yaml deploy/crd/hanse.mesh_clusterfederatedtrustdomains.yaml # drills are started by `hanse drill`; the other is SPIRE's to define
+	@rm deploy/crd/hanse.mesh_drills.yaml # drills are started by `hanse drill`
+	@mkdir deploy/crd/optional # for clusters without SPIRE, whose kind it is
+	sed -e 's/^  group: hanse.mesh$$/  group: spire.spiffe.io/' -e 's/^  name: clusterfederatedtrustdomains.hanse.mesh$$/  name: clusterfederatedtrustdomains.spire.spiffe.io/' \
+	  deploy/crd/hanse.mesh_clusterfederatedtrustdomains.yaml >deploy/crd/optional/spire.spiffe.io_clusterfederatedtrustdomains.yaml
+	@rm deploy/crd/hanse.mesh_clusterfederatedtrustdomains.yaml
 
 .PHONY: manifests
 manifests: ## Render deploy/manifests/hanse.yaml from the chart

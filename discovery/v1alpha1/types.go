@@ -356,20 +356,39 @@ func (s *DrillSpec) MinSuccess() (percent float64, err error) {
 	return percent, nil
 }
 
-// ClusterFederatedTrustDomain is SPIRE's kind of the same name: a bundle federation with another trust domain.
+// ClusterFederatedTrustDomain is SPIRE's kind of the same name: a bundle federation with another trust domain. Where SPIRE's own
+// definition is installed, that one holds; it has no spec.allow, for which the annotation hanse.mesh/allow stands.
+//
+// +kubebuilder:resource:scope=Cluster,categories=hanse
+// +kubebuilder:printcolumn:name=Trust Domain,type=string,JSONPath=`.spec.trustDomain`
+// +kubebuilder:printcolumn:name=Endpoint URL,type=string,JSONPath=`.spec.bundleEndpointURL`
+// +kubebuilder:printcolumn:name=Age,type=date,JSONPath=`.metadata.creationTimestamp`
 type ClusterFederatedTrustDomain struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
+	// Spec is what is wanted.
 	Spec ClusterFederatedTrustDomainSpec `json:"spec"`
 }
 
 // ClusterFederatedTrustDomainSpec says where the bundle of a trust domain comes from.
 type ClusterFederatedTrustDomainSpec struct {
 	// ClassName selects a SPIRE controller manager. Hanse ignores it.
-	ClassName             string                `json:"className,omitempty"`
-	TrustDomain           string                `json:"trustDomain"`
-	BundleEndpointURL     string                `json:"bundleEndpointURL"`
+	ClassName string `json:"className,omitempty"`
+	// TrustDomain whose bundle it is, such as partner.example.
+	//
+	// +kubebuilder:validation:MaxLength=255
+	// +kubebuilder:validation:Pattern=`^[a-z0-9._-]+$`
+	TrustDomain string `json:"trustDomain"`
+	// BundleEndpointURL is where its bundle is served: an https URL without user and password. It may be empty where the bundle is kept by
+	// hand (trustDomainBundle), or comes from a member of the mesh.
+	//
+	// +optional
+	// +kubebuilder:validation:Pattern=`^(https://[^@/]+(/.*)?)?$`
+	BundleEndpointURL string `json:"bundleEndpointURL"`
+	// BundleEndpointProfile says how the endpoint proves that it is the one.
+	//
+	// +optional
 	BundleEndpointProfile BundleEndpointProfile `json:"bundleEndpointProfile"`
 	// TrustDomainBundle is the initial bundle, as SPIFFE JSON. The https_spiffe profile needs one to begin.
 	TrustDomainBundle string `json:"trustDomainBundle,omitempty"`
@@ -417,7 +436,14 @@ const (
 )
 
 // BundleEndpointProfile says how a bundle endpoint is authenticated.
+//
+// +kubebuilder:validation:XValidation:rule="(has(self.type) && self.type == 'https_spiffe') == (has(self.endpointSPIFFEID) && size(self.endpointSPIFFEID) > 0)",message="endpointSPIFFEID goes with type https_spiffe, and type https_spiffe with endpointSPIFFEID"
 type BundleEndpointProfile struct {
-	Type             string `json:"type"`
-	EndpointSPIFFEID string `json:"endpointSPIFFEID,omitempty"` // for https_spiffe
+	// Type is https_web, by the certificate authorities of the web, or https_spiffe, by an SVID.
+	//
+	// +optional
+	// +kubebuilder:validation:Enum="";https_web;https_spiffe
+	Type string `json:"type"`
+	// EndpointSPIFFEID is the SPIFFE ID of the endpoint, for https_spiffe.
+	EndpointSPIFFEID string `json:"endpointSPIFFEID,omitempty"`
 }

@@ -54,6 +54,7 @@ func TestVerdictsAgree(t *testing.T) {
 	s := start(t)
 	s.crds(filepath.Join(module(t, "sigs.k8s.io/mcs-api"), "config/crd"), "serviceexports", "serviceimports")
 	s.crds("../../deploy/crd", "hanse.mesh")
+	s.crds("../../deploy/crd/optional", "spire")
 	s.namespaces("shop")
 	good, _ := documents(t, verdicts+"good.yaml")
 	bad, wants := documents(t, verdicts+"bad.yaml")
@@ -131,6 +132,7 @@ func TestBadObjectsHarmNobody(t *testing.T) {
 	s.crds(filepath.Join(module(t, "sigs.k8s.io/gateway-api"), "config/crd/experimental"), "httproutes", "grpcroutes", "referencegrants")
 	s.crds(filepath.Join(module(t, "sigs.k8s.io/mcs-api"), "config/crd"), "serviceexports", "serviceimports")
 	s.crds("../../deploy/crd", "hanse.mesh")
+	s.crds("../../deploy/crd/optional", "spire")
 	s.apply([]byte(shop))
 	src := source(t, s)
 	until(t, "complete", src.Complete)
@@ -148,7 +150,7 @@ func TestBadObjectsHarmNobody(t *testing.T) {
 		}
 	}
 	for _, k := range objects.Kinds() {
-		if !kinds[k.Name] && k.Name != "Drill" && k.Name != "ClusterFederatedTrustDomain" && k.Name != "TCPRoute" && k.Name != "TLSRoute" {
+		if !kinds[k.Name] && k.Name != "Drill" && k.Name != "TCPRoute" && k.Name != "TLSRoute" {
 			t.Errorf("no fault in a %s is tried", k.Name)
 		}
 	}
@@ -170,4 +172,52 @@ func TestBadObjectsHarmNobody(t *testing.T) {
 		}
 	}
 	t.Logf("%d faults: %d refused by the API server, %d reported", len(bad), len(bad)-len(reported), len(reported))
+}
+
+// TestExplain: kubectl explains our kinds field by field, and lists them by their short names and category.
+func TestExplain(t *testing.T) {
+	t.Parallel()
+	if _, err := os.Stat(tools + "kubectl"); err != nil {
+		t.Skip("SKIPPED: there is no kubectl in bin/tools, so nobody reads the definitions as people do")
+	}
+	s := start(t)
+	s.crds("../../deploy/crd", "hanse.mesh")
+	s.crds("../../deploy/crd/optional", "spire")
+	s.namespaces("shop")
+	good, _ := documents(t, verdicts+"good.yaml")
+	for _, doc := range good {
+		if o := decode(t, doc)[0]; strings.HasPrefix(o.GetAPIVersion(), "hanse.mesh/") {
+			s.apply(doc)
+		}
+	}
+	s.apply([]byte("apiVersion: spire.spiffe.io/v1alpha1\nkind: ClusterFederatedTrustDomain\nmetadata: {name: partner}\nspec: {trustDomain: partner.example, bundleEndpointURL: https://partner.example/bundle, bundleEndpointProfile: {type: https_web}}\n"))
+	kubectl := func(args ...string) string {
+		cmd := exec.Command(tools+"kubectl", append([]string{"--server", s.config.Host, "--certificate-authority", s.config.CAFile, "--token", "admintoken", "--kubeconfig", "/dev/null"}, args...)...)
+		cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("kubectl %v: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	for _, kind := range []string{"trafficpolicy", "accesspolicy", "peer", "clusterfederatedtrustdomain"} {
+		out := kubectl("explain", "--recursive=false", kind+".spec")
+		if !strings.Contains(out, "FIELDS:") || strings.Contains(out, "<no description>") {
+			t.Errorf("kubectl explain %s.spec:\n%s", kind, out)
+		}
+	}
+	if out := kubectl("explain", "trafficpolicy.spec.locality.mode"); !strings.Contains(out, "Mode is Failover (default), Pin, Balance or Weigh.") || !strings.Contains(out, "ENUM:") {
+		t.Errorf("kubectl explain:\n%s", out)
+	}
+	for args, want := range map[string]string{
+		"get tp -n shop":                   "near",
+		"get ap -n shop":                   "nobody",
+		"get peers":                        "ask",
+		"get hanse -A":                     "trafficpolicy.hanse.mesh/near",
+		"get clusterfederatedtrustdomains": "https://partner.example/bundle",
+	} {
+		if out := kubectl(strings.Fields(args)...); !strings.Contains(out, want) {
+			t.Errorf("kubectl %s does not show %s:\n%s", args, want, out)
+		}
+	}
 }

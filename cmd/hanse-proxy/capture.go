@@ -228,7 +228,7 @@ func (c *Config) dialer() *net.Dialer {
 	if c.Capture.Enabled {
 		d.Control = capture.Control(c.Capture.Mark)
 		asks := &net.Dialer{Control: d.Control}
-		d.Resolver = &net.Resolver{PreferGo: true, Dial: asks.DialContext}
+		d.Resolver = &net.Resolver{PreferGo: true, Dial: capture.Apart(asks)}
 	}
 	return d
 }

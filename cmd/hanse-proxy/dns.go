@@ -15,6 +15,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/hanse-mesh/hanse/proxy/capture"
 	"github.com/hanse-mesh/hanse/proxy/dns"
 )
 
@@ -123,8 +124,12 @@ func (p *process) resolver(reg prometheus.Registerer) (s *dns.Server, err error)
 	if len(c.DNS.Listen) == 0 {
 		return nil, nil
 	}
+	dial := p.dial
+	if c.Capture.Enabled {
+		dial = capture.Apart(c.dialer())
+	}
 	sc := dns.Config{
-		Control: p.xds, NoAssign: c.DNS.Addresses == none, Timeout: c.DNS.Timeout.Duration, Dial: p.dial, StateFile: filepath.Join(c.StateDir, "dns.json"),
+		Control: p.xds, NoAssign: c.DNS.Addresses == none, Timeout: c.DNS.Timeout.Duration, Dial: dial, StateFile: filepath.Join(c.StateDir, "dns.json"),
 		Log: p.log, Registerer: reg,
 	}
 	if c.DNS.ShortNames == "always" || c.DNS.ShortNames == "auto" && os.Getenv("KUBERNETES_SERVICE_HOST") == "" {

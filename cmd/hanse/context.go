@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -19,6 +20,8 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/cmd/internal/chart"
+	"github.com/hanse-mesh/hanse/cmd/internal/install"
 	"github.com/hanse-mesh/hanse/identity"
 )
 
@@ -38,6 +41,9 @@ type Context struct {
 	SVID    string `json:"svid,omitempty"`    // PEM file: an X509-SVID spiffe://<td>/hanse/admin/<name>
 	Key     string `json:"key,omitempty"`     // PEM file
 	Bundle  string `json:"bundle,omitempty"`  // PEM or SPIFFE JSON file: the cluster's trust bundle
+
+	KubeContext string `json:"kubeContext,omitempty"` // of a kubeconfig: hansed is reached through the API server
+	Namespace   string `json:"namespace,omitempty"`   // in which hansed is then; default hanse-system
 }
 
 // configPath is where the contexts are, and whether someone said so.
@@ -76,7 +82,7 @@ func (c *cli) config() (Config, string, error) {
 	}
 	var cfg Config
 	if err := yaml.UnmarshalStrict(b, &cfg); err != nil {
-		return Config{}, path, &admin.Error{Message: fmt.Sprintf("%s: %v", path, err), Hint: "it has `current: NAME` and `contexts:`, a list of {name, socket} or {name, address, svid, key, bundle}"}
+		return Config{}, path, &admin.Error{Message: fmt.Sprintf("%s: %v", path, err), Hint: "it has `current: NAME` and `contexts:`, a list of {name, socket}, {name, kubeContext} or {name, address, svid, key, bundle}"}
 	}
 	for i := range cfg.Contexts {
 		x := &cfg.Contexts[i]
@@ -94,7 +100,11 @@ func (c *cli) chosen() (Context, error) {
 	if c.socket != "" {
 		return Context{Socket: c.socket}, nil
 	}
-	name := cmp.Or(c.context, c.getenv("HANSE_CONTEXT"))
+	return c.named(cmp.Or(c.context, c.getenv("HANSE_CONTEXT")))
+}
+
+// named is a context by its name: one of the configuration file, or else of a kubeconfig.
+func (c *cli) named(name string) (Context, error) {
 	if s := c.getenv("HANSE_SOCKET"); name == "" && s != "" {
 		return Context{Socket: s}, nil
 	}
@@ -112,10 +122,18 @@ func (c *cli) chosen() (Context, error) {
 		}
 		names = append(names, x.Name)
 	}
+	inKube, _, err := install.Contexts(c.kubeconfigs())
+	if err != nil {
+		return Context{}, usage("is --kubeconfig or $KUBECONFIG right?", "there is no context %q in %s, and %w", name, path, err)
+	}
+	if slices.Contains(inKube, name) {
+		return Context{Name: name, KubeContext: name}, nil
+	}
+	names = append(names, inKube...)
 	if len(names) == 0 {
 		return Context{}, usage("write it into "+path+", or use --socket", "there is no context %q, for there are none", name)
 	}
-	return Context{}, usage("there are "+strings.Join(names, ", "), "there is no context %q in %s", name, path)
+	return Context{}, usage("there are "+strings.Join(names, ", "), "there is no context %q in %s or a kubeconfig", name, path)
 }
 
 // client returns a client of the chosen context.
@@ -123,6 +141,20 @@ func (c *cli) client() (*admin.Client, error) {
 	x, err := c.chosen()
 	if err != nil {
 		return nil, err
+	}
+	return c.clientOf(x)
+}
+
+func (c *cli) kubeconfigs() []string { return install.Kubeconfigs(c.kubeconfig, c.getenv) }
+
+// clientOf returns a client of a context.
+func (c *cli) clientOf(x Context) (*admin.Client, error) {
+	if x.KubeContext != "" {
+		k, err := install.Connect(c.kubeconfigs(), x.KubeContext, cmp.Or(x.Namespace, chart.Namespace))
+		if err != nil {
+			return nil, usage("kubectl config get-contexts", "%w", err)
+		}
+		return admin.New(admin.Config{Where: "hansed of context " + x.KubeContext, Dial: k.Dial})
 	}
 	if x.Address == "" {
 		return admin.New(admin.Config{Socket: cmp.Or(x.Socket, defaultSocket)})
@@ -191,11 +223,15 @@ func (c *cli) contextsCommand() *cobra.Command {
   contexts:
   - name: west
     socket: /run/hanse/hansed.sock
+  - name: north
+    kubeContext: kind-north     # of a kubeconfig: hansed runs in that Kubernetes cluster, in the namespace hanse-system
   - name: east
     address: hansed.east.example:7447
     svid: east-admin.pem      # spiffe://east.example/hanse/admin/NAME
     key: east-admin.key
     bundle: east-bundle.pem
+
+The contexts of kubeconfigs can be used by their names without being written there.
 
 What is used is the first of --socket, --context, $HANSE_CONTEXT, $HANSE_SOCKET, current, and ` + defaultSocket + `.`,
 		Example: "  hanse contexts\n  hanse --context east status",
@@ -221,7 +257,7 @@ What is used is the first of --socket, --context, $HANSE_CONTEXT, $HANSE_SOCKET,
 				if x == now {
 					mark = "*"
 				}
-				t.row(plain(x.Name+mark), plain(cmp.Or(x.Socket, x.Address)))
+				t.row(plain(x.Name+mark), plain(cmp.Or(x.Socket, x.Address, "kubernetes "+x.KubeContext)))
 			}
 			c.table(t)
 			return nil

@@ -53,9 +53,10 @@ type cli struct {
 	readSecret            func() (string, error) // reads a line from the terminal without echo
 
 	// set by flags
-	context string
-	socket  string
-	output  string
+	context    string
+	socket     string
+	kubeconfig string
+	output     string
 }
 
 // usageError is a wrong command line: exit code 2.

@@ -102,16 +102,22 @@ func (c *cli) printToken(t admin.Token, mesh bool, file string) error {
 
 func (c *cli) joinCommand() *cobra.Command {
 	var check bool
+	var to string
+	var patience time.Duration
 	cmd := &cobra.Command{
-		Use:   "join [--check] [- | @FILE]",
+		Use:   "join [--check] [- | @FILE | --to-context MEMBER]",
 		Short: "Join this cluster to a mesh, with a token that one of its members made",
 		Long: `Join this cluster to a mesh. The mesh token comes from "hanse token create --for CLUSTER" on any member; one token joins
 this cluster to all of them. It is asked for without echo, or read from standard input (-) or from a file (@FILE): as an argument
 it would be seen in the list of processes.
 
 With --check everything is verified and nothing is changed, here or there, and the token stays unused. A join that was interrupted
-is finished by repeating it.`,
-		Example: `  hanse join --check
+is finished by repeating it.
+
+With --to-context one command does it all: it waits until both clusters know by which addresses others reach them (load balancers, node ports, or what was
+given), has the member make a token, verifies both directions, and joins.`,
+		Example: `  hanse join --context east --to-context west
+  hanse join --check
   hanse join @east.token
   hanse --context west token create --for east | hanse --context east join -`,
 		Args: func(_ *cobra.Command, args []string) error {
@@ -125,6 +131,12 @@ is finished by repeating it.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if to != "" {
+				if len(args) > 0 {
+					return usage("hanse join --to-context MEMBER, or hanse join @FILE", "a token is given, and --to-context makes one")
+				}
+				return c.joinTo(cmd.Context(), to, check, patience)
+			}
 			token, err := c.readToken(args)
 			if err != nil {
 				return err
@@ -138,6 +150,9 @@ is finished by repeating it.`,
 		},
 	}
 	cmd.Flags().BoolVar(&check, "check", false, "verify everything, change nothing")
+	cmd.Flags().StringVar(&to, "to-context", "", "the `MEMBER` to join through, as a context: it makes the token")
+	cmd.Flags().DurationVar(&patience, "timeout", 2*time.Minute, "with --to-context, how long to wait for addresses")
+	must(cmd.RegisterFlagCompletionFunc("to-context", c.completeContexts))
 	c.outputFlag(cmd, "json", "yaml")
 	return cmd
 }

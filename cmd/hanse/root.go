@@ -19,7 +19,7 @@ func (c *cli) root() *cobra.Command {
 		Long: `Hanse joins clusters into one service mesh. Every cluster keeps its own control plane, its own store and its own trust domain;
 what one exports can be called from all, over mutual TLS, from the nearest healthy place.
 
-This command talks to the control plane of one cluster, hansed, by its Unix socket or remotely with an admin SVID.`,
+This command talks to the control plane of one cluster, hansed, by its Unix socket, remotely with an admin SVID, or through the API server of the Kubernetes cluster it runs in.`,
 		Example: `  hanse demo                            # three clusters on this machine, to try everything
   hanse status                          # is this cluster well?
   hanse clusters                        # who is in the mesh?
@@ -27,12 +27,14 @@ This command talks to the control plane of one cluster, hansed, by its Unix sock
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.PersistentFlags().StringVar(&c.context, "context", "", "the `NAME` of a context of the configuration file (default $HANSE_CONTEXT)")
+	root.PersistentFlags().StringVar(&c.context, "context", "", "the `NAME` of a context of the configuration file, or else of a kubeconfig (default $HANSE_CONTEXT)")
+	root.PersistentFlags().StringVar(&c.kubeconfig, "kubeconfig", "", "the kubeconfig `FILE` (default $KUBECONFIG, or ~/.kube/config)")
 	root.PersistentFlags().StringVar(&c.socket, "socket", "", "hansed's Unix socket `PATH` (default $HANSE_SOCKET, or "+defaultSocket+")")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage(cmd.CommandPath()+" --help", "%w", err)
 	})
 	root.AddGroup(
+		&cobra.Group{ID: "kube", Title: "On Kubernetes:"},
 		&cobra.Group{ID: "mesh", Title: "The mesh:"},
 		&cobra.Group{ID: "look", Title: "What is there, and why:"},
 		&cobra.Group{ID: "config", Title: "Configuration:"},
@@ -44,12 +46,14 @@ This command talks to the control plane of one cluster, hansed, by its Unix sock
 			root.AddCommand(cmd)
 		}
 	}
+	add("kube", c.installCommand(), c.upgradeCommand(), c.uninstallCommand(), c.checkCommand())
 	add("mesh", c.tokenCommand(), c.joinCommand(), c.leaveCommand(), c.clustersCommand(), c.trustCommand(), c.identityCommand(), c.adminCommand())
 	add("look", c.statusCommand(), c.servicesCommand(), c.endpointsCommand(), c.proxiesCommand(), c.explainCommand())
 	add("config", c.applyCommand(), c.getCommand(), c.deleteCommand(), c.validateCommand(), c.injectCommand(), c.contextsCommand())
 	add("try", c.drillCommand(), c.demoCommand())
 	root.AddCommand(c.versionCommand(), c.docsCommand(root))
 	root.MarkFlagsMutuallyExclusive("context", "socket")
+	must(root.MarkPersistentFlagFilename("kubeconfig"))
 	must(root.RegisterFlagCompletionFunc("context", c.completeContexts))
 	strict(root)
 	return root

@@ -27,11 +27,14 @@ const (
 	maxEvent  = 8 << 20
 )
 
-// Config says where hansed is: a Unix socket, or an address with mutual TLS.
+// Config says where hansed is: a Unix socket, an address with mutual TLS, or whatever Dial connects to.
 type Config struct {
 	Socket  string
 	Address string      // host:port, when Socket is empty
 	TLS     *tls.Config // required with Address
+
+	Dial  func(context.Context) (net.Conn, error) // to hansed's socket, some other way
+	Where string                                  // with Dial, for people
 }
 
 // Client is a Backend that is elsewhere. Its errors are *Error where hansed said why, or where it could not be reached.
@@ -54,6 +57,9 @@ func New(cfg Config) (*Client, error) {
 	d := &net.Dialer{Timeout: dialTimeout}
 	c := &Client{http: &http.Client{Transport: t}}
 	switch {
+	case cfg.Dial != nil:
+		c.where, c.base = cfg.Where, "http://hansed"
+		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) { return cfg.Dial(ctx) }
 	case cfg.Socket != "":
 		c.where, c.base = cfg.Socket, "http://hansed"
 		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -220,3 +220,8 @@ func YAML(objects []*unstructured.Unstructured) ([]byte, error) {
 	}
 	return out.Bytes(), nil
 }
+
+// Over is given put over kept.
+func Over(given, kept map[string]any) map[string]any {
+	return chartutil.CoalesceTables(given, kept)
+}

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -35,46 +36,123 @@ type memory interface {
 	newID() func(discovery.Name, string) string // nil: random
 }
 
-// fileMemory is that of a hansed without replicas.
+// fileMemory is that of a hansed without replicas: a seed, from which endpoint IDs are made as replicas make them, and times. What it writes
+// does not grow with the endpoints, of which there may be a million.
 type fileMemory struct {
-	path  string
-	saved uint64 // revision
+	path string
+
+	seed    []byte                       // read-only after load
+	old     map[string]map[string]string // read-only after load: IDs by service and key that were made before there was a seed; kept for ever
+	created map[objects.Key]time.Time    // as saved; nil if nothing is
 }
 
+// memoryFile is the JSON form of a fileMemory. Version 1 had all endpoint IDs, and no seed.
+type memoryFile struct {
+	Version   int                          `json:"version"`
+	Seed      []byte                       `json:"seed,omitempty"`
+	Created   map[string]time.Time         `json:"created,omitempty"` // by Kind/namespace/name
+	Endpoints map[string]map[string]string `json:"endpoints,omitempty"`
+}
+
+const memoryVersion = 2
+
 func (m *fileMemory) load(context.Context) (*objects.State, error) {
-	state := &objects.State{}
 	b, err := os.ReadFile(m.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return state, nil
+		m.seed = newSeed()
+		return &objects.State{}, nil
+	}
+	var f memoryFile
+	if err == nil {
+		err = json.Unmarshal(b, &f)
 	}
 	if err == nil {
-		err = json.Unmarshal(b, state)
+		err = m.take(&f)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read endpoint IDs from %s: %w (restore the file, or remove it to give all endpoints new IDs)", m.path, err)
 	}
-	m.saved = state.Revision()
+	state := (&objects.State{}).WithCreated(m.created)
+	if f.Version != memoryVersion {
+		m.created = nil
+	}
 	return state, nil
+}
+
+func newSeed() []byte {
+	seed := make([]byte, 32)
+	rand.Read(seed)
+	return seed
+}
+
+func (m *fileMemory) take(f *memoryFile) error {
+	switch {
+	case f.Version == 1 && f.Seed == nil:
+		m.seed = newSeed()
+	case f.Version != memoryVersion:
+		return fmt.Errorf("version %d is not %d", f.Version, memoryVersion)
+	case len(f.Seed) != 32:
+		return fmt.Errorf("a seed of %d bytes, want 32", len(f.Seed))
+	default:
+		m.seed = f.Seed
+	}
+	m.old, m.created = f.Endpoints, map[objects.Key]time.Time{}
+	for k, t := range f.Created {
+		part := strings.Split(k, "/")
+		if len(part) != 3 {
+			return fmt.Errorf("key %q is not Kind/namespace/name", k)
+		}
+		m.created[objects.Key{Kind: part[0], Namespace: part[1], Name: part[2]}] = t
+	}
+	for service, ids := range f.Endpoints {
+		for key, id := range ids {
+			if raw, err := hex.DecodeString(id); err != nil || len(raw) != 16 {
+				return fmt.Errorf("endpoint %s of %s has ID %q, not 32 hex digits", key, service, id)
+			}
+		}
+	}
+	return nil
 }
 
 func (m *fileMemory) reload(context.Context) error                { return nil }
 func (m *fileMemory) refresh(state *objects.State) *objects.State { return state }
-func (m *fileMemory) newID() func(discovery.Name, string) string  { return nil }
+
+func (m *fileMemory) newID() func(discovery.Name, string) string {
+	return func(service discovery.Name, key string) string {
+		if id, ok := m.old[service.String()][key]; ok {
+			return id
+		}
+		return idFrom(m.seed, service, key)
+	}
+}
 
 func (m *fileMemory) save(_ context.Context, state *objects.State) error {
-	r := state.Revision()
-	if r == m.saved {
+	if m.created != nil && maps.EqualFunc(m.created, state.Created(), time.Time.Equal) {
 		return nil
 	}
-	b, err := json.Marshal(state)
+	f := memoryFile{Version: memoryVersion, Seed: m.seed, Created: map[string]time.Time{}, Endpoints: m.old}
+	for k, t := range state.Created() {
+		f.Created[k.Kind+"/"+k.Namespace+"/"+k.Name] = t
+	}
+	b, err := json.Marshal(f)
 	if err == nil {
 		err = atomicfile.Write(m.path, b)
 	}
 	if err != nil {
 		return fmt.Errorf("write %s: %w", m.path, err)
 	}
-	m.saved = r
+	m.created = maps.Clone(state.Created())
+	if m.created == nil {
+		m.created = map[objects.Key]time.Time{}
+	}
 	return nil
+}
+
+// idFrom makes an endpoint's ID: nobody tells it from random without the seed.
+func idFrom(seed []byte, service discovery.Name, key string) string {
+	h := hmac.New(sha256.New, seed)
+	h.Write([]byte(service.String() + "\x00" + key))
+	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
 const (
@@ -97,10 +175,8 @@ type sharedMemory struct {
 }
 
 func (m *sharedMemory) load(ctx context.Context) (*objects.State, error) {
-	fresh := make([]byte, 32)
-	rand.Read(fresh)
 	kv := etcd.NewKV(m.store, "")
-	if _, err := kv.PutIfAbsent(ctx, seedKey, fresh); err != nil {
+	if _, err := kv.PutIfAbsent(ctx, seedKey, newSeed()); err != nil {
 		return nil, fmt.Errorf("seed of endpoint IDs: %w", err)
 	}
 	seed, _, err := kv.Get(ctx, seedKey)
@@ -120,11 +196,7 @@ func (m *sharedMemory) newID() func(discovery.Name, string) string {
 	m.mu.Lock()
 	seed := m.seed
 	m.mu.Unlock()
-	return func(service discovery.Name, key string) string {
-		h := hmac.New(sha256.New, seed)
-		h.Write([]byte(service.String() + "\x00" + key))
-		return hex.EncodeToString(h.Sum(nil)[:16])
-	}
+	return func(service discovery.Name, key string) string { return idFrom(seed, service, key) }
 }
 
 func (m *sharedMemory) reload(ctx context.Context) error {

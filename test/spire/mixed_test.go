@@ -88,9 +88,9 @@ func (c *member) program(role, program string) string {
 
 func (c *member) save(name, text string) string { return c.m.save(filepath.Join(c.name, name), text) }
 
-func (c *member) start(name, program string, args ...string) {
+func (c *member) start(name, program string, args ...string) (stop func()) {
 	c.m.t.Helper()
-	start(c.m.t, filepath.Join(c.dir, name+".log"), program, args...)
+	return start(c.m.t, filepath.Join(c.dir, name+".log"), program, args...)
 }
 
 // hanse runs the CLI at this member.
@@ -264,8 +264,14 @@ plugins {
 func (c *member) spireAgent(host, port string) {
 	c.m.t.Helper()
 	token := c.m.find(c.spire("token generate -spiffeID spiffe://"+c.td+"/node"), `Token: (\S+)`)
+	c.runAgent("spire-agent", host, port, `NodeAttestor "join_token" { plugin_data {} }`, "-joinToken", token)
+}
+
+// runAgent starts a real spire-agent that attests by a plugin. Its name is that of its files.
+func (c *member) runAgent(name, host, port, attestor string, args ...string) (stop func()) {
+	c.m.t.Helper()
 	bundle := c.save("bootstrap.pem", c.spire("bundle show"))
-	conf := c.save("agent.conf", fmt.Sprintf(`agent {
+	conf := c.save(name+".conf", fmt.Sprintf(`agent {
   data_dir = %q
   log_level = "DEBUG"
   server_address = %q
@@ -275,12 +281,12 @@ func (c *member) spireAgent(host, port string) {
   trust_domain = %q
 }
 plugins {
-  NodeAttestor "join_token" { plugin_data {} }
+  %s
   KeyManager "memory" { plugin_data {} }
   WorkloadAttestor "unix" { plugin_data { discover_workload_path = true } }
 }
-`, filepath.Join(c.dir, "agent"), host, port, c.agentSock, bundle, c.td))
-	c.start("spire-agent", tools+"tools/spire-agent", "run", "-config", conf, "-joinToken", token)
+`, filepath.Join(c.dir, name+"-data"), host, port, c.agentSock, bundle, c.td, attestor))
+	return start(c.m.t, filepath.Join(c.dir, name+".log"), tools+"tools/spire-agent", append([]string{"run", "-config", conf}, args...)...)
 }
 
 // sidecars starts both workloads, after the clusters have joined.

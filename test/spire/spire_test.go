@@ -18,6 +18,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -50,9 +51,10 @@ func freePorts(t *testing.T, n int) []string {
 	return out
 }
 
-func start(t *testing.T, log, program string, args ...string) {
+// start starts a program, which ends with the test, or by stop.
+func start(t *testing.T, log, program string, args ...string) (stop func()) {
 	t.Helper()
-	f, err := os.Create(log)
+	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,17 +63,21 @@ func start(t *testing.T, log, program string, args ...string) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		kill := time.AfterFunc(15*time.Second, func() { _ = cmd.Process.Kill() })
 		_ = cmd.Wait()
 		kill.Stop()
 		f.Close()
+	})
+	t.Cleanup(func() {
+		stop()
 		if t.Failed() {
 			b, _ := os.ReadFile(log)
-			t.Logf("%s:\n%s", filepath.Base(log), b[max(0, len(b)-6000):])
+			t.Logf("%s:\n%s", log, b[max(0, len(b)-6000):])
 		}
 	})
+	return stop
 }
 
 func newLab(t *testing.T) *lab {

@@ -37,14 +37,17 @@ type mesh struct {
 
 // member is a cluster: hansed, a frontend that only calls, and a service "pay-<name>" that no other cluster has.
 type member struct {
-	m          *mesh
-	kind       kind
-	name, td   string
-	dir        string
-	ip         func(host int) string
-	spireAPI   string // admin socket of who issues: hansed or spire-server
-	agentSock  string
-	serverPort string
+	m         *mesh
+	kind      kind
+	name, td  string
+	dir       string
+	ip        func(host int) string
+	spireAPI  string // admin socket of who issues: hansed or spire-server
+	agentSock string
+	gateway   bool // it is a network of its own, behind a gateway
+	remote    bool // spire-server is asked by mTLS, with an administrator's SVID, not by its socket
+
+	startServer, stopServer func()
 }
 
 func newMesh(t *testing.T, kinds map[string]kind, names ...string) *mesh {
@@ -128,7 +131,7 @@ func (c *member) spire(command string, want ...string) string {
 func (c *member) hansedConfig(identity, more string) {
 	c.save("hansed.yaml", fmt.Sprintf(`cluster: %s
 trustDomain: %s
-network: lab
+network: %s
 dataDir: d
 socket: h.sock
 identity:
@@ -137,7 +140,14 @@ identity:
 xds: {listen: "%s:7445"}
 bundleEndpoint: {listen: "%s:7446"}
 admin: {listen: "%s:7440"}
-%s`, c.name, c.td, c.ip(1), identity, c.ip(1), c.ip(1), c.ip(1), c.ip(1), more))
+%s`, c.name, c.td, c.network(), c.ip(1), identity, c.ip(1), c.ip(1), c.ip(1), c.ip(1), more))
+}
+
+func (c *member) network() string {
+	if c.gateway {
+		return c.name
+	}
+	return "lab"
 }
 
 func (c *member) startHansed() {
@@ -205,22 +215,33 @@ func (c *member) up(x509Life string) {
 	c.program("frontend", "hanse-proxy")
 	c.program("pay", "hanse-proxy")
 	c.agentSock = filepath.Join(c.dir, "w.sock")
-	life := "  x509Life: " + x509Life + "\n"
+	life, more := "  x509Life: "+x509Life+"\n", ""
+	if c.gateway {
+		c.program("gateway", "hanse-proxy")
+		more = fmt.Sprintf("gateways: [\"%s:15443\"]\n", c.ip(9))
+	}
 	if c.kind == realSPIRE {
 		c.startSPIRE()
-		c.spireAgent(c.serverAddress())
+		host, port := c.serverAddress()
+		c.spireAgent(host, port)
+		server := "unix://" + c.spireAPI
+		own := fmt.Sprintf("    controlPlane:\n    - {parent: \"spiffe://{{.TrustDomain}}/node\", selectors: [\"unix:path:%s/hansed\"]}\n", c.dir)
+		if c.remote {
+			server, own = host+":"+port, ""
+			c.spire(fmt.Sprintf("entry create -admin -parentID spiffe://%s/node -spiffeID spiffe://%s/hanse/control-plane -selector unix:path:%s/hansed", c.td, c.td, c.dir), "Entry ID")
+		}
 		c.hansedConfig(life+fmt.Sprintf(`  spire:
-    server: unix://%s
+    server: %q
     workloadAPI: unix://%s
     linger: 2s
-    controlPlane:
-    - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/hansed"]}
-    entries:
+    gateways:
+    - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/gateway"]}
+%s    entries:
     - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/{{.ServiceAccount}}"]}
-`, c.spireAPI, c.agentSock, c.dir, c.dir), "")
+`, server, c.agentSock, c.dir, own, c.dir), more)
 	} else {
 		c.spireAPI = filepath.Join(c.dir, "d/spire-server/api.sock")
-		c.hansedConfig(life+"  rootLife: 2h\n", "")
+		c.hansedConfig(life+"  rootLife: 2h\n", more)
 	}
 	c.startHansed()
 	c.m.eventually(c.name+"'s hansed is ready", func() error { return ready(c.ip(1) + ":7440") })
@@ -253,8 +274,10 @@ plugins {
   NodeAttestor "join_token" { plugin_data {} }
 }
 `, host, port, c.spireAPI, c.td, c.dir, filepath.Join(c.dir, "db.sqlite3"), filepath.Join(c.dir, "keys.json")))
-	conf = strings.ReplaceAll(conf, " connection_string", "\n connection_string")
-	c.start("spire-server", tools+"tools/spire-server", "run", "-config", conf)
+	c.startServer = func() {
+		c.stopServer = c.start("spire-server", tools+"tools/spire-server", "run", "-config", conf)
+	}
+	c.startServer()
 	l := *c.m.lab
 	l.socket = c.spireAPI
 	c.m.eventually(c.name+"'s spire-server is healthy", func() error { _, err := l.try("healthcheck"); return err })
@@ -304,20 +327,27 @@ func (c *member) sidecars() {
 		}
 	}
 	c.start("app", tools+"echo", "serve", "--http", "unix:"+filepath.Join(c.dir, "app.sock"), "--service", "pay-"+c.name, "--cluster", c.name)
-	for i, w := range []string{"frontend", "pay"} {
-		source := fmt.Sprintf("  workloadAPI: unix://%s\n", c.agentSock)
-		if c.kind == ownAgents {
-			source = fmt.Sprintf("  identity: [\"%s:7444\"]\n  trustBundle: %s\n  tokenFile: %s\n", c.ip(1),
-				c.save("bundle.json", c.must("", "trust", "show", c.td, "-o", "bundle")), c.save(w+".token", c.must("", "token", "create", "--agent", "shop/"+w)))
+	source := func(w string, of ...string) string {
+		if c.kind != ownAgents {
+			return fmt.Sprintf("  workloadAPI: unix://%s\n", c.agentSock)
 		}
+		return fmt.Sprintf("  identity: [\"%s:7444\"]\n  trustBundle: %s\n  tokenFile: %s\n", c.ip(1),
+			c.save("bundle.json", c.must("", "trust", "show", c.td, "-o", "bundle")), c.save(w+".token", c.must("", append([]string{"token", "create"}, of...)...)))
+	}
+	if c.gateway {
+		conf := c.save("gateway.yaml", fmt.Sprintf("role: gateway\ncluster: %s\ntrustDomain: %s\nstateDir: gateway-state\nadmin: {listen: \"%s:15020\"}\ngateway: {listen: \"%s:15443\"}\ncontrolPlane:\n%s  xds: [\"%s:7445\"]\n",
+			c.name, c.td, c.ip(9), c.ip(9), source("gateway", "--gateway"), c.ip(1)))
+		c.start("gateway", filepath.Join(c.dir, "gateway"), "--config", conf)
+	}
+	for i, w := range []string{"frontend", "pay"} {
 		more := ""
 		if w == "pay" {
 			more = fmt.Sprintf("outbound: {listen: none}\nworkloads:\n- address: %s\n  ports: {\"8080\": \"unix:%s\"}\n", c.ip(3), filepath.Join(c.dir, "app.sock"))
 		} else {
 			more = fmt.Sprintf("outbound: {listen: \"%s:15001\"}\n", c.ip(2))
 		}
-		conf := c.save(w+".yaml", fmt.Sprintf("role: sidecar\ncluster: %s\ntrustDomain: %s\nnetwork: lab\nnamespace: shop\nstateDir: %s-state\nadmin: {listen: \"%s:15020\"}\nlog: {access: %s.access.log}\ncontrolPlane:\n%s  xds: [\"%s:7445\"]\n%s",
-			c.name, c.td, w, c.ip(2+i), w, source, c.ip(1), more))
+		conf := c.save(w+".yaml", fmt.Sprintf("role: sidecar\ncluster: %s\ntrustDomain: %s\nnetwork: %s\nnamespace: shop\nstateDir: %s-state\nadmin: {listen: \"%s:15020\"}\nlog: {access: %s.access.log}\ncontrolPlane:\n%s  xds: [\"%s:7445\"]\n%s",
+			c.name, c.td, c.network(), w, c.ip(2+i), w, source(w, "--agent", "shop/"+w), c.ip(1), more))
 		c.start(w, filepath.Join(c.dir, w), "--config", conf)
 	}
 }
@@ -419,7 +449,7 @@ func (m *mesh) load() *load {
 						ld.pairs[pair]++
 					}
 					ld.mu.Unlock()
-					time.Sleep(20 * time.Millisecond)
+					time.Sleep(time.Duration(4*len(m.members)*(len(m.members)-1)) * time.Millisecond)
 				}
 			})
 		}
@@ -453,7 +483,9 @@ func (ld *load) none(m *mesh, during string) {
 	if n := ld.failed.Load(); n > 0 {
 		m.t.Errorf("%s: %d of %d calls failed: %s", during, n, n+ld.ok.Load(), strings.Join(ld.errs, "\n"))
 	}
-	m.t.Logf("%s: %d calls, none failed: %v", during, ld.ok.Load(), ld.pairs)
+	if ld.failed.Load() == 0 {
+		m.t.Logf("%s: %d calls between %d pairs of kinds, none failed", during, ld.ok.Load(), len(ld.pairs))
+	}
 }
 
 // authorities are of what a member's workloads and control plane present.
@@ -516,17 +548,113 @@ func (c *member) rotate() {
 
 // TestMixed is the matrix: every kind of authority and agent calls every other, both ways, while all rotate.
 func TestMixed(t *testing.T) {
-	m := newMesh(t, map[string]kind{"west": ownAgents, "east": realSPIRE, "north": spireAgent}, "west", "east", "north")
+	m := newMesh(t, map[string]kind{"west": ownAgents, "east": realSPIRE, "north": spireAgent, "south": realSPIRE, "up": ownAgents, "down": spireAgent},
+		"west", "east", "north", "south", "up", "down") // two of each kind
+	m.members[3].remote = true
 	for _, c := range m.members {
 		c.up("60s")
 	}
 	m.join()
 	ld := m.load()
-	for _, c := range m.members {
+	for _, c := range m.members[:3] {
 		c.rotate()
 		ld.none(m, "rotation of "+c.name+", "+string(c.kind))
 	}
+	m.members[1].outage()
+	ld.none(m, "an outage of a spire-server")
 	time.Sleep(5 * time.Second) // what a revocation breaks shows when connections are made anew
 	ld.stop()
-	ld.none(m, "all rotations")
+	ld.none(m, "all")
+	if len(ld.pairs) != 9 {
+		t.Errorf("%d of 9 pairs of kinds have called", len(ld.pairs))
+	}
+}
+
+// TestGateways: the same through sealed gateways, of which one has its SVID from SPIRE.
+func TestGateways(t *testing.T) {
+	m := newMesh(t, map[string]kind{"west": ownAgents, "east": realSPIRE}, "west", "east")
+	for _, c := range m.members {
+		c.gateway = true
+		c.up("60s")
+	}
+	m.join() // green: the gateways have answered probes with their own SVIDs
+	ld := m.load()
+	m.eventually("calls both ways", func() error {
+		ld.mu.Lock()
+		defer ld.mu.Unlock()
+		if len(ld.pairs) != 2 || ld.ok.Load() < 200 {
+			return fmt.Errorf("%v", ld.pairs)
+		}
+		return nil
+	})
+	ld.stop()
+	ld.none(m, "through gateways")
+}
+
+const late = `apiVersion: v1
+kind: Service
+metadata: {name: late, namespace: shop}
+spec:
+  ports:
+  - {name: http, port: 8080}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata:
+  name: late
+  namespace: shop
+  labels: {kubernetes.io/service-name: late}
+  annotations: {hanse.mesh/service-account: late}
+addressType: IPv4
+ports:
+- {name: http, port: 8080}
+endpoints:
+- addresses: [%s]
+`
+
+// status is whether all is well here, and what hanse status says.
+func (c *member) status() (ok bool, text string) {
+	out, err := c.hanse("", "status", "-o", "json")
+	var s struct{ OK bool }
+	if jerr := json.Unmarshal([]byte(out), &s); jerr != nil {
+		return false, fmt.Sprint(err, out)
+	}
+	return s.OK, out
+}
+
+// outage takes the spire-server away for a while, in which a service comes: what it needs is there when the server is back, and goes
+// when the service does.
+func (c *member) outage() {
+	c.m.t.Helper()
+	id := "spiffe://" + c.td + "/ns/shop/sa/late"
+	c.stopServer()
+	c.must("", "apply", "-f", c.save("late.yaml", fmt.Sprintf(late, c.ip(4))))
+	c.m.eventually("status says that SPIRE is away", func() error {
+		if ok, text := c.status(); ok || !strings.Contains(text, "the last good state stays in force") {
+			return errors.New(text)
+		}
+		return nil
+	})
+	c.startServer()
+	entries := func(want string) {
+		c.m.eventually(want+" of the service that came meanwhile", func() error {
+			l := *c.m.lab
+			l.socket = c.spireAPI
+			out, err := l.try("entry", "show", "-spiffeID", id)
+			if err == nil && !strings.Contains(out, want) {
+				err = errors.New(out)
+			}
+			return err
+		})
+	}
+	entries("Found 1 entr")
+	c.m.eventually("status is green again", func() error {
+		if ok, text := c.status(); !ok {
+			return errors.New(text)
+		}
+		return nil
+	})
+	c.must("", "delete", "endpointslices", "late", "-n", "shop")
+	c.must("", "delete", "services", "late", "-n", "shop")
+	entries("Found 0 entr")
 }

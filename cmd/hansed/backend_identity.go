@@ -51,6 +51,12 @@ func (p *controlPlane) Identities(context.Context) ([]admin.Identity, error) {
 			}
 		}
 	}
+	if p.onSPIRE != nil { // agents, and other entries, are SPIRE's to list
+		for _, e := range p.onSPIRE.Entries() {
+			r := row(idText(e.SpiffeId))
+			r.Entries = append(r.Entries, identityEntry(e))
+		}
+	}
 	if local := p.mesh.Clusterset().Local; local != nil {
 		for _, s := range local.Services {
 			for _, e := range s.Endpoints {

@@ -79,6 +79,7 @@ type Server struct {
 	wantBundles map[spiffeid.TrustDomain]*spiffebundle.Bundle // guarded by mu; nil until SetBundles
 	own         *spiffebundle.Bundle                          // guarded by mu; nil until the first look
 	changed     chan struct{}                                 // guarded by mu; closed when own is replaced
+	kept        []*types.Entry                                // guarded by mu; not changed in place
 	status      Status                                        // guarded by mu
 	unwanted    map[string]time.Time                          // owned by Run: since when an entry of ours is not wanted
 }
@@ -203,6 +204,13 @@ func (s *Server) Changed() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.changed
+}
+
+// Entries are those that are kept on spire-server, as of the last look. They must not be changed.
+func (s *Server) Entries() []*types.Entry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kept
 }
 
 // Status says how things stand.
@@ -444,9 +452,10 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 	}
 	plan := planEntries(have, want, federates)
 	remove, next := s.linger(plan.remove)
+	kept := map[string]*types.Entry{}
 	for _, h := range have {
 		if strings.HasPrefix(h.Id, idPrefix) {
-			now.Entries++
+			kept[h.Id] = h
 		}
 	}
 	err = batches(ctx, plan.create, func(ctx context.Context, part []*types.Entry) error {
@@ -460,7 +469,7 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 			case codes.Code(x.GetStatus().GetCode()) == codes.AlreadyExists:
 				now.Foreign = append(now.Foreign, name)
 			case s.took(now, "created", name, x.GetStatus()):
-				now.Entries++
+				kept[part[i].Id] = part[i]
 			}
 		}
 		return err
@@ -471,8 +480,8 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 	err = batches(ctx, plan.update, func(ctx context.Context, part []*types.Entry) error {
 		r, err := s.entries.BatchUpdateEntry(ctx, &entryv1.BatchUpdateEntryRequest{Entries: part, InputMask: &types.EntryMask{X509SvidTtl: true, JwtSvidTtl: true, FederatesWith: true}})
 		for i, x := range r.GetResults() {
-			if i < len(part) {
-				s.took(now, "updated", "entry of "+show(part[i].SpiffeId), x.GetStatus())
+			if i < len(part) && s.took(now, "updated", "entry of "+show(part[i].SpiffeId), x.GetStatus()) {
+				kept[part[i].Id] = part[i]
 			}
 		}
 		return err
@@ -484,7 +493,7 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 		r, err := s.entries.BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: part})
 		for i, x := range r.GetResults() {
 			if i < len(part) && s.took(now, "removed", "entry "+part[i], x.GetStatus()) {
-				now.Entries--
+				delete(kept, part[i])
 			}
 		}
 		return err
@@ -492,6 +501,10 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 	if err != nil {
 		return 0, fmt.Errorf("remove entries: %w", err)
 	}
+	now.Entries = len(kept)
+	s.mu.Lock()
+	s.kept = slices.SortedFunc(maps.Values(kept), func(a, b *types.Entry) int { return strings.Compare(a.Id, b.Id) })
+	s.mu.Unlock()
 	return next, nil
 }
 

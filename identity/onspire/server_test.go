@@ -201,6 +201,9 @@ func TestKeepsInStep(t *testing.T) {
 		}
 		return nil
 	})
+	if kept := o.Entries(); len(kept) != 1 || kept[0].SpiffeId.Path != "/ns/shop/sa/a" {
+		t.Errorf("kept: %v", kept)
+	}
 	o.SetEntries(nil)
 	s.eventually("/theirs")
 }

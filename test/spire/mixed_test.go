@@ -648,6 +648,9 @@ func (c *member) outage() {
 		})
 	}
 	entries("Found 1 entr")
+	if out := c.must("", "identity", "list", "-o", "json"); !strings.Contains(out, id) || !strings.Contains(out, "unix:path:"+c.dir+"/late") {
+		c.m.t.Errorf("hanse identity list does not show the entry on SPIRE:\n%s", out)
+	}
 	c.m.eventually("status is green again", func() error {
 		if ok, text := c.status(); !ok {
 			return errors.New(text)

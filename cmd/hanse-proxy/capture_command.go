@@ -1,15 +1,22 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"os"
 	"strings"
+	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
 	"github.com/hanse-mesh/hanse/proxy/capture"
+	"github.com/hanse-mesh/hanse/proxy/capture/node"
 )
 
 // usageError is a wrong command line: exit code 2.
@@ -93,7 +100,34 @@ the configuration. It exits with 1 where something does.`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error { return f.show() },
 	}
-	group.AddCommand(install, remove, show)
+	var timeout time.Duration
+	var text string
+	wait := &cobra.Command{
+		Use:   "wait",
+		Short: "Wait until somebody else has installed the rules: for Pods without NET_ADMIN",
+		Long: `Wait asks the node's "hanse-proxy capture node" for the rules that the configuration says, and ends once this namespace's connections are
+captured by them. It needs no privilege, and a user that is not exempt from capture.`,
+		Example: `  hanse-proxy capture wait --config /etc/hanse/proxy/hanse-proxy.yaml
+  hanse-proxy capture wait --timeout 5m`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return f.wait(cmd.Context(), text, timeout) },
+	}
+	wait.Flags().DurationVar(&timeout, "timeout", 2*time.Minute, "`TIME` to wait at most")
+	wait.Flags().StringVar(&text, "rules", "", "the rules themselves, as wait tells the node with which it starts itself anew")
+	_ = wait.Flags().MarkHidden("rules") // it is there
+	onNode := &cobra.Command{
+		Use:   "node",
+		Short: "Install the rules for Pods of this node that wait for them",
+		Long: `Node looks for processes of this node that run "hanse-proxy capture wait", enters their network namespaces, and installs what they ask for.
+A process can ask for its own namespace only, once, and never for the node's. It asks no API server.
+
+The node's processes (hostPID) and CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_NET_ADMIN are needed. The Helm chart runs it with capture.mode=node.`,
+		Example: `  hanse-proxy capture node
+  kubectl --namespace hanse-system logs daemonset/hanse-node`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return f.node(cmd.Context(), cmd.ErrOrStderr()) },
+	}
+	group.AddCommand(install, remove, show, wait, onNode)
 	root.AddCommand(group)
 	return root
 }
@@ -104,7 +138,7 @@ func runCommand(args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.Execute()
+	err := root.ExecuteContext(context.Background())
 	var wrong usageError
 	switch {
 	case err == nil:
@@ -128,6 +162,8 @@ func hintFor(err error) string {
 		return "run it as root, or in a container with the capability NET_ADMIN (securityContext.capabilities.add), or from the host with --netns"
 	case errors.Is(err, capture.ErrUnsupported):
 		return "Linux 5.2 or newer with nf_tables is needed, and its parts nft_redir, nft_fib_inet and nft_chain_nat: modprobe them on the host"
+	case errors.Is(err, context.DeadlineExceeded):
+		return "does hanse-proxy capture node run on this node? kubectl --namespace hanse-system get pods -o wide -l app.kubernetes.io/name=hanse-node"
 	case errors.Is(err, errOff):
 		return "set enabled: true in the section capture"
 	}
@@ -266,6 +302,48 @@ func (f *captureFlags) show() error {
 		return errDiffers
 	}
 	return nil
+}
+
+// wait starts this program anew with the rules on its command line, where the node's agent reads them: it needs no file of the Pod.
+func (f *captureFlags) wait(ctx context.Context, text string, timeout time.Duration) error {
+	if text == "" {
+		cfg, err := f.load()
+		if err != nil {
+			return err
+		}
+		args, err := node.Arguments(cfg)
+		if err != nil {
+			return err
+		}
+		exe, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		return fmt.Errorf("start %s anew: %w", exe, syscall.Exec(exe, append(append([]string{"hanse-proxy"}, args...), "--timeout", timeout.String()), os.Environ()))
+	}
+	cfg, err := node.Rules([]byte(text))
+	if err != nil {
+		return err
+	}
+	ctx, stop := daemon.Signals(ctx, slog.New(slog.DiscardHandler))
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	began := time.Now()
+	if err := capture.Wait(ctx, cfg); err != nil {
+		return err
+	}
+	return f.print(map[string]any{"table": cfg.Table, "captured": true, "seconds": time.Since(began).Seconds()}, func(w io.Writer) {
+		fmt.Fprintf(w, "captured by table inet %s, after %.1f s\n", cfg.Table, time.Since(began).Seconds())
+	})
+}
+
+// node works until it is told to end.
+func (f *captureFlags) node(ctx context.Context, stderr io.Writer) error {
+	log := daemon.Logger(stderr, new(slog.LevelVar))
+	ctx, stop := daemon.Signals(ctx, log)
+	defer stop()
+	return (&node.Agent{Log: log}).Run(ctx)
 }
 
 func (f *captureFlags) print(v any, text func(io.Writer)) error {

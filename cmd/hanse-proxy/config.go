@@ -258,6 +258,7 @@ const (
 	envPodIP        = "HANSE_POD_IP"
 	envPodNamespace = "HANSE_POD_NAMESPACE"
 	envPodName      = "HANSE_POD_NAME"
+	envHostIP       = "HANSE_HOST_IP"
 	envRegion       = "HANSE_REGION"
 	envZone         = "HANSE_ZONE"
 )
@@ -266,6 +267,7 @@ const (
 func (c *Config) fillFromPod(env func(string) string) {
 	c.Region, c.Zone = cmp.Or(c.Region, env(envRegion)), cmp.Or(c.Zone, env(envZone))
 	c.Namespace = cmp.Or(c.Namespace, env(envPodNamespace))
+	c.Health.node = env(envHostIP)
 	for i := range c.Workloads {
 		c.Workloads[i].Address = cmp.Or(c.Workloads[i].Address, env(envPodIP))
 	}

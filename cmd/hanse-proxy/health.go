@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +12,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -26,6 +30,8 @@ import (
 type Health struct {
 	Listen string           `json:"listen"` // ip:port or :port; default: none
 	Checks map[string]Check `json:"checks"` // by path
+
+	node string // address of the pod's node, by the environment
 }
 
 // Check is one question to the application; exactly one of the three.
@@ -33,6 +39,7 @@ type Check struct {
 	HTTP *HTTPCheck `json:"http"`
 	GRPC *GRPCCheck `json:"grpc"`
 	TCP  *TCPCheck  `json:"tcp"`
+	Hook bool       `json:"hook"` // a hook of the application's life: it is waited for as long as who asks waits
 }
 
 // HTTPCheck is a GET; answers from 200 to 399 are good, as the kubelet has it.
@@ -99,6 +106,46 @@ func (c *Config) validateHealth(bad report) {
 	}
 }
 
+// fromNode says whether a caller is the kubelet, whose address is the node's or, seen from a pod, that of the gateway: hooks change what the application does.
+func fromNode(remote, node string, gateways []netip.Addr) bool {
+	ap, err := netip.ParseAddrPort(remote)
+	if err != nil {
+		return false
+	}
+	from := ap.Addr().Unmap().WithZone("")
+	if slices.Contains(gateways, from) {
+		return true
+	}
+	own, err := netip.ParseAddr(node)
+	return err == nil && own == from
+}
+
+// gateways are those of the default routes in what Linux has as /proc/net/route and /proc/net/ipv6_route.
+func gateways(route, route6 string) (out []netip.Addr) {
+	for line := range strings.Lines(route) {
+		f := strings.Fields(line)
+		if len(f) > 7 && f[1] == "00000000" && f[7] == "00000000" {
+			if b, err := hex.DecodeString(f[2]); err == nil && len(b) == 4 {
+				a := netip.AddrFrom4([4]byte(binary.NativeEndian.AppendUint32(nil, binary.BigEndian.Uint32(b)))) // the number is in the machine's order
+				if !a.IsUnspecified() {
+					out = append(out, a)
+				}
+			}
+		}
+	}
+	for line := range strings.Lines(route6) {
+		f := strings.Fields(line)
+		if len(f) > 4 && strings.Trim(f[0], "0") == "" && f[1] == "00" {
+			if b, err := hex.DecodeString(f[4]); err == nil && len(b) == 16 {
+				if a := netip.AddrFrom16([16]byte(b)); !a.IsUnspecified() {
+					out = append(out, a)
+				}
+			}
+		}
+	}
+	return out
+}
+
 // checker answers on Health.Listen.
 type checker struct {
 	cfg   Health
@@ -152,7 +199,20 @@ func (k *checker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), checkTimeout)
+	ctx, cancel := context.WithCancel(r.Context())
+	if c.Hook {
+		route, _ := os.ReadFile("/proc/net/route")
+		route6, _ := os.ReadFile("/proc/net/ipv6_route")
+		if !fromNode(r.RemoteAddr, k.cfg.node, gateways(string(route), string(route6))) {
+			cancel()
+			k.log.Warn("a hook is called by somebody who is not the kubelet", "path", r.URL.Path, "from", r.RemoteAddr)
+			http.Error(w, "hooks are the kubelet's to call", http.StatusForbidden)
+			return
+		}
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
+	} else {
+		ctx, cancel = context.WithTimeout(ctx, checkTimeout)
+	}
 	defer cancel()
 	status, text := k.ask(ctx, c, r.UserAgent())
 	w.WriteHeader(status)

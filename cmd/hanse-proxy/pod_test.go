@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"log/slog"
 	"net"
@@ -68,6 +69,18 @@ func TestInjectedConfiguration(t *testing.T) {
 	}
 }
 
+func TestGateways(t *testing.T) {
+	got := gateways("Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n"+
+		"eth0\t00000000\t0101F40A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"+
+		"eth0\t0000F40A\t0101F40A\t0003\t0\t0\t0\t0000FFFF\t0\t0\t0\n",
+		"fd000000000000000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001     eth0\n"+
+			"00000000000000000000000000000000 00 00000000000000000000000000000000 00 fd000000000000000000000000000002 00000400 00000001 00000000 00000003     eth0\n")
+	want := []netip.Addr{netip.MustParseAddr("10.244.1.1"), netip.MustParseAddr("fd00::2")}
+	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 && !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
 func TestHealthConfig(t *testing.T) {
 	c := &Config{Role: roleSidecar, Health: Health{Checks: map[string]Check{"/a": {}, "b": {TCP: &TCPCheck{Port: 1}}, "/c": {HTTP: &HTTPCheck{Port: 1, Path: "x"}}, "/d": {TCP: &TCPCheck{Port: 1}, GRPC: &GRPCCheck{Port: 1}}, "/readyz": {TCP: &TCPCheck{Port: 1}}}}}
 	faults := map[string]bool{}
@@ -122,6 +135,7 @@ func TestChecks(t *testing.T) {
 	ask := func(method, path string) int {
 		r := httptest.NewRequest(method, path, nil)
 		r.Header.Set("User-Agent", "kube-probe/1.36")
+		r.RemoteAddr = "203.0.113.77:40000"
 		w := httptest.NewRecorder()
 		k.ServeHTTP(w, r.WithContext(context.Background()))
 		return w.Code
@@ -130,6 +144,14 @@ func TestChecks(t *testing.T) {
 		if got := ask("GET", path); got != want {
 			t.Errorf("%s: %d, want %d", path, got, want)
 		}
+	}
+	k.cfg.Checks["/hook"] = Check{HTTP: &HTTPCheck{Port: port, Path: "/moved"}, Hook: true}
+	if got := ask("GET", "/hook"); got != 403 {
+		t.Errorf("a hook called by anybody: %d", got)
+	}
+	k.cfg.node = "203.0.113.77"
+	if got := ask("GET", "/hook"); got != 302 {
+		t.Errorf("a hook called from the node: %d", got)
 	}
 	if ready = nil; ask("GET", "/readyz") != 200 || ask("POST", "/well") != 405 {
 		t.Error("ready is not told, or POST is taken")

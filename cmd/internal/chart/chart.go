@@ -134,6 +134,9 @@ func Objects(o Options) ([]*unstructured.Unstructured, error) {
 	if v, err := values.PathValue("Values.gateway.hostPort"); err == nil && v != nil {
 		level = "privileged" // a port of the node is beyond baseline
 	}
+	if v, err := values.PathValue("Values.capture.mode"); err == nil && v == "node" {
+		level = "privileged" // so are the node's processes
+	}
 	out = append(out, namespace(o.Namespace, level))
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if strings.HasSuffix(name, ".txt") {
@@ -187,7 +190,7 @@ func decode(out []*unstructured.Unstructured, name string, data []byte) ([]*unst
 	}
 }
 
-// namespace is not the chart's, for Helm has --create-namespace. Pods of Hanse pass the strictest level of Pod Security, host ports of gateways excepted.
+// namespace is not the chart's, for Helm has --create-namespace. Pods of Hanse pass the strictest level of Pod Security, host ports of gateways and capture from the node excepted.
 func namespace(name, level string) *unstructured.Unstructured {
 	return &unstructured.Unstructured{Object: map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name, "labels": map[string]any{
 		"app.kubernetes.io/part-of": "hanse", "app.kubernetes.io/managed-by": "Helm",
@@ -195,7 +198,7 @@ func namespace(name, level string) *unstructured.Unstructured {
 	}}}}
 }
 
-var order = []string{"CustomResourceDefinition", "Namespace", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "NetworkPolicy", "PodDisruptionBudget", "ConfigMap", "Service", "StatefulSet", "Deployment",
+var order = []string{"CustomResourceDefinition", "Namespace", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "NetworkPolicy", "PodDisruptionBudget", "ConfigMap", "Service", "StatefulSet", "Deployment", "DaemonSet",
 	"MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"}
 
 func rank(o *unstructured.Unstructured) int {

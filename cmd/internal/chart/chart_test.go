@@ -87,6 +87,7 @@ var variants = map[string][]string{
 	"replicas":  {"hansed.replicas=3", "etcd.endpoints={https://etcd-0:2379,https://etcd-1:2379}", "etcd.tlsSecret=etcd"},
 	"addresses": {"federation.advertise={west.example:7443}", "federation.service.type=ClusterIP", "gateway.addresses={gw.example:15443}", "gateway.service.type=ClusterIP", "gateway.hostPort=15443", "region=eu-1", "network=flat", "labels.tier=gold"},
 	"ports":     {"federation.service.type=NodePort", "federation.service.nodePort=30743", "gateway.service.type=NodePort", "gateway.service.nodePort=30443", "gateway.replicas=1"},
+	"node":      {"capture.mode=node", "images.pullSecrets={a}", "capture.nodeSelector.x=y"},
 	"extras":    {"images.pullSecrets={a,b}", "metrics.enabled=true", "admins[0].kind=Group", "admins[0].name=mesh-admins", "hansed.config.log.level=debug", "hansed.nodeSelector.x=y", "gateway.priorityClassName=high", "hansed.persistence.storageClass=fast"},
 }
 
@@ -166,6 +167,26 @@ func TestPodsAreRestricted(t *testing.T) {
 	}
 	if find(t, all, "Namespace", Namespace).GetLabels()["pod-security.kubernetes.io/enforce"] != "restricted" {
 		t.Error("the namespace does not enforce it")
+	}
+}
+
+// With capture from the node, what does it there has the three capabilities that it needs, and no word with the API server; the injector knows.
+func TestCaptureOnNode(t *testing.T) {
+	if slices.ContainsFunc(render(t, west()), func(o *unstructured.Unstructured) bool { return o.GetKind() == "DaemonSet" }) {
+		t.Error("there is a DaemonSet by default")
+	}
+	all := render(t, west("capture.mode=node"))
+	p := podSpec(t, all, "DaemonSet", "hanse-node")
+	s := p.Containers[0].SecurityContext
+	if !p.HostPID || p.HostNetwork || *p.AutomountServiceAccountToken || len(p.Volumes) > 0 || s.Privileged != nil || *s.AllowPrivilegeEscalation || !slices.Equal(s.Capabilities.Add, []corev1.Capability{"SYS_PTRACE", "SYS_ADMIN", "NET_ADMIN"}) {
+		t.Errorf("%+v", p)
+	}
+	config, _, _ := unstructured.NestedString(find(t, all, "ConfigMap", "hansed").Object, "data", "hansed.yaml")
+	if !strings.Contains(config, "capture: node") {
+		t.Errorf("hansed is not told:\n%s", config)
+	}
+	if find(t, all, "Namespace", Namespace).GetLabels()["pod-security.kubernetes.io/enforce"] != "privileged" {
+		t.Error("the namespace does not let it run")
 	}
 }
 

@@ -62,6 +62,7 @@ type Check struct {
 	HTTP *HTTPCheck `json:"http,omitempty"`
 	GRPC *GRPCCheck `json:"grpc,omitempty"`
 	TCP  *TCPCheck  `json:"tcp,omitempty"`
+	Hook bool       `json:"hook,omitempty"` // it may take as long as it likes: the kubelet ends it
 }
 
 // HTTPCheck is a GET. Answers from 200 to 399 are good.

@@ -30,7 +30,9 @@ func podOf() (*metav1.ObjectMeta, *corev1.PodSpec) {
 		Containers: []corev1.Container{{Name: "app", Image: "x", Ports: []corev1.ContainerPort{{Name: "web", ContainerPort: 8080}},
 			LivenessProbe:  &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "healthz", Port: intstr.FromString("web"), HTTPHeaders: []corev1.HTTPHeader{{Name: "Host", Value: "a"}}}}, PeriodSeconds: 7},
 			ReadinessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt32(9090)}}},
-			StartupProbe:   &corev1.Probe{ProbeHandler: corev1.ProbeHandler{GRPC: &corev1.GRPCAction{Port: 7070, Service: ptr("s")}}},
+			Lifecycle: &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"true"}}},
+				PreStop: &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/drain", Port: intstr.FromString("web")}}},
+			StartupProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{GRPC: &corev1.GRPCAction{Port: 7070, Service: ptr("s")}}},
 		}, {Name: "helper", Image: "y", LivenessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"true"}}}},
 			ReadinessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Host: "other", Port: intstr.FromInt32(1)}}}}},
 	}
@@ -76,9 +78,13 @@ func TestPod(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[string]Check{"/check/app/liveness": {HTTP: &HTTPCheck{Port: 8080, Path: "/healthz", Headers: [][2]string{{"Host", "a"}}}},
-		"/check/app/readiness": {TCP: &TCPCheck{Port: 9090}}, "/check/app/startup": {GRPC: &GRPCCheck{Port: 7070, Service: "s"}}}
+		"/check/app/readiness": {TCP: &TCPCheck{Port: 9090}}, "/check/app/startup": {GRPC: &GRPCCheck{Port: 7070, Service: "s"}},
+		"/hook/app/pre-stop": {HTTP: &HTTPCheck{Port: 8080, Path: "/drain"}, Hook: true}}
 	if a, b := mustJSON(t, c.Health.Checks), mustJSON(t, want); a != b {
 		t.Errorf("checks %s, want %s", a, b)
+	}
+	if h := app.Lifecycle.PreStop.HTTPGet; h.Path != "/hook/app/pre-stop" || h.Port.IntVal != 15021 || !c.Health.Checks["/hook/app/pre-stop"].Hook || app.Lifecycle.PostStart.Exec == nil {
+		t.Errorf("hooks: %+v", app.Lifecycle)
 	}
 	mounts := map[string]bool{}
 	for _, v := range spec.Volumes {
@@ -88,6 +94,28 @@ func TestPod(t *testing.T) {
 		if !mounts[m.Name] {
 			t.Errorf("volume %s is mounted and not there", m.Name)
 		}
+	}
+}
+
+// With capture from the node no container of the Pod needs more than Pod Security "restricted" permits.
+func TestCaptureOnNode(t *testing.T) {
+	meta, spec := podOf()
+	v := values(t)
+	v.Capture = CaptureOnNode
+	if err := v.Pod(meta, spec); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range spec.InitContainers[:2] {
+		s := c.SecurityContext
+		if !*s.RunAsNonRoot || *s.RunAsUser == 0 || *s.AllowPrivilegeEscalation || len(s.Capabilities.Add) > 0 || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+			t.Errorf("%s: security context %+v", c.Name, s)
+		}
+	}
+	if wait := spec.InitContainers[0]; wait.Args[1] != "wait" || *wait.SecurityContext.RunAsUser == user {
+		t.Errorf("%v as user %d: the sidecar's own connections are not captured", wait.Args, *wait.SecurityContext.RunAsUser)
+	}
+	if err := (&Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", Capture: "cloud"}).Complete(); err == nil || !strings.Contains(err.Error(), `capture: "cloud": want pod or node`) {
+		t.Errorf("%v", err)
 	}
 }
 

@@ -34,7 +34,8 @@ const (
 	apiDir     = "/run/hanse-workload-api"
 
 	// user that the sidecar runs as, whose connections are not captured: nobody else's may be.
-	user = 1503
+	user     = 1503
+	waitUser = 65532 // of what waits to be captured
 
 	hopPort    = 15008
 	healthPort = 15021
@@ -64,6 +65,7 @@ func (v *Values) Pod(meta *metav1.ObjectMeta, spec *corev1.PodSpec) error {
 	}
 	out := spec.DeepCopy()
 	checks := rewriteProbes(out)
+	rewriteHooks(out, checks)
 	config, err := v.config(&s, checks)
 	if err := errors.Join(append(faults, err)...); err != nil {
 		return err
@@ -107,7 +109,7 @@ func (v *Values) image(s *settings) string {
 // environment tells what is known only once the Pod runs.
 func environment() []corev1.EnvVar {
 	var out []corev1.EnvVar
-	for _, e := range [][2]string{{"HANSE_POD_IP", "status.podIP"}, {"HANSE_POD_NAMESPACE", "metadata.namespace"}, {"HANSE_POD_NAME", "metadata.name"},
+	for _, e := range [][2]string{{"HANSE_POD_IP", "status.podIP"}, {"HANSE_POD_NAMESPACE", "metadata.namespace"}, {"HANSE_POD_NAME", "metadata.name"}, {"HANSE_HOST_IP", "status.hostIP"},
 		{"HANSE_REGION", "metadata.labels['" + corev1.LabelTopologyRegion + "']"}, {"HANSE_ZONE", "metadata.labels['" + corev1.LabelTopologyZone + "']"}} {
 		out = append(out, corev1.EnvVar{Name: e[0], ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: e[1]}}})
 	}
@@ -123,7 +125,7 @@ func restricted(uid int64) *corev1.SecurityContext {
 	}
 }
 
-// capture installs the rules in the Pod's network, before anything else runs there.
+// capture installs the rules in the Pod's network, before anything else runs there, or waits until that has been done from the node.
 func (v *Values) capture(s *settings) corev1.Container {
 	c := corev1.Container{
 		Name: captureContainer, Image: v.image(s), ImagePullPolicy: v.PullPolicy,
@@ -131,6 +133,10 @@ func (v *Values) capture(s *settings) corev1.Container {
 		Resources:       corev1.ResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("10m"), corev1.ResourceMemory: resource.MustParse("16Mi")}},
 		SecurityContext: restricted(0),
 		VolumeMounts:    []corev1.VolumeMount{{Name: volumeConfig, MountPath: configDir, ReadOnly: true}},
+	}
+	if v.Capture == CaptureOnNode {
+		c.Args[1], c.SecurityContext = "wait", restricted(waitUser) // the kernel must not take it for the sidecar
+		return c
 	}
 	c.SecurityContext.Capabilities.Add = []corev1.Capability{"NET_ADMIN"}
 	return c

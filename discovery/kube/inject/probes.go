@@ -31,6 +31,31 @@ func rewriteProbes(spec *corev1.PodSpec) map[string]Check {
 	return checks
 }
 
+// rewriteHooks does the same with what the kubelet calls when a container has started and before it ends.
+func rewriteHooks(spec *corev1.PodSpec, checks map[string]Check) {
+	for _, containers := range [][]corev1.Container{spec.Containers, spec.InitContainers} {
+		for i := range containers {
+			c := &containers[i]
+			if c.Lifecycle == nil {
+				continue
+			}
+			for kind, h := range map[string]*corev1.LifecycleHandler{"post-start": c.Lifecycle.PostStart, "pre-stop": c.Lifecycle.PreStop} {
+				if h == nil || h.HTTPGet == nil {
+					continue
+				}
+				check, ok := checkOf(&corev1.ProbeHandler{HTTPGet: h.HTTPGet}, c.Ports)
+				if !ok {
+					continue
+				}
+				check.Hook = true
+				path := "/hook/" + c.Name + "/" + kind
+				checks[path] = check
+				h.HTTPGet = &corev1.HTTPGetAction{Path: path, Port: intstr.FromInt32(healthPort), Scheme: corev1.URISchemeHTTP}
+			}
+		}
+	}
+}
+
 func checkOf(h *corev1.ProbeHandler, ports []corev1.ContainerPort) (Check, bool) {
 	switch {
 	case h.HTTPGet != nil && h.HTTPGet.Host == "":

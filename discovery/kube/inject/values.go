@@ -27,6 +27,8 @@ type Values struct {
 	XDS      []string `json:"xds"`      // host:port; default hansed.hanse-system.svc:7445
 	Audience string   `json:"audience"` // of the Pod's token; default hanse
 
+	Capture string `json:"capture"` // pod (default): an init container with NET_ADMIN captures; node: it waits for hanse-node to do so
+
 	Resources corev1.ResourceRequirements `json:"resources"` // of the sidecar; default: requests as measured (10m, 40Mi), memory limited to 512Mi
 	LogLevel  string                      `json:"logLevel"`  // debug, info (default), warn, error
 }
@@ -36,6 +38,9 @@ const (
 	SystemNamespace = "hanse-system"
 	RootConfigMap   = kube.RootConfigMap
 	rootKey         = kube.RootBundle
+
+	CaptureInPod  = "pod"
+	CaptureOnNode = "node"
 )
 
 // Complete fills in defaults and reports every fault together.
@@ -56,6 +61,10 @@ func (v *Values) Complete() error {
 	fill(&v.Version, "unknown")
 	fill(&v.Audience, "hanse")
 	fill(&v.LogLevel, "info")
+	fill(&v.Capture, CaptureInPod)
+	if v.Capture != CaptureInPod && v.Capture != CaptureOnNode {
+		bad("capture: %q: want %s or %s", v.Capture, CaptureInPod, CaptureOnNode)
+	}
 	if len(v.Identity) == 0 {
 		v.Identity = []string{"hansed." + SystemNamespace + ".svc:7444"}
 	}

@@ -60,6 +60,7 @@ kubeAPI:
     inject:
       image: {{ include "hanse.image" (dict "root" . "name" "hanse-proxy") }}
       imagePullPolicy: {{ .Values.images.pullPolicy }}
+      capture: {{ .Values.capture.mode }}
       identity: ["hansed.{{ .Release.Namespace }}.svc:7444"]
       xds: ["hansed.{{ .Release.Namespace }}.svc:7445"]
   {{- end }}

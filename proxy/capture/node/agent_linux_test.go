@@ -27,6 +27,8 @@ func TestMain(m *testing.M) {
 			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 			err = capture.Wait(ctx, cfg)
 			cancel()
+		} else {
+			time.Sleep(30 * time.Second) // to be seen; the test ends it
 		}
 		fmt.Println("waited:", err)
 		os.Exit(0)

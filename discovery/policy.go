@@ -7,12 +7,13 @@ import (
 	"time"
 )
 
-// Route is an HTTPRoute or GRPCRoute whose parent is a Service (GAMMA, GEP-1294).
+// Route is an HTTPRoute, GRPCRoute, TLSRoute or TCPRoute whose parent is a Service (GAMMA, GEP-1294).
 type Route struct {
 	Name
-	Kind    string       `json:"kind"` // HTTPRoute or GRPCRoute
+	Kind    string       `json:"kind"`
 	Created time.Time    `json:"created"`
 	Parents []RouteRef   `json:"parents"`
+	SNI     []string     `json:"sni,omitempty"` // TLSRoute: lower-case host names, of which one may begin with "*."
 	Rules   []*RouteRule `json:"rules"`
 }
 
@@ -20,6 +21,7 @@ type Route struct {
 type RouteRef struct {
 	Service Name   `json:"service"`
 	Port    uint16 `json:"port,omitempty"`
+	Import  bool   `json:"import,omitempty"` // a ServiceImport: callers of the clusterset's name or IP only (GEP-1748)
 }
 
 // RouteRule is one rule: it applies if any match does; no matches is every request.
@@ -111,6 +113,7 @@ type Backend struct {
 	Port    uint16  `json:"port"`
 	Weight  uint32  `json:"weight"`
 	Filters Filters `json:"filters,omitzero"`
+	Import  bool    `json:"import,omitempty"`  // a ServiceImport: the whole clusterset's, whoever calls (GEP-1748)
 	Invalid string  `json:"invalid,omitempty"` // why the reference does not resolve; its share of requests gets 500
 }
 

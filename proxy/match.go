@@ -110,6 +110,19 @@ func unescape(s string) (string, bool) {
 // the caller answers 500 (Gateway API, HTTPBackendRef.weight).
 func (rt *Route) Pick(rnd uint64) *Backend { return pickBackend(rt.Backends, rnd) }
 
+// ForSNI returns l as it is for a connection whose client names a server, "" where it names none.
+func (l *Listener) ForSNI(name string) *Listener {
+	for i := range l.SNI {
+		for _, host := range l.SNI[i].Hosts {
+			suffix, wild := strings.CutPrefix(host, "*")
+			if name != "" && (host == name || wild && len(name) > len(suffix) && strings.HasSuffix(name, suffix)) {
+				return &Listener{Authority: l.Authority, Protocol: l.Protocol, Split: l.SNI[i].Split}
+			}
+		}
+	}
+	return &Listener{Authority: l.Authority, Protocol: l.Protocol, Cluster: l.Cluster, Split: l.Split}
+}
+
 // PickTCP chooses the backend of a TCP listener, as Route.Pick does.
 func (l *Listener) PickTCP(rnd uint64) *Backend {
 	if len(l.Split) == 0 && l.Cluster != "" {

@@ -25,6 +25,14 @@ type Listener struct {
 	Routes    []*Route // HTTP; first match wins (the control plane has ordered them by precedence)
 	Cluster   string   // TCP: the authority of the backend; several are weighted in Split
 	Split     []Backend
+	SNI       []SNIRoute // TCP: connections that begin with TLS to one of these names; first match wins, before Cluster and Split
+}
+
+// SNIRoute is for connections whose client names a server.
+type SNIRoute struct {
+	Name  string   // "TLSRoute shop/payments rule 1"
+	Hosts []string // lower case; "*.example.com" is every name below it
+	Split []Backend
 }
 
 // Protocol is what the application speaks.

@@ -129,7 +129,7 @@ func (c *cli) applyCommand() *cobra.Command {
 		Use:   "apply -f FILE",
 		Short: "Create or change objects: services, routes, policies, peers",
 		Long: `Create or change objects. All files are applied together or not at all. The objects are Kubernetes' own (Service, EndpointSlice,
-ServiceExport, HTTPRoute, GRPCRoute, ReferenceGrant), SPIRE's ClusterFederatedTrustDomain, and TrafficPolicy, AccessPolicy, Peer and Drill of
+ServiceExport, HTTPRoute, GRPCRoute, TLSRoute, TCPRoute, ReferenceGrant), SPIRE's ClusterFederatedTrustDomain, and TrafficPolicy, AccessPolicy, Peer and Drill of
 hanse.mesh/v1alpha1: docs/configuration.md describes them.`,
 		Example: "  hanse apply -f payments.yaml\n  hanse apply -f ./mesh --dry-run\n  cat route.yaml | hanse apply -f -",
 		RunE: func(cmd *cobra.Command, _ []string) error {

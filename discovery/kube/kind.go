@@ -143,10 +143,15 @@ func (k *kind) check(v any) (objects.Object, []*objects.Fault) {
 	if p, ok := v.(*objects.Packed); ok {
 		o.Value = p.Unpack()
 	}
-	if err := objects.Validate(o); err != nil {
-		return objects.Object{}, objects.Faults(err)
+	if faults := faultsOf(o); len(faults) > 0 {
+		return objects.Object{}, faults
 	}
 	return o, nil
+}
+
+// faultsOf are those of an object by itself, in an API server that has other controllers too.
+func faultsOf(o objects.Object) []*objects.Fault {
+	return slices.DeleteFunc(objects.Faults(objects.Validate(o)), func(f *objects.Fault) bool { return f.Foreign })
 }
 
 // origin stands where files have their name.

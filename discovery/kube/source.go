@@ -283,9 +283,9 @@ func (s *Source) publish() {
 	s.changed, s.dirty = map[ref]struct{}{}, false
 	var put []objects.Object
 	var gone []objects.Key
-	exports := false
+	reported := false
 	for r := range changed {
-		exports = exports || r.kind.name == "ServiceExport"
+		reported = reported || slices.Contains(reportedKinds, r.kind.name)
 		p, g := s.objectsOf(r)
 		put, gone = append(put, p...), append(gone, g...)
 	}
@@ -310,7 +310,7 @@ func (s *Source) publish() {
 		s.cfg.Log.Info("all objects have been read", "objects", s.set.Len())
 	}
 	s.current.Store(now)
-	if exports { // whose status Writer reads in the Set: not before it is there, or it would write again what it has just written
+	if reported { // kinds whose status Writer reads in the Set: not before it is there, or it would write again what it has just written
 		s.kickWriter()
 	}
 	select {
@@ -318,6 +318,9 @@ func (s *Source) publish() {
 	default:
 	}
 }
+
+// reportedKinds are those whose status Writer keeps, and what that depends on beside the view of the mesh.
+var reportedKinds = []string{"ServiceExport", "HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute", "ReferenceGrant"}
 
 // complete reports whether each kind that is defined has been listed. With mu held.
 func (s *Source) complete() bool {

@@ -45,7 +45,7 @@ type WriterConfig struct {
 }
 
 // Writer keeps what an API server holds of the mesh as the mesh is: ServiceImports, the Services and EndpointSlices behind them, and the
-// status of ServiceExports. It writes only what differs. One replica of hansed runs it, the leader.
+// status of ServiceExports and of routes. It writes only what differs. One replica of hansed runs it, the leader.
 type Writer struct {
 	cfg    WriterConfig // read-only after NewWriter
 	writes *prometheus.CounterVec
@@ -177,6 +177,15 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			each("status of "+o.Key().String(), func() error {
 				return w.patchStatus(ctx, gv.WithResource("serviceexports"), o.Name(), map[string]any{"conditions": conditions})
 			}, func() {})
+		}
+	}
+	if view.Local != nil {
+		for _, r := range w.cfg.Source.routes() {
+			parents, differ, ok := objects.RouteParents(r.object, r.faults, w.cfg.Source.Set(), view, w.cfg.Now())
+			if !ok || !differ || ctx.Err() != nil {
+				continue
+			}
+			each("status of "+r.object.Key().String(), func() error { return w.patchParents(ctx, r, parents) }, func() {})
 		}
 	}
 	running.Wait()

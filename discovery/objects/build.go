@@ -683,9 +683,11 @@ func usesHTTP(p *v1alpha1.AccessPolicy) bool {
 }
 
 // speaksHTTP reports whether a port of a service, or with 0 any port, carries HTTP.
-func speaksHTTP(s *discovery.Service, number uint16) bool {
+func speaksHTTP(s *discovery.Service, number uint16) bool { return carries(s, number, true) }
+
+func carries(s *discovery.Service, number uint16, http bool) bool {
 	return slices.ContainsFunc(s.Ports, func(p discovery.Port) bool {
-		return p.Protocol.IsHTTP() && p.Carried() && (number == 0 || p.Number == number)
+		return p.Protocol.IsHTTP() == http && p.Carried() && (number == 0 || p.Number == number)
 	})
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
@@ -24,6 +25,16 @@ func (b *builder) routes(services map[discovery.Name]*discovery.Service) []*disc
 	})
 	all(b, "GRPCRoute", func(o Object, v *gatewayv1.GRPCRoute) {
 		r.route(o, v.Spec.ParentRefs, len(v.Spec.Rules), func(i int) *discovery.RouteRule { return r.grpcRule(i, &v.Spec.Rules[i]) })
+	})
+	all(b, "TLSRoute", func(o Object, v *gatewayv1.TLSRoute) {
+		r.route(o, v.Spec.ParentRefs, len(v.Spec.Rules), func(i int) *discovery.RouteRule {
+			return r.tcpRule(i, v.Spec.Rules[i].Name, v.Spec.Rules[i].BackendRefs)
+		})
+	})
+	all(b, "TCPRoute", func(o Object, v *gatewayv1.TCPRoute) {
+		r.route(o, v.Spec.ParentRefs, len(v.Spec.Rules), func(i int) *discovery.RouteRule {
+			return r.tcpRule(i, v.Spec.Rules[i].Name, v.Spec.Rules[i].BackendRefs)
+		})
 	})
 	slices.SortStableFunc(r.out, func(x, y *discovery.Route) int {
 		return cmp.Or(x.Created.Compare(y.Created), x.Name.Compare(y.Name), cmp.Compare(x.Kind, y.Kind))
@@ -55,7 +66,7 @@ func (r *routeBuilder) route(o Object, parents []gatewayv1.ParentReference, rule
 	if len(r.parents) == 0 {
 		return
 	}
-	out := &discovery.Route{Name: o.Name(), Kind: o.Kind, Created: r.created(o), Parents: r.parents}
+	out := &discovery.Route{Name: o.Name(), Kind: o.Kind, Created: r.created(o), Parents: r.parents, SNI: sni(o)}
 	for i := range rules {
 		out.Rules = append(out.Rules, rule(i))
 	}
@@ -70,6 +81,7 @@ func (r *routeBuilder) parent(i int, p gatewayv1.ParentReference) (discovery.Rou
 	ref := discovery.RouteRef{
 		Service: discovery.Name{Namespace: string(deref(p.Namespace, gatewayv1.Namespace(r.object.Value.GetNamespace()))), Name: string(p.Name)},
 		Port:    uint16(deref(p.Port, 0)),
+		Import:  deref(p.Kind, "") == "ServiceImport",
 	}
 	svc := r.services[ref.Service]
 	if p.SectionName != nil {
@@ -89,10 +101,37 @@ func (r *routeBuilder) parent(i int, p gatewayv1.ParentReference) (discovery.Rou
 	case svc == nil: // it may be another cluster's, and so may the port
 	case ref.Port != 0 && svc.Port(ref.Port) == nil:
 		r.pending(r.object, field+".port", ref.Port, "Service %s has no such port here; it has %s", ref.Service, portNames(svc.Ports))
-	case !speaksHTTP(svc, ref.Port):
+	case overTCP(r.object.Kind) && !carries(svc, ref.Port, false):
+		r.pending(r.object, field, ref.Service, "has no port here that is carried as tcp; an HTTPRoute or GRPCRoute is for ports that speak HTTP")
+	case !overTCP(r.object.Kind) && !speaksHTTP(svc, ref.Port):
 		r.pending(r.object, field, ref.Service, "is carried as tcp, without routes; %s", sayProtocol)
 	}
 	return ref, true
+}
+
+// overTCP reports whether routes of a kind are for connections, not requests.
+func overTCP(kind string) bool { return kind == "TLSRoute" || kind == "TCPRoute" }
+
+// sni returns the names that a TLSRoute is for.
+func sni(o Object) []string {
+	v, ok := o.Value.(*gatewayv1.TLSRoute)
+	if !ok {
+		return nil
+	}
+	var out []string
+	for _, h := range v.Spec.Hostnames {
+		out = append(out, strings.ToLower(string(h)))
+	}
+	return out
+}
+
+// tcpRule is the rule of a TLSRoute or TCPRoute.
+func (r *routeBuilder) tcpRule(i int, name *gatewayv1.SectionName, refs []gatewayv1.BackendRef) *discovery.RouteRule {
+	out := &discovery.RouteRule{Name: string(deref(name, "")), Backends: []discovery.Backend{}}
+	for j, ref := range refs {
+		out.Backends = append(out.Backends, r.backend(fmt.Sprintf("spec.rules[%d].backendRefs[%d]", i, j), ref, nil))
+	}
+	return out
 }
 
 func (r *routeBuilder) httpRule(i int, rule *gatewayv1.HTTPRouteRule) *discovery.RouteRule {
@@ -244,14 +283,15 @@ func (r *routeBuilder) backend(field string, ref gatewayv1.BackendRef, filters [
 		Filters: r.filters(field+".filters", filters),
 	}
 	group, kind := string(deref(ref.Group, "")), string(deref(ref.Kind, "Service"))
+	b.Import = kind == "ServiceImport"
 	switch {
 	case !isServiceRef(group, kind):
 		b.Invalid = fmt.Sprintf("InvalidKind: %s of group %q is neither Service nor ServiceImport", kind, group)
-		r.fault(r.object, field+".kind", kind, "must be Service (group \"\") or ServiceImport (group %s); requests to this backend get 500", groupMCS)
+		r.fault(r.object, field+".kind", kind, "must be Service (group \"\") or ServiceImport (group %s); its share fails (HTTP: 500)", groupMCS)
 	case !r.permitted(group, kind, b.Service):
 		b.Invalid = fmt.Sprintf("RefNotPermitted: no ReferenceGrant in %s lets %s refer to it", b.Service.Namespace, r.object.Key())
 		r.pending(r.object, field+".namespace", b.Service.Namespace,
-			"a ReferenceGrant in that namespace must permit this; until then requests to this backend get 500")
+			"a ReferenceGrant in that namespace must permit this; until then its share fails (HTTP: 500)")
 	}
 	return b
 }

@@ -248,7 +248,7 @@ func (d *decoder) element(n *yaml.Node) {
 		d.faults = append(d.faults, f)
 	}
 	switch kind.Name {
-	case "HTTPRoute", "GRPCRoute", "TrafficPolicy", "AccessPolicy":
+	case "HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute", "TrafficPolicy", "AccessPolicy":
 		o.node = n
 	}
 	if len(d.faults) == before {

@@ -19,6 +19,11 @@ type Fault struct {
 
 	// Pending says that the object is right by itself: what it refers to is missing here, or does not suit it, and may yet.
 	Pending bool `json:"pending,omitempty"`
+
+	// Foreign says that it is none where other controllers read the same objects: a parent that may be theirs. Build leaves such parents out.
+	Foreign bool `json:"-"`
+
+	Condition string `json:"-"` // the reason in a route's status, where it is not UnsupportedValue
 }
 
 // Error returns "file:line: object: field: value: reason" without the parts that are unknown.

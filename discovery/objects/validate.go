@@ -70,6 +70,10 @@ func validate(o Object) []*Fault {
 		c.httpRoute(v)
 	case *gatewayv1.GRPCRoute:
 		c.grpcRoute(v)
+	case *gatewayv1.TLSRoute:
+		c.tlsRoute(v)
+	case *gatewayv1.TCPRoute:
+		c.tcpRoute(v)
 	case *gatewayv1.ReferenceGrant:
 		c.referenceGrant(v)
 	case *v1alpha1.TrafficPolicy:

@@ -2,6 +2,7 @@ package objects
 
 import (
 	"fmt"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -23,6 +24,8 @@ const (
 	maxFilters  = 16
 	maxBackends = 16
 	maxRegex    = 1024
+
+	maxHostnames = 1024
 )
 
 func deref[T any](p *T, otherwise T) T {
@@ -46,6 +49,7 @@ func (c *checker) parents(refs []gatewayv1.ParentReference) {
 		group, kind := string(deref(r.Group, groupGateway)), string(deref(r.Kind, "Gateway"))
 		if !isServiceRef(group, kind) {
 			c.add(field+".kind", kind, "must be a Service: write kind: Service and group: \"\" (the default is a Gateway)")
+			c.faults[len(c.faults)-1].Foreign = true
 		}
 		c.problems(field+".name", string(r.Name), validation.IsDNS1123Label(string(r.Name)))
 		if r.Namespace != nil {
@@ -122,6 +126,7 @@ func (c *checker) httpRule(field string, r *gatewayv1.HTTPRouteRule) {
 	}
 	if redirects && len(r.BackendRefs) > 0 {
 		c.add(field+".backendRefs", nil, "a rule that redirects has no backends; remove them or the RequestRedirect")
+		c.incompatible()
 	}
 	if r.Timeouts != nil {
 		request := c.duration(field+".timeouts.request", r.Timeouts.Request)
@@ -179,6 +184,50 @@ func (c *checker) grpcRoute(r *gatewayv1.GRPCRoute) {
 		}
 	}
 	c.ruleNames(names)
+}
+
+func (c *checker) tlsRoute(r *gatewayv1.TLSRoute) {
+	c.parents(r.Spec.ParentRefs)
+	if n := len(r.Spec.Hostnames); n == 0 || n > maxHostnames {
+		c.add("spec.hostnames", nil, "%d names; give from 1 to %d, as clients send them (SNI)", n, maxHostnames)
+	}
+	for i, h := range r.Spec.Hostnames {
+		field, name := fmt.Sprintf("spec.hostnames[%d]", i), strings.ToLower(string(h))
+		if _, err := netip.ParseAddr(name); err == nil {
+			c.add(field, h, "is an address; clients send none (RFC 6066 §3)")
+			continue
+		}
+		c.problems(field, string(h), validation.IsDNS1123Subdomain(strings.TrimPrefix(name, "*.")))
+	}
+	c.oneRule(len(r.Spec.Rules))
+	for i := range r.Spec.Rules {
+		c.backends(fmt.Sprintf("spec.rules[%d]", i), r.Spec.Rules[i].BackendRefs)
+	}
+}
+
+func (c *checker) tcpRoute(r *gatewayv1.TCPRoute) {
+	c.parents(r.Spec.ParentRefs)
+	c.oneRule(len(r.Spec.Rules))
+	for i := range r.Spec.Rules {
+		c.backends(fmt.Sprintf("spec.rules[%d]", i), r.Spec.Rules[i].BackendRefs)
+	}
+}
+
+// oneRule: a connection meets any rule of these kinds, so that more than one means nothing.
+func (c *checker) oneRule(n int) {
+	if n != 1 {
+		c.add("spec.rules", nil, "%d rules; there must be one: put all backends into it", n)
+	}
+}
+
+func (c *checker) backends(field string, refs []gatewayv1.BackendRef) {
+	if len(refs) == 0 {
+		c.add(field+".backendRefs", nil, "must name a backend")
+	}
+	c.backendCount(field, len(refs))
+	for i := range refs {
+		c.backend(fmt.Sprintf("%s.backendRefs[%d]", field, i), &refs[i])
+	}
 }
 
 // asHTTPFilters gives GRPCRoute filters the shape of HTTPRoute's, of which they are a subset.
@@ -365,8 +414,14 @@ func (c *checker) httpFilters(field string, filters []gatewayv1.HTTPRouteFilter,
 	redirects = seen[gatewayv1.HTTPRouteFilterRequestRedirect]
 	if redirects && seen[gatewayv1.HTTPRouteFilterURLRewrite] {
 		c.add(field, nil, "RequestRedirect and URLRewrite exclude each other")
+		c.incompatible()
 	}
 	return redirects
+}
+
+// incompatible says of the last fault that it is between filters.
+func (c *checker) incompatible() {
+	c.faults[len(c.faults)-1].Condition = string(gatewayv1.RouteReasonIncompatibleFilters)
 }
 
 func (c *checker) mirror(field string, m *gatewayv1.HTTPRequestMirrorFilter) {

@@ -14,9 +14,6 @@ func (v *View) Dependencies(viewer *Viewer, listener string) []string {
 	if err != nil {
 		return nil
 	}
-	if !c.port.Protocol.IsHTTP() && viewer.Kind != GRPC {
-		return []string{listener}
-	}
 	var out []string
 	for _, r := range v.routing(viewer, c).Rules {
 		for _, t := range r.Targets {

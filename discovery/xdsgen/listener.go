@@ -30,13 +30,59 @@ const (
 // listener is the outbound Listener of an authority, with its routes inline.
 func (v *View) listener(viewer *Viewer, c *callee) (proto.Message, error) {
 	if !c.port.Protocol.IsHTTP() && viewer.Kind != GRPC {
-		return apiListener(c.authority, &tcpv3.TcpProxy{StatPrefix: c.authority, ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: c.authority}})
+		return tcpListener(c.authority, v.routing(viewer, c).Rules)
 	}
 	routes, err := v.routeConfiguration(viewer, c)
 	if err != nil {
 		return nil, err
 	}
 	return httpListener(c.authority, routes)
+}
+
+// tcpListener has an API listener where all connections go one way, and filter chains by server name where TLSRoutes part them. Without a default chain, the others are refused.
+func tcpListener(authority string, rules []Rule) (proto.Message, error) {
+	if len(rules) == 1 && len(rules[0].SNI) == 0 {
+		return apiListener(authority, tcpProxy(authority, &rules[0]))
+	}
+	out := &listenerv3.Listener{Name: authority}
+	for i := range rules {
+		config, err := packed(tcpProxy(authority, &rules[i]))
+		if err != nil {
+			return nil, err
+		}
+		chain := &listenerv3.FilterChain{Name: rules[i].Name, Filters: []*listenerv3.Filter{{Name: "envoy.filters.network.tcp_proxy", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: config}}}}
+		if len(rules[i].SNI) == 0 {
+			out.DefaultFilterChain = chain
+			continue
+		}
+		chain.FilterChainMatch = &listenerv3.FilterChainMatch{ServerNames: rules[i].SNI}
+		out.FilterChains = append(out.FilterChains, chain)
+	}
+	return out, nil
+}
+
+func tcpProxy(authority string, r *Rule) *tcpv3.TcpProxy {
+	out := &tcpv3.TcpProxy{StatPrefix: authority}
+	if len(r.Targets) == 1 && r.Targets[0].Invalid == "" && r.Targets[0].Weight > 0 {
+		out.ClusterSpecifier = &tcpv3.TcpProxy_Cluster{Cluster: r.Targets[0].Authority}
+		return out
+	}
+	split := &tcpv3.TcpProxy_WeightedCluster{}
+	for _, t := range r.Targets {
+		if t.Weight == 0 {
+			continue
+		}
+		name := t.Authority
+		if t.Invalid != "" {
+			name = InvalidCluster
+		}
+		split.Clusters = append(split.Clusters, &tcpv3.TcpProxy_WeightedCluster_ClusterWeight{Name: name, Weight: t.Weight})
+	}
+	if len(split.Clusters) == 0 { // all connections are refused
+		split.Clusters = append(split.Clusters, &tcpv3.TcpProxy_WeightedCluster_ClusterWeight{Name: InvalidCluster, Weight: 1})
+	}
+	out.ClusterSpecifier = &tcpv3.TcpProxy_WeightedClusters{WeightedClusters: split}
+	return out
 }
 
 func httpListener(name string, routes *routev3.RouteConfiguration) (proto.Message, error) {
@@ -83,6 +129,9 @@ func (v *View) routeConfiguration(viewer *Viewer, c *callee) (*routev3.RouteConf
 	routing := v.routing(viewer, c)
 	for i := range routing.Rules {
 		r := &routing.Rules[i]
+		if len(r.SNI) > 0 { // no gRPC client's connections are of that kind
+			continue
+		}
 		var route *routev3.Route
 		if viewer.Kind == GRPC {
 			route = grpcRoute(c, r)

@@ -24,6 +24,7 @@ type Routing struct {
 type Rule struct {
 	Name    string               `json:"name"` // "HTTPRoute shop/payments rule 2"; "default" without a route
 	Match   discovery.RouteMatch `json:"match"`
+	SNI     []string             `json:"sni,omitempty"` // of a TLSRoute: connections to one of these names, of which one may begin with "*."
 	Filters discovery.Filters    `json:"filters,omitzero"`
 	Targets []Target             `json:"targets,omitempty"`
 	Request time.Duration        `json:"requestTimeout,omitempty"` // 0: none
@@ -43,7 +44,7 @@ type Target struct {
 
 // Routes says how a viewer's requests to an authority are routed: the producer's routes, which live in the service's namespace,
 // or, where the viewer's own namespace has routes for it, those alone (GEP-1294 "consumer route"). GRPCRoutes hide
-// HTTPRoutes of the same parent. The error says why there is nothing to call.
+// HTTPRoutes of the same parent; ports that are carried as tcp have TLSRoutes, and a TCPRoute for the rest. The error says why there is nothing to call.
 func (v *View) Routes(viewer *Viewer, authority string) (*Routing, error) {
 	c, err := v.lookup(authority)
 	if err != nil {
@@ -58,16 +59,24 @@ type Request struct {
 	Path    string              `json:"path"`              // without query
 	Headers map[string][]string `json:"headers,omitempty"` // lower-case names
 	Query   map[string][]string `json:"query,omitempty"`
+	SNI     string              `json:"sni,omitempty"` // of a connection: the server name that its client sends, if it speaks TLS
 }
 
 // Match returns the first rule that a request meets, or nil: it is answered with 404.
 func (r *Routing) Match(req *Request) *Rule {
 	for i := range r.Rules {
-		if matchesRequest(&r.Rules[i].Match, req) {
+		if matchesSNI(r.Rules[i].SNI, req.SNI) && matchesRequest(&r.Rules[i].Match, req) {
 			return &r.Rules[i]
 		}
 	}
 	return nil
+}
+
+func matchesSNI(names []string, name string) bool {
+	return len(names) == 0 || name != "" && slices.ContainsFunc(names, func(n string) bool {
+		suffix, wild := strings.CutPrefix(n, "*")
+		return n == name || wild && len(name) > len(suffix) && strings.HasSuffix(name, suffix)
+	})
 }
 
 func matchesRequest(m *discovery.RouteMatch, req *Request) bool {
@@ -122,6 +131,9 @@ func (v *View) routing(viewer *Viewer, c *callee) *Routing {
 			Request: c.policy.Timeout,
 		}}}
 	}
+	if !c.port.Protocol.IsHTTP() {
+		return v.tcpRouting(c, attached)
+	}
 	type keyed struct {
 		Rule
 		route        *discovery.Route
@@ -156,12 +168,48 @@ func (v *View) routing(viewer *Viewer, c *callee) *Routing {
 	return out
 }
 
+// tcpRouting: of the TLSRoutes for a name the one whose name is longest counts, an exact name before any pattern, then the oldest; of the TCPRoutes the oldest. A connection that
+// none of them is for is refused, as a request is.
+func (v *View) tcpRouting(c *callee, attached []*discovery.Route) *Routing {
+	out := &Routing{Attached: true}
+	attached = slices.SortedStableFunc(slices.Values(attached), func(a, b *discovery.Route) int {
+		return cmp.Or(a.Created.Compare(b.Created), a.Name.Compare(b.Name))
+	})
+	for _, r := range attached {
+		for i, rule := range r.Rules {
+			for _, name := range r.SNI {
+				made := v.rule(c, r, i, rule)
+				made.SNI = []string{name}
+				out.Rules = append(out.Rules, made)
+			}
+		}
+	}
+	slices.SortStableFunc(out.Rules, func(a, b Rule) int {
+		wild := func(r *Rule) bool { return r.SNI[0][0] == '*' }
+		return cmp.Or(cmpBool(wild(&a), wild(&b)), cmp.Compare(len(b.SNI[0]), len(a.SNI[0])))
+	})
+	out.Rules = slices.CompactFunc(out.Rules, func(a, b Rule) bool { return a.SNI[0] == b.SNI[0] })
+	for _, r := range attached {
+		if r.Kind == "TCPRoute" {
+			for i, rule := range r.Rules {
+				out.Rules = append(out.Rules, v.rule(c, r, i, rule))
+			}
+			break
+		}
+	}
+	return out
+}
+
 // attached are the routes that apply to callers in a namespace.
 func (v *View) attached(namespace string, c *callee) []*discovery.Route {
 	var producer, consumer []*discovery.Route
 	for _, r := range v.routes[c.name] {
+		if overTCP := r.Kind == "TLSRoute" || r.Kind == "TCPRoute"; overTCP == c.port.Protocol.IsHTTP() {
+			continue
+		}
 		if !slices.ContainsFunc(r.Parents, func(p discovery.RouteRef) bool {
-			return p.Service == c.name && (p.Port == 0 || p.Port == c.port.Number)
+			return p.Service == c.name && (p.Port == 0 || p.Port == c.port.Number) &&
+				(!p.Import || !c.local && v.Set.Imports[c.name] != nil) // GEP-1748: what is called as the clusterset's
 		}) {
 			continue
 		}
@@ -227,7 +275,7 @@ func (v *View) rule(c *callee, r *discovery.Route, index int, rule *discovery.Ro
 	return out
 }
 
-// target resolves a backendRef. Callers of …svc.cluster.local stay within this cluster where it has the backend.
+// target resolves a backendRef. Callers of …svc.cluster.local stay within this cluster where it has the backend, unless that is a ServiceImport.
 func (v *View) target(c *callee, b *discovery.Backend) Target {
 	t := Target{Weight: b.Weight, Filters: b.Filters, Invalid: b.Invalid}
 	if t.Invalid != "" {
@@ -237,7 +285,7 @@ func (v *View) target(c *callee, b *discovery.Backend) Target {
 		t.Invalid = "a backendRef may only edit headers and rewrite the host"
 		return t
 	}
-	local := c.local && v.Set.Local.Services[b.Service] != nil
+	local := c.local && !b.Import && v.Set.Local.Services[b.Service] != nil
 	port := b.Port
 	if port == 0 {
 		port = c.port.Number

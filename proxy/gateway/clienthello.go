@@ -19,9 +19,9 @@ var (
 	errNoSNI  = errors.New("ClientHello names no server")
 )
 
-// readHello reads one ClientHello (RFC 8446 §4.1.2), which may be spread over several records, and returns all bytes read and the server
+// ReadHello reads one ClientHello (RFC 8446 §4.1.2), which may be spread over several records, and returns all bytes read and the server
 // name in lower case (RFC 6066 §3). It reads nothing beyond the hello's last record.
-func readHello(r io.Reader) (raw []byte, name string, err error) {
+func ReadHello(r io.Reader) (raw []byte, name string, err error) {
 	var msg []byte
 	want := 4
 	for records := 0; len(msg) < want; records++ {

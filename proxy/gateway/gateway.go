@@ -278,7 +278,7 @@ func (g *Gateway) handle(ctx context.Context, c *conn) {
 		return
 	}
 	_ = c.SetReadDeadline(time.Now().Add(g.cfg.HandshakeTimeout))
-	raw, name, err := readHello(c)
+	raw, name, err := ReadHello(c)
 	if err != nil {
 		g.metrics.conns.WithLabelValues("", "malformed").Inc()
 		g.cfg.Log.Debug("no usable ClientHello", "address", c.RemoteAddr(), "error", err)

@@ -350,7 +350,7 @@ func TestFragments(t *testing.T) {
 		split = append(split, body[:n]...)
 		body = body[n:]
 	}
-	raw, name, err := readHello(bytes.NewReader(append(split, "next"...)))
+	raw, name, err := ReadHello(bytes.NewReader(append(split, "next"...)))
 	if err != nil || name != "e1.endpoint.hanse" || !bytes.Equal(raw, split) {
 		t.Errorf("name %q, %d of %d bytes, %v", name, len(raw), len(split), err)
 	}
@@ -366,7 +366,7 @@ func FuzzReadHello(f *testing.F) {
 	}
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		raw, name, err := readHello(bytes.NewReader(b))
+		raw, name, err := ReadHello(bytes.NewReader(b))
 		if !bytes.HasPrefix(b, raw) {
 			t.Fatal("raw is not what was read")
 		}
@@ -390,7 +390,7 @@ func TestReadsAsCryptoTLS(t *testing.T) {
 				b[rnd.IntN(len(b))] = byte(rnd.IntN(256))
 			}
 		}
-		_, name, err := readHello(bytes.NewReader(b))
+		_, name, err := ReadHello(bytes.NewReader(b))
 		if err != nil {
 			continue
 		}

@@ -5,6 +5,8 @@ import (
 	"net"
 	"strings"
 	"time"
+
+	"github.com/hanse-mesh/hanse/proxy/gateway"
 )
 
 // spoken is what the first bytes of a connection say.
@@ -86,6 +88,24 @@ func sniff(nc net.Conn, limit time.Duration) (net.Conn, spoken) {
 		return nc, result
 	}
 	return &replayedConn{Conn: nc, head: buf}, result
+}
+
+// helloTimeout is how long a caller may take to begin with TLS where only TLSRoutes apply.
+const helloTimeout = 5 * time.Second
+
+// serverName reads which server a caller names in its ClientHello, for a time; "" where it names none or does not speak TLS. The connection returned has what was
+// read still before it.
+func serverName(nc net.Conn, limit time.Duration) (net.Conn, string) {
+	_ = nc.SetReadDeadline(time.Now().Add(limit))
+	raw, name, err := gateway.ReadHello(nc)
+	_ = nc.SetReadDeadline(time.Time{})
+	if err != nil {
+		name = ""
+	}
+	if len(raw) == 0 {
+		return nc, name
+	}
+	return &replayedConn{Conn: nc, head: raw}, name
 }
 
 // replayedConn reads head first.

@@ -113,7 +113,12 @@ func (s *Sidecar) connect(rec *record, cluster string, abort func(func(error))) 
 
 // tunnel answers the application's CONNECT.
 func (s *Sidecar) tunnel(st message.ServerStream, rec *record, table *proxy.Table, l *proxy.Listener) {
-	way, f := s.connect(rec, tcpCluster(table, l), st.OnAbort)
+	cluster := tcpCluster(table, l)
+	if cluster == "" && len(l.SNI) > 0 {
+		s.refuse(st, rec, failWith(codeNoRoute, "%s has TLSRoutes only, which are for captured connections and local listeners, not for CONNECT", l.Authority))
+		return
+	}
+	way, f := s.connect(rec, cluster, st.OnAbort)
 	if f != nil {
 		s.refuse(st, rec, f)
 		return
@@ -132,6 +137,19 @@ func (s *Sidecar) tcp(ctx context.Context, conn net.Conn, table *proxy.Table, l 
 	rec := s.begin(reporterSource, "tcp")
 	defer s.finish(rec)
 	rec.source, rec.service, rec.only = s.ownID(), l.Authority, only
+	if len(l.SNI) > 0 && only == "" {
+		limit := helloTimeout
+		if l.Cluster != "" || len(l.Split) > 0 { // the caller may wait for the server to speak first
+			limit = s.captured.Sniff
+		}
+		var name string
+		conn, name = serverName(conn, limit)
+		if l = l.ForSNI(name); l.Cluster == "" && len(l.Split) == 0 {
+			rec.fail(failWith(codeNoRoute, "no TLSRoute of %s is for the server name %q", l.Authority, name))
+			reset(conn)
+			return
+		}
+	}
 	cluster := ""
 	if only != "" && table.Clusters[l.Authority] != nil {
 		cluster = l.Authority

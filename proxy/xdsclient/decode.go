@@ -56,7 +56,8 @@ const (
 	maxName      = 512 // bytes
 	maxResource  = 8 << 20
 	maxRoutes    = 1024
-	maxMatchers  = 64 // headers or query parameters of a route
+	maxChains    = 16_384 // one for each name of TLSRoutes
+	maxMatchers  = 64     // headers or query parameters of a route
 	maxBackends  = 256
 	maxEdits     = 64 // header edits of one kind
 	maxRegex     = 4096
@@ -186,7 +187,11 @@ func decodeListener(name string, m *listenerv3.Listener) (any, error) {
 	}
 	api := m.GetApiListener().GetApiListener()
 	if api == nil {
-		return nil, errors.New("api_listener is missing")
+		l, err := decodeChains(name, m)
+		if err != nil {
+			return nil, err
+		}
+		return newOutbound(l), nil
 	}
 	switch api.MessageName() {
 	case "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager":
@@ -231,10 +236,67 @@ func newOutbound(l *proxy.Listener) *outbound {
 	for i := range l.Split {
 		add(&l.Split[i])
 	}
+	for _, r := range l.SNI {
+		for i := range r.Split {
+			add(&r.Split[i])
+		}
+	}
 	if l.Cluster != "" {
 		names[l.Cluster] = struct{}{}
 	}
 	return &outbound{listener: l, clusters: slices.Sorted(maps.Keys(names))}
+}
+
+// decodeChains reads a Listener that parts TCP connections by server name.
+func decodeChains(name string, m *listenerv3.Listener) (*proxy.Listener, error) {
+	if len(m.FilterChains) == 0 && m.DefaultFilterChain == nil {
+		return nil, errors.New("neither api_listener nor filter_chains is set")
+	}
+	if err := only(m, "name", "filter_chains", "default_filter_chain"); err != nil {
+		return nil, err
+	}
+	if err := bounded("filter_chains", len(m.FilterChains), maxChains); err != nil {
+		return nil, err
+	}
+	chain := func(c *listenerv3.FilterChain) (*proxy.Listener, error) {
+		if len(c.Filters) != 1 {
+			return nil, fmt.Errorf("%d filters, want 1", len(c.Filters))
+		}
+		var tcp tcpv3.TcpProxy
+		if err := unpack(c.Filters[0].GetTypedConfig(), &tcp); err != nil {
+			return nil, fmt.Errorf("filters[0]: %w", err)
+		}
+		return decodeTCP(name, &tcp)
+	}
+	out := &proxy.Listener{Authority: name, Protocol: proxy.TCP}
+	if m.DefaultFilterChain != nil {
+		l, err := chain(m.DefaultFilterChain)
+		if err != nil {
+			return nil, fmt.Errorf("default_filter_chain: %w", err)
+		}
+		out = l
+	}
+	for i, c := range m.FilterChains {
+		l, err := chain(c)
+		if err == nil && c.FilterChainMatch != nil {
+			err = only(c.FilterChainMatch, "server_names")
+		}
+		names := c.GetFilterChainMatch().GetServerNames()
+		if err == nil && len(names) == 0 {
+			err = errors.New("filter_chain_match.server_names is empty")
+		}
+		if err == nil {
+			err = bounded("filter_chain_match.server_names", len(names), maxRoutes)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("filter_chains[%d]: %w", i, err)
+		}
+		if len(l.Split) == 0 {
+			l.Split = []proxy.Backend{{Cluster: l.Cluster, Weight: 1}}
+		}
+		out.SNI = append(out.SNI, proxy.SNIRoute{Name: c.Name, Hosts: names, Split: l.Split})
+	}
+	return out, nil
 }
 
 func decodeTCP(name string, m *tcpv3.TcpProxy) (*proxy.Listener, error) {

@@ -165,7 +165,7 @@ func TestDecodeRejects(t *testing.T) {
 		want          string
 	}{
 		{listenerType, "other", httpListener(t, payments), "name is"},
-		{listenerType, payments, &listenerv3.Listener{Name: payments}, "api_listener is missing"},
+		{listenerType, payments, &listenerv3.Listener{Name: payments}, "neither api_listener nor filter_chains is set"},
 		{listenerType, payments, &listenerv3.Listener{Name: payments, ApiListener: &listenerv3.ApiListener{ApiListener: packed(t, &xdspb.Trust{})}}, "api_listener is a"},
 		{listenerType, payments, route(func(r *routev3.Route) { r.Match.PathSpecifier = &routev3.RouteMatch_Prefix{Prefix: "/a"} }), "routes[0].match.prefix"},
 		{listenerType, payments, route(func(r *routev3.Route) { r.Match.Grpc = &routev3.RouteMatch_GrpcRouteMatchOptions{} }), "routes[0].match.grpc"},

@@ -232,10 +232,6 @@ func (e *explainer) name() error {
 
 // route says which rule takes the request, and returns the authority that most of it goes to.
 func (e *explainer) route() string {
-	if !e.port.Protocol.IsHTTP() {
-		e.out.Route = "TCP: no routes apply"
-		return e.out.To
-	}
 	routing, err := e.in.View.Routes(e.viewer, e.out.To)
 	if err != nil {
 		e.fail("hanse services", "%v.", err)
@@ -249,10 +245,16 @@ func (e *explainer) route() string {
 	req := &xdsgen.Request{Method: cmp.Or(e.in.Request.Method, "GET"), Path: path, Query: values, Headers: headers(e.in.Request.Headers)}
 	e.rule = routing.Match(req)
 	switch {
+	case e.rule == nil && !e.port.Protocol.IsHTTP():
+		e.out.Route = "TLSRoutes by server name, and no TCPRoute"
+		e.fail("hanse get tlsroutes", "TLSRoutes are attached to %s and no TCPRoute: a connection that names none of their hosts is refused.", e.service)
+		return ""
 	case e.rule == nil:
 		e.out.Route = fmt.Sprintf("no rule matches %s %s", req.Method, path)
 		e.fail("hanse get httproutes", "routes are attached to %s and none matches %s %s: the caller's sidecar answers 404.", e.service, req.Method, path)
 		return ""
+	case !routing.Attached && !e.port.Protocol.IsHTTP():
+		e.out.Route = "TCP: no route attached"
 	case !routing.Attached:
 		e.out.Route = "no route attached: every request goes to the service itself"
 	default:

@@ -2,7 +2,11 @@ package e2e
 
 import (
 	"fmt"
+	"os"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -24,7 +28,10 @@ type distrusted struct {
 	Missing     []string
 }
 
-type trustPage struct{ Authorities []string }
+type trustPage struct {
+	Sequence    uint64
+	Authorities []string
+}
 
 // TestTrustVerbs rotates the roots of both clusters by hand while calls cross, revokes an old one, and distrusts a cluster and trusts
 // it again. Nothing fails but what is distrusted.
@@ -99,5 +106,63 @@ func (l *lab) known(clusters ...string) {
 			}
 			return nil
 		})
+	}
+}
+
+// TestTrustFigures measures how long a new root takes to be visible in all other clusters, and a distrust to close the last connection that
+// rests on it. HANSE_TRUST_ROUNDS (make bench-trust: 20) says how often; a test run only shows that it works.
+func TestTrustFigures(t *testing.T) {
+	rounds := 2
+	if n, err := strconv.Atoi(os.Getenv("HANSE_TRUST_ROUNDS")); err == nil {
+		rounds = n
+	}
+	l := newLab(t, shortTimers, "west", "east", "north")
+	l.up()
+	peers := []string{"east", "north"}
+	sequence := func(c string) uint64 { return get[trustPage](l, c, "trust", "show", "west.test").Sequence }
+	var visible, active, distrust []float64
+	for i := range rounds {
+		before := sequence("west")
+		start := time.Now()
+		seen := make([]float64, len(peers))
+		var all sync.WaitGroup
+		for i, c := range peers {
+			all.Go(func() {
+				for seen[i] == 0 && time.Since(start) < time.Minute {
+					if sequence(c) > before {
+						seen[i] = time.Since(start).Seconds()
+					}
+				}
+			})
+		}
+		r := get[rotation](l, "west", "trust", "rotate")
+		all.Wait()
+		if r.State != "active" || slices.Min(seen) == 0 {
+			t.Fatalf("round %d: %+v, seen after %v", i, r, seen)
+		}
+		visible, active = append(visible, slices.Max(seen)), append(active, r.Elapsed)
+	}
+	l.kill("east/pay-a", "east/pay-a-app", "east/pay-b", "east/pay-b-app")
+	client := l.client("east", "frontend")
+	for i := range rounds {
+		l.eventually(30*time.Second, "east calls west or north", func() error {
+			_, err := call(client, payments)
+			return err
+		})
+		d := get[distrusted](l, "west", "trust", "distrust", "east.test", "--yes")
+		if len(d.Missing) > 0 || d.Confirmed == 0 {
+			t.Fatalf("round %d: %+v", i, d)
+		}
+		distrust = append(distrust, max(d.HansedIn, d.LastIn))
+		get[distrusted](l, "west", "trust", "distrust", "east.test", "--undo")
+		l.known("west", "east")
+	}
+	for _, f := range []struct {
+		what    string
+		seconds []float64
+	}{{"new root visible in all clusters", visible}, {"rotation by hand until the root signs", active}, {"distrust until the last connection is closed", distrust}} {
+		slices.Sort(f.seconds)
+		at := func(q float64) float64 { return f.seconds[min(len(f.seconds)-1, int(q*float64(len(f.seconds))))] }
+		t.Logf("%s: p50 %.2fs, p99 %.2fs, of %d", f.what, at(0.5), at(0.99), len(f.seconds))
 	}
 }

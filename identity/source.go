@@ -32,6 +32,11 @@ type sourceState struct {
 	svid    *x509svid.SVID
 	bundles map[spiffeid.TrustDomain]*spiffebundle.Bundle
 	changed chan struct{} // closed when this state is replaced
+
+	// Of a drill: see fault.go.
+	fault   Fault
+	expired *x509svid.SVID                                // presented instead of svid; nil: none
+	verify  map[spiffeid.TrustDomain]*spiffebundle.Bundle // bundles without what fault distrusts
 }
 
 // NewSource returns an empty Source.
@@ -45,8 +50,9 @@ func (s *Source) replace(f func(*sourceState)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.state.Load()
-	next := &sourceState{svid: old.svid, bundles: old.bundles, changed: make(chan struct{})}
+	next := &sourceState{svid: old.svid, bundles: old.bundles, fault: old.fault, changed: make(chan struct{})}
 	f(next)
+	next.suffer(old)
 	s.state.Store(next)
 	close(old.changed)
 }
@@ -82,7 +88,7 @@ func (s *Source) GetX509SVID() (*x509svid.SVID, error) {
 
 // GetX509BundleForTrustDomain returns the X.509 authorities of td, or an error that names it.
 func (s *Source) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
-	b, ok := s.state.Load().bundles[td]
+	b, ok := s.state.Load().verify[td]
 	if !ok {
 		return nil, fmt.Errorf("no bundle for trust domain %s: it is not federated with this one", td)
 	}

@@ -74,7 +74,7 @@ func PeerID(state tls.ConnectionState) (spiffeid.ID, error) {
 }
 
 func certificate(src *Source) (*tls.Certificate, error) {
-	svid, err := src.GetX509SVID()
+	svid, err := src.presented()
 	if err != nil {
 		return nil, err
 	}

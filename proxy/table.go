@@ -244,6 +244,7 @@ type Fault struct {
 	Share   uint32        // percent of connections or requests, 1 to 100
 	Latency time.Duration // Slow
 	Status  int           // Errors
+	Root    string        // DistrustRoot: a trust domain, or trust domain/authority
 	Ports   []uint16      // the workload's target ports; empty is all
 	End     time.Duration // from receipt: heal by itself then
 	Lease   time.Duration // from receipt: heal unless renewed (the same drill with another Renewal); 0: none
@@ -268,5 +269,7 @@ const (
 	FaultBlackhole FaultMode = "blackhole"
 	FaultSlow      FaultMode = "slow"
 	FaultErrors    FaultMode = "errors"
-	FaultObserve   FaultMode = "observe" // no fault: report load at Report, as a caller of what is being drilled
+	FaultExpire    FaultMode = "expire-certificates" // handshakes present an SVID that has expired
+	FaultDistrust  FaultMode = "distrust-root"       // handshakes refuse, and open connections end, that rest on Root
+	FaultObserve   FaultMode = "observe"             // no fault: report load at Report, as a caller of what is being drilled
 )

@@ -27,7 +27,8 @@ func (c *cli) drillCommand() *cobra.Command {
 callers noticed and until traffic had shifted, which calls failed, where the traffic went and when it came back.
 
 Modes: drain (endpoints say goodbye), blackhole (packets vanish), errors and slow (answers get worse), silence-control-plane (hansed answers no peer),
-cut-federation (the links to the peers are cut). A drill hits the cluster whose hansed runs it: use --context for another's.`,
+cut-federation (the links to the peers are cut), expire-certificates (sidecars present SVIDs that have expired), distrust-root (what rests on --root is refused),
+rotate (the root of the cluster is replaced, from announcing the next one to dropping the old: the one mode that changes something for good). A drill hits the cluster whose hansed runs it: use --context for another's.`,
 	}
 	ids := c.complete(func(cmd *cobra.Command, b *admin.Client) ([]string, error) {
 		l, err := b.DrillList(cmd.Context())
@@ -205,6 +206,7 @@ type drillFlags struct {
 	abortIf string
 	latency time.Duration
 	status  int
+	root    string
 }
 
 func (f *drillFlags) add(c *cli, cmd *cobra.Command) {
@@ -213,6 +215,9 @@ func (f *drillFlags) add(c *cli, cmd *cobra.Command) {
 		drill.Blackhole:           "packets to and from endpoints vanish",
 		drill.Errors:              "endpoints answer with an error (--status)",
 		drill.Slow:                "endpoints answer late (--latency)",
+		drill.ExpireCertificates:  "sidecars present SVIDs that have expired",
+		drill.DistrustRoot:        "what rests on a trust domain or authority is refused (--root)",
+		drill.Rotate:              "the cluster's root is replaced: prepared, activated, the old one dropped",
 		drill.SilenceControlPlane: "hansed answers no peer and no proxy",
 		drill.CutFederation:       "the links between this cluster's hansed and the others are cut",
 	}
@@ -230,6 +235,7 @@ func (f *drillFlags) add(c *cli, cmd *cobra.Command) {
 	cmd.Flags().DurationVar(&f.length, "for", 2*time.Minute, "how long; it heals by itself then")
 	cmd.Flags().StringVar(&f.abortIf, "abort-if", "", "the guard: `CONDITION` that stops and heals (default 'success<99%')")
 	cmd.Flags().DurationVar(&f.latency, "latency", 0, "with --slow, how much later (default 500ms)")
+	cmd.Flags().StringVar(&f.root, "root", "", "with --distrust-root, whom not to trust: a `TRUSTDOMAIN` or the beginning of an authority's name")
 	cmd.Flags().IntVar(&f.status, "status", 0, "with --errors, the HTTP `STATUS` (default 503)")
 	must(cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions(drill.Modes(), cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("cluster", c.completeClusters()))
@@ -250,7 +256,7 @@ func (f *drillFlags) spec(cmd *cobra.Command, b admin.Backend) (admin.DrillSpec,
 		}
 		return admin.DrillSpec{}, usage(hint, "there is no mode %q", mode)
 	}
-	spec := admin.DrillSpec{Mode: mode, Scope: f.scope, For: f.length.Seconds(), AbortIf: f.abortIf, Latency: f.latency.Seconds(), Status: f.status}
+	spec := admin.DrillSpec{Mode: mode, Scope: f.scope, For: f.length.Seconds(), AbortIf: f.abortIf, Latency: f.latency.Seconds(), Status: f.status, Root: f.root}
 	n, err := strconv.ParseUint(strings.TrimSuffix(f.share, "%"), 10, 32)
 	if err != nil || n < 1 || n > 100 {
 		return spec, usage("--share 50%", "%q is not a share from 1%% to 100%%", f.share)
@@ -270,7 +276,7 @@ func (f *drillFlags) spec(cmd *cobra.Command, b admin.Backend) (admin.DrillSpec,
 // line is the flags as they were typed.
 func (f *drillFlags) line(cmd *cobra.Command) string {
 	var b strings.Builder
-	for _, name := range append(drill.Modes(), "mode", "cluster", "region", "zone", "service", "share", "for", "abort-if", "latency", "status") {
+	for _, name := range append(drill.Modes(), "mode", "cluster", "region", "zone", "service", "share", "for", "abort-if", "latency", "status", "root") {
 		if fl := cmd.Flags().Lookup(name); fl.Changed {
 			b.WriteString(" --" + name)
 			if fl.Value.Type() != "bool" {
@@ -473,6 +479,12 @@ func (c *cli) reportDrill(d admin.Drill) error {
 	figures := []string{measured("detected in", d.Detect), measured("shifted in", d.Shift),
 		fmt.Sprintf("failed calls %s of %s (%s retried)", thousands(d.Failed), thousands(d.Calls), thousands(d.Retried)), measured("back after", d.Return)}
 	fmt.Fprintf(c.out, "  %s\n", strings.Join(figures, ", "))
+	if d.Renewed != nil {
+		fmt.Fprintf(c.out, "  %s\n", measured("everybody had an SVID of the new root in", d.Renewed))
+	}
+	if d.Closed > 0 {
+		fmt.Fprintf(c.out, "  hansed closed %s whose peers were no longer trusted\n", counted(d.Closed, "connection"))
+	}
 	fmt.Fprintf(c.out, "  success %s, p50 %s → %s, p99 %s → %s\n\n", percent(d.Success), millis(d.P50Before), millis(d.P50During), millis(d.P99Before), millis(d.P99During))
 	if len(d.Traffic) > 0 {
 		t := newTable("TRAFFIC OF", "WENT TO", "ZONE", "BEFORE", "DURING", "AFTER")

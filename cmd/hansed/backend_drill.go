@@ -2,17 +2,43 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/cmd/internal/drill"
+	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/ca"
 )
 
 func (p *controlPlane) drillSpec(spec admin.DrillSpec) (admin.DrillSpec, error) {
 	spec, err := drill.Complete(spec, p.cfg.Cluster)
 	if err != nil {
 		return spec, admin.Invalid("hanse drill run --help", "%v", err)
+	}
+	switch spec.Mode {
+	case drill.DistrustRoot:
+		td, authority, err := p.findTrust(spec.Root)
+		if err != nil {
+			return spec, err
+		}
+		if td == p.td {
+			return spec, admin.Refused("hanse drill run --rotate drills the own root", "%s is of this cluster's own trust domain: all would be refused", spec.Root)
+		}
+		spec.Root = td.Name()
+		if authority != "" {
+			spec.Root += "/" + authority
+		}
+	case drill.Rotate:
+		if err := p.bySPIRE("rotation", "spire-server localauthority x509 prepare"); err != nil {
+			return spec, err
+		}
 	}
 	if spec.Scope.Service != "" {
 		name, err := findService(p.mesh.Clusterset(), spec.Scope.Service)
@@ -93,4 +119,86 @@ func (p *controlPlane) DrillStop(ctx context.Context, id string) (admin.Drill, e
 		return p.DrillGet(ctx, id)
 	}
 	return p.DrillGet(ctx, id)
+}
+
+// drillPlane is what drills do to this control plane.
+type drillPlane struct {
+	*switchboard
+	p *controlPlane
+
+	mu    sync.Mutex
+	timer *time.Timer // guarded by mu; heals by itself
+}
+
+// Distrust implements drill.ControlPlane. It is in memory only, so that whoever restarts is healed.
+func (d *drillPlane) Distrust(root string, length time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.timer != nil {
+		d.timer.Stop()
+	}
+	d.p.source.SetFault(identity.Fault{Distrusted: []string{root}})
+	d.timer = time.AfterFunc(length, d.Heal)
+}
+
+// Heal implements drill.ControlPlane.
+func (d *drillPlane) Heal() {
+	d.switchboard.Heal()
+	d.p.source.SetFault(identity.Fault{})
+}
+
+// Closed implements drill.ControlPlane.
+func (d *drillPlane) Closed(since time.Time) int { return d.closed(since) }
+
+// Rotate implements drill.ControlPlane: a rotation by hand, and the revocation of the root before it.
+func (d *drillPlane) Rotate(ctx context.Context, moment func(kind, detail string)) error {
+	p := d.p
+	quiet := func(admin.Event) error { return nil }
+	waiting := 0
+	r, err := p.TrustRotate(ctx, admin.RotateRequest{}, func(ev admin.Event) error {
+		var now admin.Rotation
+		if len(ev.Data) == 0 || json.Unmarshal(ev.Data, &now) != nil {
+			return nil
+		}
+		if waiting == 0 {
+			moment("prepared", fmt.Sprintf("the next root is in the bundle, sequence %d", now.Sequence))
+		}
+		waiting = max(waiting, len(now.Missing), 1)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	moment("activated", "everybody has loaded the next root, and it signs")
+	if r.Old == "" {
+		return errors.New("there was no root to replace")
+	}
+	i := slices.IndexFunc(p.authority.Roots(), func(x ca.Root) bool { return bundle.AuthorityID(x.Certificate) == r.Old })
+	if i < 0 {
+		return errors.New("the root before has left by itself")
+	}
+	old := p.authority.Roots()[i]
+	if err := p.authority.Taint(old.KeyID); err != nil && !errors.Is(err, ca.ErrWrongPhase) {
+		return err
+	}
+	for missing := p.spire.RestingOn(old.KeyID); len(missing) > 0; missing = p.spire.RestingOn(old.KeyID) {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d agents still rest on the old root, which stays until they do not: %s", len(missing), strings.Join(missing, ", "))
+		case <-time.After(lookAgain):
+		}
+	}
+	moment("renewed", "nobody rests on the old root any more")
+	if err := p.authority.Revoke(old.KeyID); err != nil {
+		return err
+	}
+	out, err := p.announced(ctx, p.now(), distrustWait, admin.Distrusted{TrustDomain: p.td.Name()}, &teller{emit: quiet, now: p.now})
+	if err != nil {
+		return err
+	}
+	if len(out.Missing) > 0 {
+		return fmt.Errorf("the old root is revoked, but these have not loaded that: %s", strings.Join(out.Missing, ", "))
+	}
+	moment("dropped", "everybody has loaded the bundle without the old root")
+	return nil
 }

@@ -211,7 +211,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if !p.replicas.alone() {
 		leads = p.replicas.leads
 	}
-	p.drills = drill.New(drill.Config{Self: cfg.Cluster, Leads: leads, Store: drillRecords{recordsOf(leader, "drills/")}, ControlPlane: p.board, View: p.mesh.Clusterset,
+	p.drills = drill.New(drill.Config{Self: cfg.Cluster, Leads: leads, Store: drillRecords{recordsOf(leader, "drills/")}, ControlPlane: &drillPlane{switchboard: p.board, p: p}, View: p.mesh.Clusterset,
 		ReportEvery: p.xds.SetReportInterval, FaultsChanged: p.xds.FaultsChanged, Now: time.Now, Log: log.With("part", "drill")})
 	p.xds.SetFaults(func(v xdsgen.Viewer) *xdspb.Faults {
 		ips := make([]string, len(v.WorkloadIPs))

@@ -763,7 +763,7 @@ func (x *Faults) GetFaults() []*Fault {
 type Fault struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Drill         string                 `protobuf:"bytes,1,opt,name=drill,proto3" json:"drill,omitempty"`
-	Mode          string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`    // drain, blackhole, slow, errors or observe
+	Mode          string                 `protobuf:"bytes,2,opt,name=mode,proto3" json:"mode,omitempty"`    // drain, blackhole, slow, errors, observe, expire-certificates or distrust-root
 	Share         uint32                 `protobuf:"varint,3,opt,name=share,proto3" json:"share,omitempty"` // percent
 	Latency       *durationpb.Duration   `protobuf:"bytes,4,opt,name=latency,proto3" json:"latency,omitempty"`
 	Status        uint32                 `protobuf:"varint,5,opt,name=status,proto3" json:"status,omitempty"`
@@ -772,6 +772,7 @@ type Fault struct {
 	Lease         *durationpb.Duration   `protobuf:"bytes,8,opt,name=lease,proto3" json:"lease,omitempty"`         // from receipt; 0 is none
 	Report        *durationpb.Duration   `protobuf:"bytes,9,opt,name=report,proto3" json:"report,omitempty"`       // interval of load reports
 	Renewal       uint64                 `protobuf:"varint,10,opt,name=renewal,proto3" json:"renewal,omitempty"`   // grows with each sending, so that the resource differs
+	Root          string                 `protobuf:"bytes,11,opt,name=root,proto3" json:"root,omitempty"`          // of distrust-root: a trust domain, or trust domain/authority
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -874,6 +875,13 @@ func (x *Fault) GetRenewal() uint64 {
 		return x.Renewal
 	}
 	return 0
+}
+
+func (x *Fault) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
 }
 
 // EndpointReport is carried, as a Struct of the same field names, by UpstreamEndpointStats.metadata in a load report (LRS).
@@ -1112,7 +1120,7 @@ const file_discovery_xdspb_hanse_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"5\n" +
 	"\x06Faults\x12+\n" +
-	"\x06faults\x18\x01 \x03(\v2\x13.hanse.xds.v1.FaultR\x06faults\"\xd5\x02\n" +
+	"\x06faults\x18\x01 \x03(\v2\x13.hanse.xds.v1.FaultR\x06faults\"\xe9\x02\n" +
 	"\x05Fault\x12\x14\n" +
 	"\x05drill\x18\x01 \x01(\tR\x05drill\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x14\n" +
@@ -1124,7 +1132,8 @@ const file_discovery_xdspb_hanse_proto_rawDesc = "" +
 	"\x05lease\x18\b \x01(\v2\x19.google.protobuf.DurationR\x05lease\x121\n" +
 	"\x06report\x18\t \x01(\v2\x19.google.protobuf.DurationR\x06report\x12\x18\n" +
 	"\arenewal\x18\n" +
-	" \x01(\x04R\arenewal\"\xed\x01\n" +
+	" \x01(\x04R\arenewal\x12\x12\n" +
+	"\x04root\x18\v \x01(\tR\x04root\"\xed\x01\n" +
 	"\x0eEndpointReport\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06health\x18\x02 \x01(\tR\x06health\x12\x16\n" +

@@ -2,7 +2,6 @@ package bundle
 
 import (
 	"cmp"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -14,6 +13,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hanse-mesh/hanse/identity"
 )
 
 // Errors of Distrust and Find.
@@ -35,10 +36,7 @@ type Distrust struct {
 }
 
 // AuthorityID names an X.509 authority: the SHA-256 of its public key (SubjectPublicKeyInfo), in hex.
-func AuthorityID(c *x509.Certificate) string {
-	sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
-	return hex.EncodeToString(sum[:])
-}
+func AuthorityID(c *x509.Certificate) string { return identity.AuthorityID(c) }
 
 // Distrust takes a trust domain, or one authority, out of force. Once it has returned, no bundle that the Store hands out has it.
 // The same again is no error.

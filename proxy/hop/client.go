@@ -312,6 +312,13 @@ func (c *Client) ping(cc *clientConn, deadline time.Time) {
 	c.end(cc, ErrDead)
 }
 
+// GoAway retires all connections: the open streams finish, and new ones dial.
+func (c *Client) GoAway() {
+	for _, cc := range c.all() {
+		c.retire(cc)
+	}
+}
+
 // retire stops new streams and lets the open ones finish.
 func (c *Client) retire(cc *clientConn) {
 	if cc.draining.CompareAndSwap(false, true) {

@@ -51,6 +51,38 @@ func TestBlackhole(t *testing.T) {
 	eventually(t, "return to e0", func() bool { _, got := get(t, front, "/"); return got == "0" })
 }
 
+// TestExpiredAndDistrusted: what a drill does to identities is refused by the other end's handshake; open connections take no new streams, or
+// end; calls shift, and come back when the fault goes.
+func TestExpiredAndDistrusted(t *testing.T) {
+	front, pays := local(t, says("0"), says("1"))
+	front.calls(proxy.HTTP, authority, []*proxy.Endpoint{pays[0].endpoint("e0")}, []*proxy.Endpoint{pays[1].endpoint("e1")})
+	shifts := func(want string) {
+		t.Helper()
+		eventually(t, "shift to "+want, func() bool {
+			resp, got := get(t, front, "/")
+			if resp.StatusCode != 200 {
+				t.Fatalf("a call failed: %s %q", resp.Status, got) // GET: sent again
+			}
+			return got == want
+		})
+	}
+	shifts("0")
+	pays[0].faults(proxy.Fault{Drill: "d", Mode: proxy.FaultExpire, Share: 100, End: time.Minute})
+	shifts("1")
+	pays[0].faults()
+	shifts("0")
+	pays[0].faults(proxy.Fault{Drill: "e", Mode: proxy.FaultExpire, Share: 100, End: 500 * time.Millisecond})
+	shifts("1")
+	shifts("0") // by its own clock
+	pays[0].faults(proxy.Fault{Drill: "f", Mode: proxy.FaultDistrust, Root: "west.test", Share: 100, End: time.Minute, Lease: time.Second})
+	shifts("1")
+	shifts("0") // nobody renewed it
+	front.faults(proxy.Fault{Drill: "g", Mode: proxy.FaultDistrust, Root: "west.test", Share: 100, End: time.Minute})
+	eventually(t, "the caller refuses all", func() bool { resp, _ := get(t, front, "/"); return resp.StatusCode == 503 })
+	front.faults()
+	eventually(t, "the caller trusts again", func() bool { resp, _ := get(t, front, "/"); return resp.StatusCode == 200 })
+}
+
 // TestFaults of requests: errors, slowness and drain by target port.
 func TestFaults(t *testing.T) {
 	front, pays := local(t, says("0"), says("1"))

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -288,10 +289,32 @@ func (s *Sidecar) Reverify() {
 	}
 }
 
-// watchFaults sends all callers away when a drill drains this workload.
+// watchFaults sends all callers away when a drill drains this workload, and lets handshakes suffer what a drill does to identities.
 func (s *Sidecar) watchFaults(ctx context.Context) error {
+	defer s.cfg.Source.SetFault(identity.Fault{})
+	var suffered identity.Fault
 	for {
 		active, changed := s.faults.Active()
+		var f identity.Fault
+		for i := range active {
+			switch active[i].Mode { // of whatever ports: one SVID is for all
+			case proxy.FaultExpire:
+				f.Expired = true
+			case proxy.FaultDistrust:
+				f.Distrusted = append(f.Distrusted, active[i].Root)
+			}
+		}
+		slices.Sort(f.Distrusted)
+		if f.Expired != suffered.Expired || !slices.Equal(f.Distrusted, suffered.Distrusted) {
+			s.cfg.Source.SetFault(f)
+			if f.Expired && !suffered.Expired { // as at the end of an SVID: no new streams
+				s.hop.GoAway()
+				if s.server != nil {
+					s.server.GoAway()
+				}
+			}
+			suffered = f
+		}
 		for _, f := range active {
 			if f.Mode == proxy.FaultDrain && f.Share == 100 && len(f.Ports) == 0 && s.server != nil {
 				s.server.GoAway()

@@ -20,6 +20,7 @@ import (
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -1163,7 +1164,7 @@ func decodeFaults(m *xdspb.Faults) (any, error) {
 }
 
 func decodeFault(m *xdspb.Fault) (f proxy.Fault, err error) {
-	if err := only(m, "drill", "mode", "share", "latency", "status", "ports", "end", "lease", "report", "renewal"); err != nil {
+	if err := only(m, "drill", "mode", "share", "latency", "status", "ports", "end", "lease", "report", "renewal", "root"); err != nil {
 		return f, err
 	}
 	f = proxy.Fault{Drill: shorten(m.Drill), Mode: proxy.FaultMode(m.Mode), Share: m.Share, Status: int(m.Status), Renewal: m.Renewal}
@@ -1172,7 +1173,13 @@ func decodeFault(m *xdspb.Fault) (f proxy.Fault, err error) {
 		if f.Status < 200 || f.Status > 599 {
 			return f, fmt.Errorf("status is %d", f.Status)
 		}
-	case proxy.FaultDrain, proxy.FaultBlackhole, proxy.FaultSlow, proxy.FaultObserve:
+	case proxy.FaultDistrust:
+		f.Root = m.Root
+		td, _, _ := strings.Cut(m.Root, "/")
+		if _, err := spiffeid.TrustDomainFromString(td); err != nil || len(m.Root) > 512 {
+			return f, fmt.Errorf("root is %q", shorten(m.Root))
+		}
+	case proxy.FaultDrain, proxy.FaultBlackhole, proxy.FaultSlow, proxy.FaultObserve, proxy.FaultExpire:
 	default:
 		return f, fmt.Errorf("mode %q is not known", shorten(m.Mode))
 	}

@@ -391,12 +391,13 @@ type Object struct {
 
 // DrillSpec is what a drill does. POST /v1/drills/plan answers DrillPlan; POST /v1/drills (streamed) runs it.
 type DrillSpec struct {
-	Mode      string     `json:"mode"` // drain, blackhole, errors, slow, silence-control-plane, cut-federation
+	Mode      string     `json:"mode"` // drain, blackhole, errors, slow, expire-certificates, distrust-root, silence-control-plane, cut-federation, rotate
 	Scope     DrillScope `json:"scope"`
 	For       float64    `json:"forSeconds"`        // default 120
 	AbortIf   string     `json:"abortIf,omitempty"` // "success<99%"
 	Latency   float64    `json:"latencySeconds,omitempty"`
 	Status    int        `json:"status,omitempty"`
+	Root      string     `json:"root,omitempty"`      // of distrust-root: a trust domain or authority; in a drill "trust domain" or "trust domain/authority"
 	KeepAlive bool       `json:"keepAlive,omitempty"` // stop when the client goes away
 }
 
@@ -440,9 +441,11 @@ type Drill struct {
 	Started   time.Time     `json:"started"`
 	Ended     *time.Time    `json:"ended,omitempty"`
 	Elapsed   float64       `json:"elapsedSeconds"`
-	Detect    *float64      `json:"detectSeconds,omitempty"` // start to first failure seen by a caller
-	Shift     *float64      `json:"shiftSeconds,omitempty"`  // start to the last request served by what is drilled… see docs/drills.md
-	Return    *float64      `json:"returnSeconds,omitempty"` // end to the first request served there again
+	Detect    *float64      `json:"detectSeconds,omitempty"`  // start to first failure seen by a caller
+	Shift     *float64      `json:"shiftSeconds,omitempty"`   // start to the last request served by what is drilled… see docs/drills.md
+	Return    *float64      `json:"returnSeconds,omitempty"`  // end to the first request served there again
+	Renewed   *float64      `json:"renewedSeconds,omitempty"` // rotate: start until everybody has an SVID of the new root
+	Closed    int           `json:"closed,omitempty"`         // rotate, distrust-root: connections of hansed that were closed for their peers
 	Calls     uint64        `json:"calls"`
 	Failed    uint64        `json:"failed"`
 	Retried   uint64        `json:"retried"`

@@ -2,6 +2,7 @@ package drill
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -125,6 +126,11 @@ type memory struct {
 	values   map[string][]byte
 	silenced atomic.Int64
 	healed   atomic.Int32
+
+	distrusted atomic.Int64
+	rotations  atomic.Int32
+	takes      time.Duration
+	fails      error
 }
 
 func (m *memory) Put(_ context.Context, id string, v []byte) error {
@@ -147,6 +153,22 @@ func (m *memory) List(context.Context) (map[string][]byte, error) {
 func (m *memory) Silence(d time.Duration)       { m.silenced.Store(int64(d)) }
 func (m *memory) CutFederation(d time.Duration) { m.silenced.Store(int64(d)) }
 func (m *memory) Heal()                         { m.healed.Add(1) }
+
+func (m *memory) Distrust(_ string, d time.Duration) { m.distrusted.Store(int64(d)) }
+func (m *memory) Closed(time.Time) int               { return 7 }
+func (m *memory) Rotate(ctx context.Context, moment func(kind, detail string)) error {
+	m.rotations.Add(1)
+	moment("prepared", "")
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(m.takes):
+	}
+	if m.fails == nil {
+		moment("renewed", "")
+	}
+	return m.fails
+}
 
 func engine(store *memory) *Engine {
 	return New(Config{Self: "west", Store: store, ControlPlane: store, View: func() *discovery.Clusterset { return mesh(discovery.Fresh) },
@@ -356,5 +378,114 @@ func TestReportsBetweenTheEndAndTheNextTick(t *testing.T) {
 		}
 		cancel()
 		wg.Wait()
+	})
+}
+
+func TestDistrustRoot(t *testing.T) {
+	if _, err := Complete(admin.DrillSpec{Mode: DistrustRoot}, "west"); err == nil || !strings.Contains(err.Error(), "--root") {
+		t.Errorf("without a root: %v", err)
+	}
+	if _, err := Complete(admin.DrillSpec{Mode: Drain, Root: "east.demo"}, "west"); err == nil {
+		t.Error("a root in another mode")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(context.Background())
+		store := &memory{values: map[string][]byte{}}
+		e := engine(store)
+		set := e.cfg.View()
+		set.Imports[payments].From[1].Endpoints[0].SPIFFEID = "spiffe://east.demo/ns/shop/sa/payments"
+		e.cfg.View = func() *discovery.Clusterset { return set }
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = e.Run(ctx) })
+		spec := complete(t, admin.DrillSpec{Mode: DistrustRoot, Root: "east.demo", For: 10})
+		if plan := Plan(spec, set); plan.Endpoints != 1 || !plan.Covered || plan.Services[0].Hit != 1 || plan.Services[0].Left != 2 {
+			t.Errorf("plan: %+v", plan)
+		}
+		id, err := e.Start(ctx, spec)
+		if err != nil || store.distrusted.Load() != int64(10*time.Second) {
+			t.Fatalf("distrusted for %d: %v", store.distrusted.Load(), err)
+		}
+		if _, err := e.Start(ctx, complete(t, admin.DrillSpec{Mode: CutFederation})); err == nil {
+			t.Error("another drill of the control plane began meanwhile")
+		}
+		f := e.Faults([]string{"127.0.1.11"}, false).Faults
+		if len(f) != 1 || f[0].Mode != DistrustRoot || f[0].Root != "east.demo" || f[0].Lease.AsDuration() != Lease {
+			t.Errorf("faults: %v", f)
+		}
+		time.Sleep(20 * time.Second)
+		if d, _, final, _ := e.Get(id); !final || d.State != "done" || store.healed.Load() != 1 || len(e.Faults([]string{"127.0.1.11"}, false).Faults) != 0 {
+			t.Errorf("healed %d times: %+v", store.healed.Load(), d)
+		}
+		spec.Scope.Zone = "eu-1a" // sidecars alone
+		store.distrusted.Store(0)
+		if _, err := e.Start(ctx, spec); err != nil || store.distrusted.Load() != 0 {
+			t.Errorf("the control plane distrusts for %d in a drill of a zone: %v", store.distrusted.Load(), err)
+		}
+		cancel()
+		wg.Wait()
+	})
+}
+
+func TestRotateDrill(t *testing.T) {
+	if _, err := Complete(admin.DrillSpec{Mode: Rotate, Scope: admin.DrillScope{Zone: "eu-1a"}}, "west"); err == nil {
+		t.Error("a rotation of a zone")
+	}
+	for _, c := range []struct {
+		name           string
+		fails          error
+		takes          time.Duration
+		state, verdict string
+	}{
+		{"all goes well", nil, 5 * time.Second, "done", "PASSED"},
+		{"an agent is away", errors.New("1 agents still rest on the old root"), 5 * time.Second, "aborted", "FAILED"},
+		{"too slow", nil, time.Hour, "aborted", "FAILED"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(context.Background())
+				store := &memory{values: map[string][]byte{}, takes: c.takes, fails: c.fails}
+				e := engine(store)
+				var wg sync.WaitGroup
+				wg.Go(func() { _ = e.Run(ctx) })
+				id, err := e.Start(ctx, complete(t, admin.DrillSpec{Mode: Rotate, For: 30}))
+				if err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(40 * time.Second)
+				d, _, final, _ := e.Get(id)
+				if !final || d.State != c.state || d.Verdict != c.verdict || c.fails != nil && d.Reason != c.fails.Error() {
+					t.Errorf("final=%v %+v", final, d)
+				}
+				var kinds []string
+				for _, m := range d.Timeline {
+					kinds = append(kinds, m.Kind)
+				}
+				if c.state == "done" && (strings.Join(kinds, " ") != "started prepared renewed healed" || d.Renewed == nil || *d.Renewed < 5 || d.Closed != 7) {
+					t.Errorf("timeline %v, renewed %v, closed %d", kinds, deref(d.Renewed), d.Closed)
+				}
+				if store.rotations.Load() != 1 {
+					t.Errorf("rotated %d times", store.rotations.Load())
+				}
+				cancel()
+				wg.Wait()
+			})
+		})
+	}
+}
+
+// An expired SVID may cut the way of its own renewal: that drill has no lease, and its end is the executor's.
+func TestExpireCertificates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := engine(&memory{values: map[string][]byte{}})
+		if _, err := e.Start(t.Context(), complete(t, admin.DrillSpec{Mode: ExpireCertificates, For: 10, Scope: admin.DrillScope{Zone: "eu-1a"}})); err != nil {
+			t.Fatal(err)
+		}
+		f := e.Faults([]string{"127.0.1.11"}, false).Faults
+		if len(f) != 1 || f[0].Mode != ExpireCertificates || f[0].Lease != nil || f[0].End.AsDuration() != 10*time.Second {
+			t.Errorf("faults: %v", f)
+		}
+		if f := e.Faults([]string{"127.0.1.12"}, false).Faults; len(f) != 0 {
+			t.Errorf("outside of the scope: %v", f)
+		}
 	})
 }

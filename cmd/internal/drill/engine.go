@@ -1,6 +1,7 @@
 package drill
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -43,13 +44,19 @@ type Store interface {
 	List(ctx context.Context) (map[string][]byte, error)
 }
 
-// ControlPlane is what the two modes that no sidecar executes do to the control plane itself.
+// ControlPlane is what modes do to the control plane itself.
 type ControlPlane interface {
 	// Silence makes it answer nobody for d, or until Heal.
 	Silence(d time.Duration)
 	// CutFederation drops the links to all peers for d, or until Heal.
 	CutFederation(d time.Duration)
+	// Distrust refuses what rests on a trust domain, or trust domain/authority, for d, or until Heal.
+	Distrust(root string, d time.Duration)
 	Heal()
+	// Rotate replaces the root, tells each moment, and returns when the old one is dropped. If ctx ends before, the rest happens by itself.
+	Rotate(ctx context.Context, moment func(kind, detail string)) error
+	// Closed counts connections that were closed since then because their peers' bundles no longer verify them.
+	Closed(since time.Time) int
 }
 
 // Config of an Engine. All fields are required but Log and Leads.
@@ -92,6 +99,8 @@ type run struct {
 	hits     map[string][]uint32 // workload IP → target ports
 	over     bool                // the report is final
 	changed  chan struct{}       // closed at the next change
+	moments  []admin.DrillMoment // of a rotation
+	rotating context.CancelFunc  // nil until it does
 
 	stored  string    // state in the store
 	foreign bool      // another replica runs it
@@ -119,7 +128,12 @@ func (e *Engine) Run(ctx context.Context) error {
 	defer tick.Stop()
 	lastRenew := e.cfg.Now()
 	leads := e.leads()
+	var work sync.WaitGroup
+	defer work.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	for {
+		e.rotate(ctx, &work)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -137,6 +151,39 @@ func (e *Engine) Run(ctx context.Context) error {
 			e.change(ctx, leads)
 		}
 		e.step(ctx)
+	}
+}
+
+// rotate begins the rotations of drills that have just begun.
+func (e *Engine) rotate(ctx context.Context, work *sync.WaitGroup) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, r := range e.drills {
+		if r.drill.Spec.Mode != Rotate || r.drill.State != "running" || r.foreign || r.rotating != nil {
+			continue
+		}
+		var of context.Context
+		of, r.rotating = context.WithCancel(ctx)
+		work.Go(func() {
+			err := e.cfg.ControlPlane.Rotate(of, func(kind, detail string) {
+				e.mu.Lock()
+				defer e.mu.Unlock()
+				at := e.cfg.Now().Sub(r.start).Seconds()
+				r.moments = append(r.moments, admin.DrillMoment{At: at, Kind: kind, Detail: detail})
+				if kind == "renewed" {
+					r.drill.Renewed = &at
+				}
+			})
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			switch {
+			case r.drill.State != "running" || r.foreign || of.Err() != nil: // it was ended
+			case err != nil:
+				e.endLocked(r, e.cfg.Now(), "aborted", err.Error())
+			default:
+				e.endLocked(r, e.cfg.Now(), "done", "")
+			}
+		})
 	}
 }
 
@@ -272,7 +319,7 @@ func (e *Engine) follow(stored map[string][]byte) {
 			}
 		case was == "running":
 			healed = true
-			if m := d.Spec.Mode; m == SilenceControlPlane || m == CutFederation {
+			if m := d.Spec.Mode; inControlPlane(m) && m != Rotate {
 				defer e.cfg.ControlPlane.Heal()
 			}
 		}
@@ -287,6 +334,10 @@ func (e *Engine) follow(stored map[string][]byte) {
 			e.cfg.ControlPlane.Silence(seconds(d.Left))
 		case CutFederation:
 			e.cfg.ControlPlane.CutFederation(seconds(d.Left))
+		case DistrustRoot:
+			if whole(d.Spec.Scope) {
+				e.cfg.ControlPlane.Distrust(d.Spec.Root, seconds(d.Left))
+			}
 		}
 		e.cfg.ReportEvery(time.Second)
 		e.cfg.Log.Info("drill of another replica is obeyed", "drill", d.ID, "mode", d.Spec.Mode)
@@ -313,8 +364,7 @@ func (e *Engine) Start(ctx context.Context, spec admin.DrillSpec) (string, error
 		drill: admin.Drill{ID: id, Spec: spec, State: "running", Started: e.cfg.Now(), Success: 1},
 	}
 	r.aim(spec, cs)
-	sidecar := spec.Mode != SilenceControlPlane && spec.Mode != CutFederation
-	if sidecar && len(r.targets) == 0 {
+	if inSidecars(spec.Mode) && len(r.hits) == 0 {
 		return "", fmt.Errorf("nothing to drill: no endpoint of %s matches", scopeText(spec.Scope))
 	}
 
@@ -323,7 +373,7 @@ func (e *Engine) Start(ctx context.Context, spec admin.DrillSpec) (string, error
 		if o.drill.State != "running" {
 			continue
 		}
-		overlap := !sidecar && (o.drill.Spec.Mode == SilenceControlPlane || o.drill.Spec.Mode == CutFederation)
+		overlap := inControlPlane(spec.Mode) && inControlPlane(o.drill.Spec.Mode)
 		for t := range r.targets {
 			overlap = overlap || o.targets[t]
 		}
@@ -350,11 +400,20 @@ func (e *Engine) Start(ctx context.Context, spec admin.DrillSpec) (string, error
 		e.cfg.ControlPlane.Silence(seconds(spec.For))
 	case CutFederation:
 		e.cfg.ControlPlane.CutFederation(seconds(spec.For))
+	case DistrustRoot:
+		if whole(spec.Scope) {
+			e.cfg.ControlPlane.Distrust(spec.Root, seconds(spec.For))
+		}
 	}
 	e.cfg.ReportEvery(time.Second)
 	e.cfg.Log.Info("drill started", "drill", id, "mode", spec.Mode, "scope", scopeText(spec.Scope), "for", seconds(spec.For))
 	e.kick()
 	return id, nil
+}
+
+// whole says whether a scope is a whole cluster.
+func whole(s admin.DrillScope) bool {
+	return s.Service == "" && s.Zone == "" && s.Region == "" && s.Share >= 100
 }
 
 // aim finds out what is hit.
@@ -377,6 +436,13 @@ func (r *run) aim(spec admin.DrillSpec, cs *discovery.Clusterset) {
 			}
 			slices.Sort(r.hits[ip])
 			r.drill.Executors = append(r.drill.Executors, ip)
+		}
+	}
+	if spec.Mode == DistrustRoot { // what the callers here lose is elsewhere
+		clear(r.targets)
+		r.services = nil
+		for id := range resting(spec, cs) {
+			r.targets[id] = true
 		}
 	}
 	slices.Sort(r.drill.Executors)
@@ -453,6 +519,10 @@ func (e *Engine) Faults(workloadIPs []string, gateway bool) *xdspb.Faults {
 			End: durationpb.New(left), Lease: durationpb.New(Lease), Report: durationpb.New(time.Second),
 		}
 		switch spec.Mode {
+		case ExpireCertificates:
+			f.Lease = nil // it may cut the way of its own renewal
+		case DistrustRoot:
+			f.Root = spec.Root
 		case Slow:
 			f.Latency, f.Share = durationpb.New(seconds(spec.Latency)), spec.Scope.Share
 		case Errors:
@@ -460,7 +530,7 @@ func (e *Engine) Faults(workloadIPs []string, gateway bool) *xdspb.Faults {
 		}
 		if gateway {
 			s := spec.Scope
-			if spec.Mode == Blackhole && s.Service == "" && s.Zone == "" && s.Region == "" && s.Share >= 100 {
+			if spec.Mode == Blackhole && whole(s) {
 				out.Faults = append(out.Faults, f)
 			}
 			continue
@@ -550,7 +620,11 @@ func (e *Engine) step(ctx context.Context) {
 		switch {
 		case r.drill.State == "running" && now.Sub(r.start) >= seconds(r.drill.Spec.For):
 			// Sidecars heal by their own clocks at that moment, and not at this one, which is up to a tick later.
-			e.endLocked(r, r.start.Add(seconds(r.drill.Spec.For)), "done", "")
+			verdict, reason := "done", ""
+			if r.drill.Spec.Mode == Rotate {
+				verdict, reason = "aborted", "the rotation took longer than "+seconds(r.drill.Spec.For).String()+"; it goes on by itself: hanse trust rotate shows it"
+			}
+			e.endLocked(r, r.start.Add(seconds(r.drill.Spec.For)), verdict, reason)
 			ended = true
 		case r.drill.State == "running":
 			if why := r.guard.Tripped(r.recent(&e.history, now)); why != "" {
@@ -560,6 +634,11 @@ func (e *Engine) step(ctx context.Context) {
 		}
 		samples := e.history.between(r.start.Add(-baseline), now)
 		report(&r.drill, samples, moments{start: r.start, heal: r.heal, now: now, services: r.services, targets: r.targets})
+		if m := r.drill.Spec.Mode; m == Rotate || m == DistrustRoot {
+			r.drill.Closed = e.cfg.ControlPlane.Closed(r.start)
+			r.drill.Timeline = slices.Insert(r.drill.Timeline, 1, r.moments...) // after the start
+			slices.SortStableFunc(r.drill.Timeline, func(a, b admin.DrillMoment) int { return cmp.Compare(a.At, b.At) })
+		}
 		r.drill.Missing = e.silentLocked(samples, r, now)
 		if !r.heal.IsZero() && r.settled(now) {
 			r.finish()
@@ -647,8 +726,11 @@ func (e *Engine) endLocked(r *run, at time.Time, verdict, reason string) {
 	r.heal = at
 	r.drill.State = "healing"
 	r.drill.Verdict, r.drill.Reason = verdict, reason
-	if m := r.drill.Spec.Mode; m == SilenceControlPlane || m == CutFederation {
+	if m := r.drill.Spec.Mode; inControlPlane(m) && m != Rotate {
 		e.cfg.ControlPlane.Heal()
+	}
+	if r.rotating != nil {
+		r.rotating()
 	}
 	e.cfg.Log.Info("drill healed", "drill", r.drill.ID, "why", verdict, "reason", reason)
 	e.kick()

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -12,20 +13,31 @@ import (
 	"github.com/hanse-mesh/hanse/discovery"
 )
 
-// Modes of a drill. The first four act in sidecars, the last two in the control plane.
+// Modes of a drill. The first five act in sidecars, distrust-root also in the control plane, the last three there alone.
 const (
 	Drain               = "drain"
 	Blackhole           = "blackhole"
 	Errors              = "errors"
 	Slow                = "slow"
+	ExpireCertificates  = "expire-certificates"
+	DistrustRoot        = "distrust-root"
 	SilenceControlPlane = "silence-control-plane"
 	CutFederation       = "cut-federation"
+	Rotate              = "rotate"
 )
 
 // Modes lists all of them.
 func Modes() []string {
-	return []string{Drain, Blackhole, Errors, Slow, SilenceControlPlane, CutFederation}
+	return []string{Drain, Blackhole, Errors, Slow, ExpireCertificates, DistrustRoot, SilenceControlPlane, CutFederation, Rotate}
 }
+
+// inControlPlane reports whether a mode acts there; there is one such drill at a time.
+func inControlPlane(mode string) bool {
+	return mode == SilenceControlPlane || mode == CutFederation || mode == Rotate || mode == DistrustRoot
+}
+
+// inSidecars reports whether a mode acts there.
+func inSidecars(mode string) bool { return !inControlPlane(mode) || mode == DistrustRoot }
 
 const (
 	defaultFor     = 2 * time.Minute
@@ -62,7 +74,18 @@ func Complete(spec admin.DrillSpec, self string) (admin.DrillSpec, error) {
 	if spec.Scope.Service != "" && strings.Count(spec.Scope.Service, "/") != 1 {
 		return spec, fmt.Errorf("drill scope service %q: want namespace/name", spec.Scope.Service)
 	}
+	if spec.Mode != DistrustRoot && spec.Root != "" {
+		return spec, fmt.Errorf("drill root %q: it has a meaning only in mode %s", spec.Root, DistrustRoot)
+	}
 	switch spec.Mode {
+	case DistrustRoot:
+		if spec.Root == "" {
+			return spec, fmt.Errorf("drill root: mode %s distrusts a trust domain or one of its authorities; name it (--root east.demo)", DistrustRoot)
+		}
+	case Rotate:
+		if s := spec.Scope; s.Region != "" || s.Zone != "" || s.Service != "" || s.Share < 100 {
+			return spec, fmt.Errorf("drill scope %s: mode %s concerns a whole cluster; leave region, zone, service and share out", scopeText(s), Rotate)
+		}
 	case Slow:
 		spec.Latency = cmp.Or(spec.Latency, defaultLatency.Seconds())
 	case Errors:
@@ -79,7 +102,7 @@ func Complete(spec admin.DrillSpec, self string) (admin.DrillSpec, error) {
 func Hits(spec admin.DrillSpec, service discovery.Name, e *discovery.Endpoint) bool {
 	s := spec.Scope
 	switch {
-	case spec.Mode == SilenceControlPlane || spec.Mode == CutFederation:
+	case !inSidecars(spec.Mode):
 		return false
 	case s.Cluster != e.Locality.Cluster:
 		return false
@@ -100,7 +123,15 @@ func Hits(spec admin.DrillSpec, service discovery.Name, e *discovery.Endpoint) b
 // Plan says who would take over each service that the drill hits. spec must be complete.
 func Plan(spec admin.DrillSpec, cs *discovery.Clusterset) admin.DrillPlan {
 	plan := admin.DrillPlan{Spec: spec, Covered: true, Guard: "abort if " + spec.AbortIf + " over 10s, for the callers in this cluster together"}
-	if spec.Mode == SilenceControlPlane || spec.Mode == CutFederation {
+	if spec.Mode == Rotate {
+		plan.Summary = fmt.Sprintf("Would replace the root of %s within %s: prepare the next, let it sign when all have loaded it, renew every SVID, drop the old one. No call should fail, and nothing is undone at the end.",
+			spec.Scope.Cluster, seconds(spec.For))
+		return plan
+	}
+	if spec.Mode == DistrustRoot {
+		return planDistrust(plan, cs)
+	}
+	if !inSidecars(spec.Mode) {
 		plan.Summary = fmt.Sprintf("Would %s of %s for %s; no endpoint is touched, peers keep what they know.",
 			map[string]string{SilenceControlPlane: "silence the control plane", CutFederation: "cut the federation links"}[spec.Mode],
 			spec.Scope.Cluster, seconds(spec.For))
@@ -124,6 +155,60 @@ func Plan(spec admin.DrillSpec, cs *discovery.Clusterset) admin.DrillPlan {
 		plan.Summary = fmt.Sprintf("Nothing to drill: no endpoint of %s matches.", scopeText(spec.Scope))
 	}
 	return plan
+}
+
+// planDistrust says whose endpoints would be refused. An authority is not told apart: what rests on it is in no Snapshot.
+func planDistrust(plan admin.DrillPlan, cs *discovery.Clusterset) admin.DrillPlan {
+	hit := map[string]bool{}
+	for id := range resting(plan.Spec, cs) {
+		hit[id] = true
+	}
+	for _, name := range slices.SortedFunc(maps.Keys(cs.Imports), discovery.Name.Compare) {
+		c := admin.DrillCovered{Service: name.String()}
+		for _, from := range cs.Imports[name].From {
+			left := 0
+			for _, e := range from.Endpoints {
+				switch {
+				case hit[e.ID]:
+					c.Hit++
+				case e.Ready && !e.Draining:
+					left++
+				}
+			}
+			if left > 0 {
+				c.Left += left
+				c.Takers = append(c.Takers, fmt.Sprintf("%s (%d healthy)", from.Member, left))
+			}
+		}
+		if c.Hit == 0 {
+			continue
+		}
+		if c.Covered = c.Left > 0; !c.Covered {
+			c.Note = "nobody else serves it: callers will fail"
+		}
+		plan.Covered = plan.Covered && c.Covered
+		plan.Endpoints += c.Hit
+		plan.Services = append(plan.Services, c)
+	}
+	plan.Summary = fmt.Sprintf("Would refuse what rests on %s for %s, in the sidecars of %s and, for a whole cluster, in hansed: %d endpoints, and the callers of that trust domain.",
+		plan.Spec.Root, seconds(plan.Spec.For), scopeText(plan.Spec.Scope), plan.Endpoints)
+	return plan
+}
+
+// resting are the imported endpoints whose IDs are of the trust domain that a drill distrusts, and their services.
+func resting(spec admin.DrillSpec, cs *discovery.Clusterset) map[string]discovery.Name {
+	td, _, _ := strings.Cut(spec.Root, "/")
+	out := map[string]discovery.Name{}
+	for name, imp := range cs.Imports {
+		for _, from := range imp.From {
+			for _, e := range from.Endpoints {
+				if strings.HasPrefix(e.SPIFFEID, "spiffe://"+td+"/") {
+					out[e.ID] = name
+				}
+			}
+		}
+	}
+	return out
 }
 
 func cover(spec admin.DrillSpec, cs *discovery.Clusterset, svc *discovery.Service) admin.DrillCovered {
@@ -179,6 +264,8 @@ func verb(spec admin.DrillSpec) string {
 		return "drain"
 	case Blackhole:
 		return "black-hole"
+	case ExpireCertificates:
+		return "let the certificates expire of"
 	case Slow:
 		return fmt.Sprintf("add %s to %d%% of the requests at", seconds(spec.Latency), spec.Scope.Share)
 	default:

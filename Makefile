@@ -90,6 +90,10 @@ bench-federation: ## Sync, flap and latency figures of the federation layer
 bench-identity: ## Signings per CPU-second (see docs/measurements.md)
 	$(GO) test -run '^$$' -bench . ./identity/ca
 
+.PHONY: bench-trust
+bench-trust: build ## How long a new root takes to be visible everywhere, and a distrust to close the last connection (3 clusters, 20 rounds)
+	HANSE_TRUST_ROUNDS=20 $(GO) test -count=1 -v -timeout 30m -run TestTrustFigures ./test/e2e
+
 .PHONY: bench-proxy
 bench-proxy: build ## Two sidecars beside nginx, HAProxy and Envoy, where they are installed: CPU, latency, bytes, connections, memory; writes docs/benchmarks.md (8 minutes)
 	$(GO) run ./test/bench -write docs/benchmarks.md

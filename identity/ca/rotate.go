@@ -126,6 +126,9 @@ func (a *Authority) step() (time.Duration, error) {
 	case next == nil && (!now.Before(act.created.Add(act.life()/2)) || a.moved(act)):
 		return poll, a.Prepare()
 	case next != nil:
+		if age := now.Sub(next.created); age >= 0 && age < soon {
+			poll = min(poll, soonPoll) // a person may be watching, and most acknowledge within a second
+		}
 		return poll, a.activateWhenKnown(now, st.sequence, act, next)
 	}
 	due := act.created.Add(act.life() / 2)
@@ -136,6 +139,12 @@ func (a *Authority) step() (time.Duration, error) {
 	}
 	return min(max(due.Sub(now), 20*time.Millisecond), time.Minute), nil // a minute: wall clocks jump
 }
+
+// How often acknowledgements are asked for soon after a root was prepared.
+const (
+	soon     = time.Minute
+	soonPoll = 200 * time.Millisecond
+)
 
 // patience is until when acknowledgements are waited for: a quarter of the active root's life must remain. act may be nil.
 func patience(act, next *root) time.Time {

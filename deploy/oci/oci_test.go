@@ -1,4 +1,4 @@
-package main
+package oci
 
 import (
 	"archive/tar"
@@ -17,8 +17,8 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// program builds a static program.
-func program(t *testing.T, static bool) string {
+// compiled is a static program.
+func compiled(t *testing.T, static bool) string {
 	t.Helper()
 	dir := t.TempDir()
 	src := "package main\n\nfunc main() { println(\"hello\") }\n"
@@ -41,6 +41,15 @@ func program(t *testing.T, static bool) string {
 	return out
 }
 
+func pack(file, program, name string) error {
+	b, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	m := Image{Name: name, Arch: "amd64", Entrypoint: "/hello", Files: map[string][]byte{"/hello": b, "/usr/share/a.txt": []byte("a")}}
+	return m.Write(file)
+}
+
 func untar(t *testing.T, r io.Reader) map[string][]byte {
 	t.Helper()
 	out := map[string][]byte{}
@@ -60,10 +69,10 @@ func untar(t *testing.T, r io.Reader) map[string][]byte {
 
 // TestArchive reads an archive back by the image-spec: layout, index, manifest, config, layer, each digest.
 func TestArchive(t *testing.T) {
-	bin := program(t, true)
+	bin := compiled(t, true)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "hello.tar")
-	if err := pack(file, bin, "hanse.mesh/hello:v1", "amd64"); err != nil {
+	if err := pack(file, bin, "hanse.mesh/hello:v1"); err != nil {
 		t.Fatal(err)
 	}
 	b, err := os.ReadFile(file)
@@ -112,11 +121,11 @@ func TestArchive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if in := untar(t, bytes.NewReader(plain)); !bytes.Equal(in["hello"], want) || !strings.Contains(string(in["etc/passwd"]), "65532") {
+	if in := untar(t, bytes.NewReader(plain)); !bytes.Equal(in["hello"], want) || !strings.Contains(string(in["etc/passwd"]), "65532") || string(in["usr/share/a.txt"]) != "a" {
 		t.Error("the layer is not the program's")
 	}
 	again := filepath.Join(dir, "again.tar")
-	if err := pack(again, bin, "hanse.mesh/hello:v1", "amd64"); err != nil {
+	if err := pack(again, bin, "hanse.mesh/hello:v1"); err != nil {
 		t.Fatal(err)
 	}
 	if b2, err := os.ReadFile(again); err != nil || !bytes.Equal(b, b2) {
@@ -126,12 +135,12 @@ func TestArchive(t *testing.T) {
 
 // TestDynamicIsRefused: there is no linker in the image.
 func TestDynamicIsRefused(t *testing.T) {
-	bin := program(t, false)
+	bin := compiled(t, false)
 	if bin == "" {
 		bin, _ = exec.LookPath("sh")
 	}
 	file := filepath.Join(t.TempDir(), "x.tar")
-	if err := pack(file, bin, "hanse.mesh/x:v1", "amd64"); err == nil || !strings.Contains(err.Error(), "CGO_ENABLED=0") {
+	if err := pack(file, bin, "hanse.mesh/x:v1"); err == nil || !strings.Contains(err.Error(), "CGO_ENABLED=0") {
 		t.Errorf("a dynamic program was packed: %v", err)
 	}
 	if _, err := os.Stat(file); err == nil {

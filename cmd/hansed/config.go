@@ -94,6 +94,11 @@ type Identity struct {
 	// SPIRE, where a server is given, issues instead of this control plane.
 	SPIRE SPIRE `json:"spire"`
 
+	// Entries for SPIRE's agents at this control plane: of the workloads of discovered services, as in spire.entries. With kubernetes.nodeAgents
+	// and none given: by k8s:ns and k8s:sa, for all of these agents.
+	Entries []SPIREEntry `json:"entries"`
+	Linger  Duration     `json:"linger"` // how long such an entry outlives its workload; default 1m
+
 	// Upstream, where given, signs this control plane's CA.
 	Upstream Upstream `json:"upstream"`
 
@@ -243,6 +248,7 @@ func (c *Config) fill() {
 	def(&c.Identity.JWTLife, 5*time.Minute)
 	def(&c.Identity.RootLife, 7*24*time.Hour)
 	def(&c.Identity.SPIRE.Linger, time.Minute)
+	def(&c.Identity.Linger, time.Minute)
 	def(&c.Timers.Suspect, 20*time.Second)
 	def(&c.Timers.Recover, 10*time.Second)
 	def(&c.Timers.Probe, 5*time.Second)
@@ -417,6 +423,17 @@ func (c *Config) validateUpstream(bad func(field, format string, args ...any)) {
 
 func (c *Config) validateSPIRE(bad func(field, format string, args ...any)) {
 	s, i := c.Identity.SPIRE, c.Identity
+	for n, e := range i.Entries {
+		if _, err := onspire.ParseTemplate(e.Parent, e.Selectors); err != nil {
+			bad(fmt.Sprintf("identity.entries[%d]", n), "%v", err)
+		}
+	}
+	if i.Linger.Duration < 0 {
+		bad("identity.linger", "%s is negative", i.Linger)
+	}
+	if s.Server != "" && len(i.Entries) > 0 {
+		bad("identity.entries", "this control plane is no authority: give identity.spire.entries")
+	}
 	if s.Server == "" {
 		if s.WorkloadAPI != "" || len(s.Entries)+len(s.ControlPlane)+len(s.Gateways) > 0 || s.BundleEndpoint != "" {
 			bad("identity.spire.server", "missing: the address of spire-server, such as unix:///run/spire/server/api.sock")

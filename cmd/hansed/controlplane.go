@@ -51,7 +51,8 @@ type controlPlane struct {
 	issuer    issuer
 	authority *ca.Authority   // nil where SPIRE issues
 	onSPIRE   *onspire.Server // nil where it does not
-	workloads *registrar      // likewise
+	workloads *registrar      // of the entries of discovered workloads, on SPIRE or here
+	entries   *entryKeeper    // of them; nil on SPIRE
 	upstream  upstreamCA      // nil without one
 	roots     *roots          // nil where this hansed is alone, or SPIRE issues
 	acks      *ackBook
@@ -153,6 +154,12 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		}
 	}
 
+	if p.spire != nil {
+		if err := p.openEntries(); err != nil {
+			return nil, err
+		}
+	}
+
 	// Discovery.
 	self := discovery.Self{Cluster: cfg.Cluster, TrustDomain: cfg.TrustDomain, Network: cfg.Network, Region: cfg.Region}
 	for _, g := range cfg.Gateways {
@@ -181,6 +188,8 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 			p.reconcileTrust(s)
 			if p.onSPIRE != nil {
 				p.onSPIRE.SetEntries(p.workloads.entries(s))
+			} else {
+				p.entries.set(s)
 			}
 			p.mesh.SetLocal(s)
 		})
@@ -294,6 +303,7 @@ func (p *controlPlane) Run(ctx context.Context) error {
 		run("bundles on SPIRE", p.tellSPIRE)
 	} else {
 		run("SPIRE API", p.spire.Run)
+		run("entries", p.entries.run)
 	}
 	run("bundles", func(ctx context.Context) error { return p.bundles.RunSource(ctx, p.source) })
 	run("distrust", p.distrusts.Run)

@@ -39,6 +39,12 @@ func (e Entry) entryID() string {
 	return idPrefix + hex.EncodeToString(sum[:16])
 }
 
+// IDPrefix is how the IDs of all entries of ours begin.
+const IDPrefix = idPrefix
+
+// Registration is the entry as an authority of Hanse's own keeps it.
+func (e Entry) Registration() *types.Entry { return e.proto(nil) }
+
 func (e Entry) proto(federates []string) *types.Entry {
 	p := &types.Entry{Id: e.entryID(), SpiffeId: spiretypes.FromID(e.ID), ParentId: spiretypes.FromID(e.Parent), Hint: hint,
 		X509SvidTtl: int32(e.X509Life / time.Second), JwtSvidTtl: int32(e.JWTLife / time.Second), FederatesWith: federates}

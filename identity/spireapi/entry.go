@@ -355,8 +355,8 @@ func (s *entryService) updateEntry(ctx context.Context, p *types.Entry, m *types
 		if cur == nil {
 			return nil, status.Errorf(codes.NotFound, "entry %q not found", p.Id)
 		}
-		if cur.federateAll {
-			return nil, status.Errorf(codes.FailedPrecondition, "entry %q came with an agent token and cannot be changed", p.Id)
+		if err := byItself(cur); err != nil {
+			return nil, err
 		}
 		next, err := s.foreignEntry(mergeEntry(cur.Entry, p, m))
 		if err != nil {

@@ -69,7 +69,7 @@ func (a *agentRecord) selectors() []*types.Selector {
 type entryRecord struct {
 	*types.Entry
 	spiffeID, parentID spiffeid.ID
-	// federateAll: the entry came with an agent token and federates with every related trust domain.
+	// federateAll: the entry came with an agent token, or is kept (see Keep), and federates with every related trust domain.
 	federateAll bool
 }
 

@@ -89,16 +89,21 @@ func newLab(t *testing.T) *lab {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	p := freePorts(t, 5)
 	l := &lab{t: t, dir: dir, socket: filepath.Join(dir, "d/spire-server/api.sock"), port: p[0]}
+	if err := os.Mkdir(filepath.Join(dir, "c"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	l.save("hansed.yaml", fmt.Sprintf(`cluster: west
 trustDomain: west.demo
 dataDir: d
 socket: h.sock
-identity: {listen: "127.0.0.1:%s", x509Life: 20s, rootLife: 2h}
+configDir: c
+identity:
+  {listen: "127.0.0.1:%s", x509Life: 20s, rootLife: 2h, linger: 1s, entries: [{parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:uid:%d"]}]}
 federation: {listen: "127.0.0.1:%s"}
 xds: {listen: "127.0.0.1:%s"}
 bundleEndpoint: {listen: "127.0.0.1:%s"}
 admin: {listen: "127.0.0.1:%s"}
-`, p[0], p[1], p[2], p[3], p[4]))
+`, p[0], os.Getuid(), p[1], p[2], p[3], p[4]))
 	start(t, filepath.Join(dir, "hansed.log"), tools+"hansed", "--config", filepath.Join(dir, "hansed.yaml"))
 	l.eventually("hansed is healthy", func() error { _, err := l.try("healthcheck"); return err })
 	return l

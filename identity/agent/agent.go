@@ -84,6 +84,8 @@ type Agent struct {
 	src     *identity.Source
 	metrics *metrics
 
+	nudge chan struct{} // size 1: entries have changed at the server
+
 	work chan struct{} // held while state, client or the schedule are in use; it admits one
 	// guarded by work
 	state  state
@@ -111,7 +113,7 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log, src: identity.NewSource(), work: make(chan struct{}, 1),
+	a := &Agent{cfg: cfg, log: cfg.Log, src: identity.NewSource(), work: make(chan struct{}, 1), nudge: make(chan struct{}, 1),
 		addrs: slices.Clone(cfg.ServerAddrs), jwts: newJWTCache(cfg.Now)}
 	var err error
 	if a.metrics, err = newMetrics(cfg.Registerer, a.src); err != nil {
@@ -148,6 +150,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		g.Go(func() error { return a.followWorkloadAPI(ctx) })
 	} else {
 		g.Go(func() error { return a.runServer(ctx) })
+		g.Go(func() error { return a.followServer(ctx) })
 	}
 	if lis != nil {
 		g.Go(func() error { return a.ServeWorkloadAPI(ctx, lis) })
@@ -197,6 +200,8 @@ func (a *Agent) runServer(ctx context.Context) error {
 			timer.Stop()
 			return nil
 		case <-timer.C:
+		case <-a.nudge:
+			timer.Stop()
 		}
 	}
 }

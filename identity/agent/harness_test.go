@@ -17,8 +17,13 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/hanse-mesh/hanse/identity"
@@ -77,7 +82,7 @@ func (s *server) start() {
 	run(s.t, s.api.Run, nil)
 	run(s.t, s.authority.Run, nil)
 	lis := bufconn.Listen(1 << 20)
-	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(s.api.TLSConfig())))
+	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(s.api.TLSConfig())), grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second}))
 	s.api.RegisterAgent(g)
 	s.mu.Lock()
 	s.lis, s.grpc = lis, g
@@ -189,4 +194,34 @@ var _ io.Writer = tWriter{}
 func (w tWriter) Write(p []byte) (int, error) {
 	w.t.Log(string(p))
 	return len(p), nil
+}
+
+// local connects to the services of administrators.
+func (s *server) local(t testing.TB) *grpc.ClientConn {
+	t.Helper()
+	lis := bufconn.Listen(1 << 20)
+	g := grpc.NewServer()
+	s.api.RegisterAdmin(g)
+	go func() { _ = g.Serve(lis) }()
+	t.Cleanup(g.Stop)
+	conn, err := grpc.NewClient("passthrough:///local", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
+	check(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+func (s *server) entryAPI(t testing.TB) entryv1.EntryClient {
+	return entryv1.NewEntryClient(s.local(t))
+}
+
+// firstAgent is nil while none is attested.
+func (s *server) firstAgent(t testing.TB) *types.SPIFFEID {
+	t.Helper()
+	resp, err := agentv1.NewAgentClient(s.local(t)).ListAgents(t.Context(), &agentv1.ListAgentsRequest{})
+	check(t, err)
+	if len(resp.Agents) == 0 {
+		return nil
+	}
+	return resp.Agents[0].Id
 }

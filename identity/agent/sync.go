@@ -290,7 +290,7 @@ func (a *Agent) sync(ctx context.Context) error {
 	next.bundles, next.entryID, next.revision = bundles, entry.Id, entry.RevisionNumber
 	now := a.cfg.Now()
 	due := !next.svid.valid(now) || !now.Before(next.svid.renewAt) || next.svid.id != id ||
-		entry.Id != a.state.entryID || !trusted(next.svid, own) || tainted.signed(next.svid)
+		entry.Id != a.state.entryID || !trusted(next.svid, own) || tainted.signed(next.svid) || !slices.Equal(next.svid.chain[0].DNSNames, entry.DnsNames)
 	if due {
 		if next.svid, err = a.newSVID(ctx, c, entry.Id, id, own); err != nil {
 			return fmt.Errorf("sync with %s: %w", c.addr, err)
@@ -377,7 +377,7 @@ func (c *client) entry(ctx context.Context) (*types.Entry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("get entries: %w", err)
 	}
-	mask := &types.EntryMask{SpiffeId: true, Selectors: true, FederatesWith: true, RevisionNumber: true, CreatedAt: true}
+	mask := &types.EntryMask{SpiffeId: true, Selectors: true, FederatesWith: true, RevisionNumber: true, CreatedAt: true, DnsNames: true}
 	if err := stream.Send(&entryv1.SyncAuthorizedEntriesRequest{OutputMask: mask}); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("get entries: %w", err)
 	}

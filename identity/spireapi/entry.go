@@ -470,6 +470,9 @@ func (s *entryService) SyncAuthorizedEntries(stream entryv1.Entry_SyncAuthorized
 	if len(req.Ids) > 0 {
 		return invalid("specifying IDs on initial request is not supported")
 	}
+	if following(ctx) {
+		return s.follow(stream, a.ID)
+	}
 	mask := req.OutputMask
 	entries := s.reg.authorized(a, s.cfg.Now())
 	if len(entries) <= pageSize {

@@ -90,13 +90,55 @@ type registry struct {
 	write sync.Mutex // serialises writers, over the KV too
 
 	mu       sync.RWMutex
-	agents   map[string]*agentRecord // guarded by mu, written under write
-	entries  map[string]*entryRecord // guarded by mu, written under write
-	byParent map[string][]string     // guarded by mu: parent ID → entry IDs, sorted
+	agents   map[string]*agentRecord      // guarded by mu, written under write
+	entries  map[string]*entryRecord      // guarded by mu, written under write
+	byParent map[string][]string          // guarded by mu: parent ID → entry IDs, sorted
+	watchers map[string]map[*watcher]bool // guarded by mu; by parent ID
+}
+
+// watcher is woken when an entry below one of its parents changes.
+type watcher struct {
+	wake    chan struct{} // size 1
+	parents []string
+}
+
+func newWatcher() *watcher { return &watcher{wake: make(chan struct{}, 1)} }
+
+func (w *watcher) signal() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// watch has w woken for these parents from now on, and for no others.
+func (r *registry) watch(w *watcher, parents []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range w.parents {
+		delete(r.watchers[p], w)
+		if len(r.watchers[p]) == 0 {
+			delete(r.watchers, p)
+		}
+	}
+	w.parents = parents
+	for _, p := range parents {
+		if r.watchers[p] == nil {
+			r.watchers[p] = map[*watcher]bool{}
+		}
+		r.watchers[p][w] = true
+	}
+}
+
+// notify wakes those who watch a parent. The caller holds mu.
+func (r *registry) notify(parent string) {
+	for w := range r.watchers[parent] {
+		w.signal()
+	}
 }
 
 func newRegistry(kv KV, td spiffeid.TrustDomain) *registry {
-	return &registry{kv: kv, td: td}
+	return &registry{kv: kv, td: td, watchers: map[string]map[*watcher]bool{}}
 }
 
 func (r *registry) load(ctx context.Context) error {
@@ -134,6 +176,9 @@ func (r *registry) load(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.agents, r.entries, r.byParent = agents, entries, byParent
+	for parent := range r.watchers {
+		r.notify(parent)
+	}
 	return nil
 }
 
@@ -236,13 +281,17 @@ func (r *registry) applyAgent(id string, a *agentRecord) {
 func (r *registry) applyEntry(id string, e *entryRecord) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.unlink(r.entries[id])
+	if was := r.entries[id]; was != nil {
+		r.unlink(was)
+		r.notify(was.parentID.String())
+	}
 	if e == nil {
 		delete(r.entries, id)
 		return
 	}
 	r.entries[id] = e
 	parent := e.parentID.String()
+	r.notify(parent)
 	ids := append(slices.Clone(r.byParent[parent]), id)
 	slices.Sort(ids)
 	r.byParent[parent] = ids
@@ -427,6 +476,12 @@ func (r *registry) isDownstream(id spiffeid.ID, now time.Time) bool {
 // authorized returns the entries that an agent may have SVIDs of, sorted by ID: those below its own ID, below the
 // aliases that its selectors give it (entries below the server's ID), and below those entries in turn.
 func (r *registry) authorized(a *agentRecord, now time.Time) []*entryRecord {
+	entries, _ := r.reach(a, now)
+	return entries
+}
+
+// reach is authorized, and the parents below which a change of entries may change that.
+func (r *registry) reach(a *agentRecord, now time.Time) ([]*entryRecord, []string) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	have := selectorStrings(a.selectors())
@@ -454,7 +509,8 @@ func (r *registry) authorized(a *agentRecord, now time.Time) []*entryRecord {
 			parents = append(parents, e.spiffeID.String())
 		}
 	}
-	return slices.SortedFunc(maps.Values(out), func(a, b *entryRecord) int { return strings.Compare(a.Id, b.Id) })
+	below := append(slices.Collect(maps.Keys(visited)), identity.SPIREServerID(r.td).String())
+	return slices.SortedFunc(maps.Values(out), func(a, b *entryRecord) int { return strings.Compare(a.Id, b.Id) }), below
 }
 
 func selectorStrings(s []*types.Selector) []string {

@@ -90,8 +90,9 @@ type Server struct {
 
 	floods, strangers seldom // of their lines in the log
 
-	mu   sync.Mutex
-	seen map[string]activity // guarded by mu; by agent ID
+	mu       sync.Mutex
+	seen     map[string]activity            // guarded by mu; by agent ID
+	followed map[string]*context.CancelFunc // guarded by mu; of the stream on which an agent follows its entries
 }
 
 // activity is what an agent has loaded.
@@ -128,13 +129,14 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		cfg.OwnBundle = cfg.Authority.Bundle
 	}
 	s := &Server{
-		cfg:     cfg,
-		td:      cfg.Authority.TrustDomain(),
-		log:     cfg.Log,
-		src:     identity.NewSource(),
-		limit:   newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
-		seen:    map[string]activity{},
-		started: cfg.Now(),
+		cfg:      cfg,
+		td:       cfg.Authority.TrustDomain(),
+		log:      cfg.Log,
+		src:      identity.NewSource(),
+		limit:    newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
+		seen:     map[string]activity{},
+		followed: map[string]*context.CancelFunc{},
+		started:  cfg.Now(),
 		attest: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, limited, error)."}, []string{"result"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{

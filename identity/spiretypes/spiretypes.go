@@ -123,3 +123,7 @@ func ToChain(p *types.X509SVID) ([]*x509.Certificate, error) {
 	}
 	return chain, nil
 }
+
+// FollowHeader is the metadata of SyncAuthorizedEntries by which an agent of ours asks to be told of changes. A stock server does not know
+// it, and then says nothing after its first answer.
+const FollowHeader = "hanse-follow"

@@ -378,7 +378,7 @@ func (c *cli) inMesh(ctx context.Context, k *install.Cluster) error {
 	}
 	var others []string
 	for _, m := range all.Clusters {
-		if !m.Self {
+		if !m.Self && m.State != "left" {
 			others = append(others, m.Name)
 		}
 	}

@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/klog/v2"
 	"k8s.io/streaming/pkg/httpstream"
 )
 
@@ -47,7 +48,8 @@ func (c *Cluster) Dial(ctx context.Context) (net.Conn, error) {
 	conn := &execConn{in: inW, out: outR, cancel: cancel, where: c.Namespace + "/" + pod}
 	go func() {
 		var said limited
-		err := exec.StreamWithContext(lasting, remotecommand.StreamOptions{Stdin: inR, Stdout: outW, Stderr: &said})
+		quiet := klog.NewContext(lasting, klog.Logger{}) // Close ends the stream in the middle, which is no fault to be logged
+		err := exec.StreamWithContext(quiet, remotecommand.StreamOptions{Stdin: inR, Stdout: outW, Stderr: &said})
 		if text := strings.TrimSpace(said.String()); err != nil && text != "" {
 			err = fmt.Errorf("%s: %w", text, err)
 		}

@@ -27,6 +27,7 @@ func main() {
 	tools := flag.String("tools", "bin/tools", "directory of kube-apiserver and the others")
 	images := flag.String("images", "bin/images", "directory of OCI archives that every node gets")
 	version := flag.String("version", "v0.1.0", "of the images")
+	check := flag.Bool("check", false, "see whether this machine can run clusters at all: start them and a pod in each, and end them")
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: labctl [flags]                    keep clusters up until interrupted\n       labctl [flags] CLUSTER COMMAND…   run a command in a cluster's network, with its KUBECONFIG\n       labctl [flags] CLUSTER load FILE  give its node the images of an OCI archive")
 		flag.PrintDefaults()
@@ -36,7 +37,7 @@ func main() {
 	if flag.NArg() > 1 {
 		code, err = in(*dir, *tools, flag.Arg(0), flag.Args()[1:])
 	} else {
-		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Tools: *tools, Flat: *flat, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images)
+		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Tools: *tools, Flat: *flat, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images, *check)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "labctl:", err)
@@ -45,7 +46,7 @@ func main() {
 	os.Exit(code)
 }
 
-func up(cfg lab.Config, images string) (int, error) {
+func up(cfg lab.Config, images string, check bool) (int, error) {
 	if err := lab.Needs(cfg.Tools); err != nil {
 		return 1, err
 	}
@@ -63,12 +64,29 @@ func up(cfg lab.Config, images string) (int, error) {
 		return 1, err
 	}
 	defer l.Down()
+	if check {
+		for _, c := range l.Clusters {
+			if err := runPod(ctx, c, cfg.Pause); err != nil {
+				return 1, fmt.Errorf("cluster %s: %w", c.Name, err)
+			}
+		}
+		return 0, nil
+	}
 	for _, name := range cfg.Clusters {
 		fmt.Fprintf(os.Stderr, "cluster %s: node %s, %s; labctl %s kubectl get pods -A\n", name, l.Clusters[name].IP, l.Clusters[name].Kubeconfig, name)
 	}
 	fmt.Fprintln(os.Stderr, "Ctrl-C ends them")
 	<-ctx.Done()
 	return 0, nil
+}
+
+// runPod runs a pod until it is ready.
+func runPod(ctx context.Context, c *lab.Cluster, image string) error {
+	if _, err := c.Kubectl(ctx, "run", "check", "--image="+image, "--restart=Never"); err != nil {
+		return err
+	}
+	_, err := c.Kubectl(ctx, "wait", "--for=condition=Ready", "pod/check", "--timeout=60s")
+	return err
 }
 
 // in runs a command inside a lab that is up.

@@ -177,6 +177,9 @@ func TestInstall(t *testing.T) {
 	c.expect(1, []string{"✓ hansed may", "✗ pods", "hansed: 0 of 1 ready", "hanse-gateway: 0 of 2 ready", "✗ webhook hanse-inject", "no CA bundle"}, "check", "--context", "west")
 	c.expect(1, []string{"not ready in time", "hansed: 0 of 1 ready", "hint: hanse check"}, "upgrade", "--context", "west", "--yes", "--timeout", "1s")
 
+	// The rights that it is given are enough: what it does for every cluster is done, and nothing is refused.
+	asHansed(t, s, c)
+
 	// An upgrade keeps values, shows what differs, and removes what is not wanted any more.
 	c.expect(0, []string{"nothing differs"}, "upgrade", "--context", "west", "--wait=false")
 	c.expect(0, []string{"~ deployment/hanse-gateway", "spec.replicas: 2 → 3"}, "upgrade", "--context", "west", "--set", "gateway.replicas=3", "--dry-run")
@@ -215,12 +218,91 @@ endpoints: [{addresses: [10.1.2.3]}]
 	}
 	s.apply([]byte("apiVersion: hanse.mesh/v1alpha1\nkind: AccessPolicy\nmetadata: {name: payments, namespace: shop}\nspec: {targetRefs: [{kind: Service, name: payments}], rules: [{from: [\"spiffe://*/ns/shop/sa/frontend\"]}]}\n"))
 
-	c.expect(0, []string{"1 objects of Hanse's kinds go with theirs", "removed statefulset/hansed", "removed 1 ServiceImports", "removed 1 ConfigMaps hanse-root", "removed the conditions of 1 ServiceExports", "removed namespace/hanse-system", "Gone"},
+	c.expect(0, []string{"1 objects of Hanse's kinds go with theirs", "removed statefulset/hansed", "removed 1 ServiceImports", "ConfigMaps hanse-root", "removed the conditions of 1 ServiceExports", "removed namespace/hanse-system", "Gone"},
 		"uninstall", "--context", "west", "--yes", "--timeout", "1m")
 	if now := everything(t, s); !equal(t, before, now) {
 		t.Error("something is left, or missing")
 	}
 	c.expect(0, []string{"Gone"}, "uninstall", "--context", "west", "--yes") // again is no error
+}
+
+// asHansed runs hansed with the rights of the chart's ClusterRole, until it has written what it writes into every cluster and has found by which addresses it is reached.
+func asHansed(t *testing.T, s *server, c *command) {
+	t.Helper()
+	bin := filepath.Join(t.TempDir(), "hansed")
+	if out, err := exec.Command("go", "build", "-trimpath", "-o", bin, "../../cmd/hansed").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	dir, err := os.MkdirTemp("", "hk")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	ports := freePorts(t, 6)
+	config := fmt.Sprintf(`
+cluster: west
+trustDomain: west.example
+dataDir: data
+socket: s
+kubeAPI:
+  enabled: true
+  kubeconfig: %q
+  context: hansed
+  gatewayService: hanse-system/hanse-gateway
+  federationService: hanse-system/hanse-federation
+  webhook: {listen: %q, inject: {image: x}}
+federation: {listen: %q}
+identity: {listen: %q}
+xds: {listen: %q}
+bundleEndpoint: {listen: %q}
+admin: {listen: %q}
+`, filepath.Join(c.dir, "kubeconfig"), ports[0], ports[1], ports[2], ports[3], ports[4], ports[5])
+	if err := os.WriteFile(filepath.Join(dir, "hansed.yaml"), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// What a load balancer was given, by name and by number.
+	services := schema.GroupVersionResource{Version: "v1", Resource: "services"}
+	for name, ingress := range map[string]string{"hanse-gateway": `{"ip":"192.0.2.9"},{"hostname":"localhost"}`, "hanse-federation": `{"hostname":"west.example"}`} {
+		if _, err := s.client.Resource(services).Namespace("hanse-system").Patch(t.Context(), name, "application/merge-patch+json",
+			[]byte(`{"status":{"loadBalancer":{"ingress":[`+ingress+`]}}}`), metav1.PatchOptions{}, "status"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var log bytes.Buffer
+	cmd := exec.Command(bin, "--config", filepath.Join(dir, "hansed.yaml"))
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Signal(os.Interrupt)
+		_ = cmd.Wait()
+		if text := log.String(); strings.Contains(text, "forbidden") {
+			t.Errorf("hansed is refused what it needs:\n%s", text)
+		} else if t.Failed() {
+			t.Log(text)
+		}
+	}()
+	wait := func(what string, good func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); !good(); time.Sleep(200 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: not after a minute", what)
+			}
+		}
+	}
+	wait("hanse-root", func() bool {
+		o, err := s.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "configmaps"}).Namespace("shop").Get(t.Context(), "hanse-root", metav1.GetOptions{})
+		return err == nil && strings.Contains(fmt.Sprint(o.Object["data"]), "BEGIN CERTIFICATE")
+	})
+	wait("CA bundles of both webhooks", func() bool {
+		out, _ := c.run("check", "--context", "west")
+		return strings.Contains(out, "✓ webhook hanse-inject") && strings.Contains(out, "✓ webhook hanse-validate")
+	})
+	wait("addresses", func() bool {
+		out, _ := c.run("--socket", filepath.Join(dir, "s"), "clusters", "-o", "json")
+		return strings.Contains(out, "192.0.2.9:15443") && strings.Contains(out, "127.0.0.1:15443") && strings.Contains(out, "west.example:7443")
+	})
 }
 
 func equal(t testing.TB, want, got map[string]string) bool {

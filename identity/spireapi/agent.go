@@ -13,8 +13,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -41,12 +43,8 @@ type agentService struct {
 // AttestAgent admits an agent by a token or other evidence. Anyone may call it, at a limited rate.
 func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 	ctx := stream.Context()
-	if host := remoteHost(ctx); !s.limit.allow(host) {
-		s.attest.WithLabelValues("limited").Inc()
-		if s.floods.due(s.cfg.Now()) {
-			s.log.Warn("too many attestations; more of them are refused for now without a word here", "from", host)
-		}
-		return status.Errorf(codes.ResourceExhausted, "too many attestations from %s, try again later", host)
+	if err := s.admitAttestation(remoteHost(ctx)); err != nil {
+		return err
 	}
 	req, err := nextMessage(stream)
 	if err != nil {
@@ -68,11 +66,95 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 			label = "error"
 		}
 		s.attest.WithLabelValues(label).Inc()
+		s.reasons.WithLabelValues(s.evidenceType(req), refusalReason(err)).Inc()
 		s.log.Warn("attestation refused", "from", remoteHost(ctx), "type", req.GetParams().GetData().GetType(), "error", err)
 		return err
 	}
 	s.attest.WithLabelValues("ok").Inc()
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{Result: result}})
+}
+
+// admitAttestation limits attestations, per source address and in all, before anything is read of them. It says when to come back.
+func (s *agentService) admitAttestation(host string) error {
+	whose := host
+	ok, after := s.limit.take(host)
+	if ok {
+		whose = "all addresses together"
+		ok, after = s.all.take("")
+	}
+	if ok {
+		return nil
+	}
+	s.attest.WithLabelValues("limited").Inc()
+	reason := "flood"
+	if whose != host {
+		reason = "flood of many"
+	}
+	s.reasons.WithLabelValues("", reason).Inc()
+	if s.floods.due(s.cfg.Now()) {
+		s.log.Warn("too many attestations; more of them are refused for now without a word here", "from", host, "limit_of", whose)
+	}
+	after = max(after.Round(time.Millisecond), time.Millisecond)
+	st := status.Newf(codes.ResourceExhausted, "too many attestations from %s, try again in %s", whose, after)
+	if with, err := st.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(after)}); err == nil {
+		st = with
+	}
+	return st.Err()
+}
+
+// evidenceType is a label: what callers make up is "other".
+func (s *agentService) evidenceType(req *agentv1.AttestAgentRequest) string {
+	kind := req.GetParams().GetData().GetType()
+	if kind == joinToken || s.cfg.Attestors[kind] != nil {
+		return kind
+	}
+	return "other"
+}
+
+// refusalReason is a label for why an agent was not admitted.
+func refusalReason(err error) string {
+	var st *types.PermissionDeniedDetails
+	for _, d := range status.Convert(err).Details() {
+		if x, ok := d.(*types.PermissionDeniedDetails); ok {
+			st = x
+		}
+	}
+	switch {
+	case errors.Is(err, attest.ErrUnknown):
+		return "unknown token"
+	case errors.Is(err, attest.ErrTampered):
+		return "damaged token"
+	case errors.Is(err, attest.ErrUsed):
+		return "used token"
+	case errors.Is(err, attest.ErrExpired):
+		return "expired token"
+	case st.GetReason() == types.PermissionDeniedDetails_AGENT_BANNED:
+		return "banned"
+	}
+	switch code := status.Code(err); code {
+	case codes.PermissionDenied:
+		return "evidence"
+	case codes.InvalidArgument:
+		return "CSR or request"
+	case codes.FailedPrecondition:
+		return "type"
+	case codes.DeadlineExceeded:
+		return "silence"
+	case codes.Internal, codes.Unavailable:
+		return "error here"
+	default:
+		return "other"
+	}
+}
+
+// tokenRefused is the answer to a token that is not taken. It keeps why, for refusalReason.
+type tokenRefused struct{ error }
+
+func (e tokenRefused) Unwrap() error { return e.error }
+
+// GRPCStatus implements what package status asks for.
+func (e tokenRefused) GRPCStatus() *status.Status {
+	return status.Newf(codes.InvalidArgument, "attest agent: %v", e.error)
 }
 
 // nextMessage bounds how long an unknown caller may keep a stream open: its Recv ends when the method returns.
@@ -171,7 +253,7 @@ func (s *agentService) redeem(ctx context.Context, token string, csr *x509.Certi
 	red, err := s.cfg.Tokens.Redeem(ctx, strings.TrimSpace(token), keyHash(csr))
 	switch {
 	case errors.Is(err, attest.ErrUnknown), errors.Is(err, attest.ErrTampered), errors.Is(err, attest.ErrUsed), errors.Is(err, attest.ErrExpired):
-		return accepted{}, invalid("attest agent: %v", err)
+		return accepted{}, tokenRefused{err}
 	case err != nil:
 		return accepted{}, s.internal("attest agent", err)
 	}

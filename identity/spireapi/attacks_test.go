@@ -6,6 +6,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"log/slog"
+	"maps"
 	"math/big"
 	"net"
 	"net/url"
@@ -22,6 +23,7 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -71,6 +73,76 @@ func refusals(t *testing.T, reg *prometheus.Registry) float64 {
 		}
 	}
 	return sum
+}
+
+// reasonsOf are the reasons for which attestations were refused.
+func reasonsOf(t *testing.T, reg *prometheus.Registry) map[string]float64 {
+	t.Helper()
+	all, err := reg.Gather()
+	check(t, err)
+	out := map[string]float64{}
+	for _, f := range all {
+		if f.GetName() != "hanse_identity_attestations_refused_total" {
+			continue
+		}
+		for _, m := range f.Metric {
+			for _, l := range m.Label {
+				if l.GetName() == "reason" {
+					out[l.GetValue()] += m.GetCounter().GetValue()
+				}
+			}
+		}
+	}
+	return out
+}
+
+// A flood of attestations is told when to come back, one from many addresses is bounded in all, and no caller can make up labels.
+func TestFloods(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	f := newFixture(t, func(c *spireapi.Config) {
+		c.Registerer = reg
+		c.AttestBurst, c.AttestsPerSecond = 3, 0.5
+	})
+	try := func() error {
+		_, err := f.connect(nil).attest(t.Context(), "made-up", "x", csr(t, newKey(t)))
+		return err
+	}
+	var err error
+	for range 4 {
+		err = try()
+	}
+	if status.Code(err) != codes.ResourceExhausted {
+		t.Fatalf("the fourth of three: %v", err)
+	}
+	var after time.Duration
+	for _, d := range status.Convert(err).Details() {
+		if r, ok := d.(*errdetails.RetryInfo); ok {
+			after = r.RetryDelay.AsDuration()
+		}
+	}
+	if after <= 0 || after > 2*time.Second {
+		t.Fatalf("told to come back in %s, want at most 2s", after)
+	}
+	f.advance(after + time.Millisecond)
+	if err := try(); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("after the time that was told: %v", err)
+	}
+	if got, want := reasonsOf(t, reg), map[string]float64{"type": 4, "flood": 1}; !maps.Equal(got, want) {
+		t.Errorf("reasons %v, want %v", got, want)
+	}
+
+	many := prometheus.NewRegistry()
+	f = newFixture(t, func(c *spireapi.Config) {
+		c.Registerer = many
+		c.AttestBurst, c.AttestsPerSecond, c.AllAttestsPerSecond = 1, 1, 0.001
+	})
+	for range 20 { // a second apart, each is within the limit of its address
+		err = try()
+		f.advance(1001 * time.Millisecond)
+	}
+	if got := reasonsOf(t, many)["flood of many"]; status.Code(err) != codes.ResourceExhausted || got != 10 {
+		t.Errorf("of 20 with a burst of 10 in all, %v are refused; the last: %v", got, err)
+	}
 }
 
 // Each attack is refused, counted, and logged in words that tell an operator what was tried.
@@ -195,7 +267,7 @@ func TestAttacks(t *testing.T) {
 		}, "too many attestations"},
 	} {
 		t.Run(a.name, func(t *testing.T) {
-			before := refusals(t, reg)
+			before, reasons := refusals(t, reg), reasonsOf(t, reg)
 			book.take()
 			f.advance(11 * time.Second) // a line for each kind of flood
 			err := a.try()
@@ -205,6 +277,9 @@ func TestAttacks(t *testing.T) {
 			if after := refusals(t, reg); after <= before {
 				t.Errorf("not counted: %v, then %v (%v)", before, after, err)
 			}
+			if why := attestationReasons[a.name]; reasonsOf(t, reg)[why] <= reasons[why] && why != "" {
+				t.Errorf("not counted as %q: %v", why, reasonsOf(t, reg))
+			}
 			if log := book.take(); !strings.Contains(log, a.log) {
 				t.Errorf("log %q, want %q in it", log, a.log)
 			}
@@ -213,6 +288,14 @@ func TestAttacks(t *testing.T) {
 	// The victims of all this are as they were.
 	me.sync(t, nil)
 	victim.sync(t, nil)
+}
+
+// attestationReasons are the labels of hanse_identity_attestations_refused_total, by attack.
+var attestationReasons = map[string]string{
+	"a forged token": "unknown token", "a tampered token": "damaged token", "a replayed token": "used token", "another cluster's token": "unknown token",
+	"an expired token": "expired token", "a pod token of another cluster": "evidence", "a forged pod token": "evidence",
+	"attestation with a CSR that has DNS names": "CSR or request", "attestation with a CSR for a CA": "CSR or request", "attestation with a weak key": "CSR or request",
+	"a flood of attestations": "flood",
 }
 
 func flip(s string) string {

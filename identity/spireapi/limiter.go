@@ -30,6 +30,12 @@ func newLimiter(rate float64, burst int, now func() time.Time) *limiter {
 
 // allow takes one from the bucket of source.
 func (l *limiter) allow(source string) bool {
+	ok, _ := l.take(source)
+	return ok
+}
+
+// take is allow, and says after what time the source may try again.
+func (l *limiter) take(source string) (ok bool, after time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
@@ -49,10 +55,10 @@ func (l *limiter) allow(source string) bool {
 	b.level = l.levelAt(b, now)
 	b.at = now
 	if b.level < 1 {
-		return false
+		return false, time.Duration((1 - b.level) / l.rate * float64(time.Second))
 	}
 	b.level--
-	return true
+	return true, 0
 }
 
 func (l *limiter) levelAt(b *bucket, now time.Time) float64 {

@@ -66,6 +66,9 @@ type Config struct {
 	AgentLife        time.Duration
 	AttestsPerSecond float64 // per source address, default 20
 	AttestBurst      int     // default 100
+	// AllAttestsPerSecond is for all sources together, default 10 times that of one, with a burst of 10 times as many: a flood from many
+	// addresses leaves the CPU to those who are attested.
+	AllAttestsPerSecond float64
 
 	// Level is what the Logger service changes. Without it that service is not served.
 	Level *slog.LevelVar
@@ -84,7 +87,9 @@ type Server struct {
 	src      *identity.Source // presents <td>/spire/server
 	reg      *registry
 	limit    *limiter
+	all      *limiter // of all sources together
 	attest   *prometheus.CounterVec
+	reasons  *prometheus.CounterVec
 	refusals *prometheus.CounterVec
 	started  time.Time
 
@@ -119,6 +124,9 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 	if cfg.AttestBurst <= 0 {
 		cfg.AttestBurst = 100
 	}
+	if cfg.AllAttestsPerSecond <= 0 {
+		cfg.AllAttestsPerSecond = 10 * cfg.AttestsPerSecond
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -134,11 +142,14 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		log:      cfg.Log,
 		src:      identity.NewSource(),
 		limit:    newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
+		all:      newLimiter(cfg.AllAttestsPerSecond, 10*cfg.AttestBurst, cfg.Now),
 		seen:     map[string]activity{},
 		followed: map[string]*context.CancelFunc{},
 		started:  cfg.Now(),
 		attest: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, limited, error)."}, []string{"result"}),
+		reasons: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hanse_identity_attestations_refused_total", Help: "Agent attestations that were refused or limited, by type of evidence and reason."}, []string{"type", "reason"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_identity_refused_total", Help: "Calls of the SPIRE Server API, parts of batches and handshakes that were refused, by call and gRPC code."}, []string{"call", "code"}),
 	}
@@ -154,7 +165,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("serve SPIRE Server API of %s: %w", s.td, err)
 	}
 	if cfg.Registerer != nil {
-		for _, c := range []prometheus.Collector{s.attest, s.refusals,
+		for _, c := range []prometheus.Collector{s.attest, s.reasons, s.refusals,
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "hanse_identity_agents", Help: "Attested agents."},
 				func() float64 { agents, _ := s.reg.counts(); return float64(agents) }),
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "hanse_identity_entries", Help: "Registration entries."},

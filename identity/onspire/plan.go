@@ -42,8 +42,13 @@ func (e Entry) entryID() string {
 // IDPrefix is how the IDs of all entries of ours begin.
 const IDPrefix = idPrefix
 
-// Registration is the entry as an authority of Hanse's own keeps it.
-func (e Entry) Registration() *types.Entry { return e.proto(nil) }
+// Registration is the entry as an authority of Hanse's own keeps it: without the hint, for of several entries with the same one an agent gives a
+// process the first only.
+func (e Entry) Registration() *types.Entry {
+	p := e.proto(nil)
+	p.Hint = ""
+	return p
+}
 
 func (e Entry) proto(federates []string) *types.Entry {
 	p := &types.Entry{Id: e.entryID(), SpiffeId: spiretypes.FromID(e.ID), ParentId: spiretypes.FromID(e.Parent), Hint: hint,

@@ -52,6 +52,8 @@ type Writer struct {
 
 	done      map[discovery.Name]*discovery.Import // owned by Run: what was last written
 	withdrawn map[string]bool                      // owned by Run: members whose endpoints are not written
+	looked    time.Time                            // owned by Run: when the routes' status was last looked at
+	owed      bool                                 // owned by Run: it is to be looked at again
 }
 
 const (
@@ -59,6 +61,8 @@ const (
 	maxWrites    = 8 // at one time
 	retryAfter   = 2 * time.Second
 	maxReported  = 5 // failures of one round in a line of the log
+
+	routesEvery = 500 * time.Millisecond // all routes are looked at for any change of the mesh, of which endpoints make many
 )
 
 // NewWriter returns a Writer that has written nothing.
@@ -97,6 +101,8 @@ func (w *Writer) Run(ctx context.Context) error {
 			if err != nil && ctx.Err() == nil {
 				w.cfg.Log.Warn("the API server does not hold all that the mesh says; trying again", "err", err)
 				again = time.After(retryAfter)
+			} else if w.owed {
+				again = time.After(routesEvery - time.Since(w.looked))
 			}
 		}
 		select {
@@ -179,7 +185,8 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			}, func() {})
 		}
 	}
-	if view.Local != nil {
+	if w.owed = time.Since(w.looked) < routesEvery; !w.owed && view.Local != nil {
+		w.looked = time.Now()
 		for _, r := range w.cfg.Source.routes() {
 			parents, differ, ok := objects.RouteParents(r.object, r.faults, w.cfg.Source.Set(), view, w.cfg.Now())
 			if !ok || !differ || ctx.Err() != nil {

@@ -43,7 +43,7 @@ type Config struct {
 	Federation Federation `json:"federation"`
 	Identity   Identity   `json:"identity"`
 	XDS        Listen     `json:"xds"`
-	Bundle     Listen     `json:"bundleEndpoint"`
+	Bundle     Bundles    `json:"bundleEndpoint"`
 	Remote     Listen     `json:"remoteAdmin"` // off unless an address is given
 	Admin      Listen     `json:"admin"`       // metrics and debug; loopback only
 	Health     Health     `json:"health"`      // for who has no identity, the kubelet above all; off unless an address is given
@@ -57,6 +57,20 @@ type Config struct {
 // Listen is one listener.
 type Listen struct {
 	Listen string `json:"listen"`
+}
+
+// Bundles is the bundle endpoint (https_spiffe), and what https_web needs.
+type Bundles struct {
+	Listen   string `json:"listen"`
+	Web      Web    `json:"web"`
+	WebRoots string `json:"webRoots"` // PEM file of who vouches for other trust domains' https_web endpoints; default: the system's roots
+}
+
+// Web is the bundle endpoint with the https_web profile; without listen there is none.
+type Web struct {
+	Listen   string `json:"listen"`
+	CertFile string `json:"certFile"` // PEM files; they are read again when they change
+	KeyFile  string `json:"keyFile"`
 }
 
 // KubeAPI is an API server. In a pod its service account serves; elsewhere a kubeconfig does.
@@ -312,6 +326,14 @@ func (c *Config) Validate() error {
 		}
 		if _, _, err := net.SplitHostPort(l.addr); err != nil {
 			bad(l.field, "%q is not host:port", l.addr)
+		}
+	}
+	if w := c.Bundle.Web; w != (Web{}) {
+		if _, _, err := net.SplitHostPort(w.Listen); err != nil {
+			bad("bundleEndpoint.web.listen", "%q is not host:port", w.Listen)
+		}
+		if w.CertFile == "" || w.KeyFile == "" {
+			bad("bundleEndpoint.web", "certFile and keyFile must be given: the certificate that web clients are to see")
 		}
 	}
 	if h, _, err := net.SplitHostPort(c.Admin.Listen); err == nil {

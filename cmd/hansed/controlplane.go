@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -138,7 +140,11 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		return nil, err
 	}
 	p.source.SetBundles(p.bundles.All())
-	if p.puller, err = bundle.NewPuller(bundle.PullerConfig{Store: p.bundles, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
+	webRoots, err := readRoots(cfg.Bundle.WebRoots)
+	if err != nil {
+		return nil, err
+	}
+	if p.puller, err = bundle.NewPuller(bundle.PullerConfig{Store: p.bundles, WebRoots: webRoots, Log: log.With("part", "bundles"), Registerer: reg}); err != nil {
 		return nil, err
 	}
 	if p.authority != nil {
@@ -613,4 +619,20 @@ type drillRecords struct{ records }
 
 func (r drillRecords) List(ctx context.Context) (map[string][]byte, error) {
 	return r.records.List(ctx, "")
+}
+
+// readRoots reads the authorities of the web from a PEM file; without one it is nil, the system's.
+func readRoots(file string) (*x509.CertPool, error) {
+	if file == "" {
+		return nil, nil
+	}
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("bundleEndpoint.webRoots: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("bundleEndpoint.webRoots: no certificate in %s", file)
+	}
+	return pool, nil
 }

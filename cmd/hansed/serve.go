@@ -84,6 +84,18 @@ func (p *controlPlane) serve(ctx context.Context) error {
 	bundles.TLSConfig = bundle.EndpointTLS(p.source)
 	servers = append(servers, serveHTTP(bundles, l, true))
 
+	// The same for those who go by the web's authorities.
+	if w := p.cfg.Bundle.Web; w.Listen != "" {
+		if l, err = tcp("https_web bundle endpoint", w.Listen, false); err != nil {
+			return fail(err)
+		}
+		web := httpServer(endpoint, p.log)
+		if web.TLSConfig, err = bundle.WebTLS(w.CertFile, w.KeyFile, p.log.With("part", "bundles")); err != nil {
+			return fail(err)
+		}
+		servers = append(servers, serveHTTP(web, l, true))
+	}
+
 	// 7448: admission reviews of Kubernetes.
 	if p.webhook != nil {
 		if l, err = tcp("webhook", p.cfg.KubeAPI.Webhook.Listen, false); err != nil {

@@ -3,6 +3,7 @@ package bundle
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -85,6 +86,7 @@ type PullerConfig struct {
 	Store      *Store
 	Timeout    time.Duration                                                     // of one pull, default 30 s
 	Dial       func(ctx context.Context, network, addr string) (net.Conn, error) // default: a net.Dialer
+	WebRoots   *x509.CertPool                                                    // who vouches for https_web endpoints; nil: the system's roots
 	Log        *slog.Logger
 	Registerer prometheus.Registerer // may be nil
 }
@@ -132,7 +134,7 @@ func (p *Puller) Run(ctx context.Context) error {
 		next := now.Add(time.Hour)
 		seen := map[spiffeid.TrustDomain]bool{}
 		for _, r := range p.cfg.Store.Relations() {
-			if r.URL == "" || r.Profile != HTTPSSPIFFE {
+			if r.URL == "" {
 				continue
 			}
 			seen[r.TrustDomain] = true
@@ -205,7 +207,11 @@ func (p *Puller) pull(ctx context.Context, r Relation) (time.Duration, error) {
 	if err != nil {
 		return 0, fmt.Errorf("pull bundle of %s from %s: %w", r.TrustDomain, r.URL, err)
 	}
-	if err := p.cfg.Store.Set(r.TrustDomain, b, r.URL); err != nil {
+	set := p.cfg.Store.Set
+	if r.Profile == HTTPSWeb {
+		set = p.cfg.Store.SetVouched
+	}
+	if err := set(r.TrustDomain, b, r.URL); err != nil {
 		return 0, err
 	}
 	hint, ok := b.RefreshHint()
@@ -215,8 +221,30 @@ func (p *Puller) pull(ctx context.Context, r Relation) (time.Duration, error) {
 	return hint, nil
 }
 
+// verifySPIFFE accepts an endpoint that presents that ID, by the bundle in force.
+func (p *Puller) verifySPIFFE(endpoint spiffeid.ID) *tls.Config {
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS12, // foreign endpoints
+		InsecureSkipVerify:     true,             // no host names: VerifyConnection verifies chain and ID
+		SessionTicketsDisabled: true,
+		VerifyConnection: func(state tls.ConnectionState) error {
+			id, err := identity.Verify(state.PeerCertificates, p.cfg.Store, time.Now())
+			if err != nil {
+				return err
+			}
+			return identity.AuthorizeID(endpoint)(id)
+		},
+	}
+}
+
 func (p *Puller) fetch(ctx context.Context, r Relation) (*spiffebundle.Bundle, error) {
-	if r.Profile != HTTPSSPIFFE {
+	var verify *tls.Config
+	switch r.Profile {
+	case HTTPSWeb:
+		verify = &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true, RootCAs: p.cfg.WebRoots}
+	case HTTPSSPIFFE:
+		verify = p.verifySPIFFE(r.EndpointID)
+	default:
 		return nil, fmt.Errorf("profile %q is not supported", r.Profile)
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
@@ -225,18 +253,7 @@ func (p *Puller) fetch(ctx context.Context, r Relation) (*spiffebundle.Bundle, e
 		DialContext:       p.cfg.Dial,
 		DisableKeepAlives: true,
 		ForceAttemptHTTP2: true,
-		TLSClientConfig: &tls.Config{
-			MinVersion:             tls.VersionTLS12, // foreign endpoints
-			InsecureSkipVerify:     true,             // no host names: VerifyConnection verifies chain and ID
-			SessionTicketsDisabled: true,
-			VerifyConnection: func(state tls.ConnectionState) error {
-				id, err := identity.Verify(state.PeerCertificates, p.cfg.Store, time.Now())
-				if err != nil {
-					return err
-				}
-				return identity.AuthorizeID(r.EndpointID)(id)
-			},
-		},
+		TLSClientConfig:   verify,
 	}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{

@@ -412,13 +412,16 @@ func TestDistrustRoot(t *testing.T) {
 		if len(f) != 1 || f[0].Mode != DistrustRoot || f[0].Root != "east.demo" || f[0].Lease.AsDuration() != Lease {
 			t.Errorf("faults: %v", f)
 		}
+		if f := e.Faults(nil, false).Faults; len(f) != 1 {
+			t.Errorf("a caller that is no endpoint goes on trusting: %v", f)
+		}
 		time.Sleep(20 * time.Second)
 		if d, _, final, _ := e.Get(id); !final || d.State != "done" || store.healed.Load() != 1 || len(e.Faults([]string{"127.0.1.11"}, false).Faults) != 0 {
 			t.Errorf("healed %d times: %+v", store.healed.Load(), d)
 		}
 		spec.Scope.Zone = "eu-1a" // sidecars alone
 		store.distrusted.Store(0)
-		if _, err := e.Start(ctx, spec); err != nil || store.distrusted.Load() != 0 {
+		if _, err := e.Start(ctx, spec); err != nil || store.distrusted.Load() != 0 || len(e.Faults(nil, false).Faults) != 0 {
 			t.Errorf("the control plane distrusts for %d in a drill of a zone: %v", store.distrusted.Load(), err)
 		}
 		cancel()

@@ -364,7 +364,7 @@ func (e *Engine) Start(ctx context.Context, spec admin.DrillSpec) (string, error
 		drill: admin.Drill{ID: id, Spec: spec, State: "running", Started: e.cfg.Now(), Success: 1},
 	}
 	r.aim(spec, cs)
-	if inSidecars(spec.Mode) && len(r.hits) == 0 {
+	if inSidecars(spec.Mode) && len(r.hits) == 0 && (spec.Mode != DistrustRoot || !whole(spec.Scope)) {
 		return "", fmt.Errorf("nothing to drill: no endpoint of %s matches", scopeText(spec.Scope))
 	}
 
@@ -533,6 +533,10 @@ func (e *Engine) Faults(workloadIPs []string, gateway bool) *xdspb.Faults {
 			if spec.Mode == Blackhole && whole(s) {
 				out.Faults = append(out.Faults, f)
 			}
+			continue
+		}
+		if spec.Mode == DistrustRoot && whole(spec.Scope) { // callers that are nobody's endpoint, too
+			out.Faults = append(out.Faults, f)
 			continue
 		}
 		for _, ip := range workloadIPs {

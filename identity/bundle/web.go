@@ -16,7 +16,7 @@ func WebTLS(certFile, keyFile string, log *slog.Logger) (*tls.Config, error) {
 	if err := w.load(); err != nil {
 		return nil, err
 	}
-	return &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}, GetCertificate: w.get}, nil
+	return &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true, NextProtos: []string{"h2", "http/1.1"}, GetCertificate: w.get}, nil
 }
 
 type webCertificate struct {

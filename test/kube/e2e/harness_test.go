@@ -53,6 +53,10 @@ func up(t *testing.T) *scene {
 	s.west, s.east = &cluster{l.Clusters["west"], s}, &cluster{l.Clusters["east"], s}
 	for _, c := range s.both() {
 		c.volume()
+		s.until(time.Minute, func() error { // the last thing that a new cluster makes
+			_, err := c.Kubectl(s.ctx, "-n", "kube-node-lease", "get", "lease", "node-"+c.Name)
+			return err
+		})
 	}
 	return s
 }

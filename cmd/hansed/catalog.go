@@ -222,6 +222,13 @@ func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.Sta
 	return snap, next
 }
 
+// buildFaults is what does not fit with the rest in the last Snapshot, and what the sources say.
+func (c *catalog) buildFaults() []*objects.Fault {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.faults
+}
+
 // Faults is what is wrong with the configuration now.
 func (c *catalog) Faults() []admin.Fault {
 	c.mu.Lock()

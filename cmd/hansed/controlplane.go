@@ -211,7 +211,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 
 	p.reach = newReach(cfg, p.kube)
 	if p.kube != nil {
-		p.writer = kube.NewWriter(kube.WriterConfig{Source: p.kube, Self: self, View: p.kubeView, Log: log.With("part", "kubernetes"), Registerer: reg})
+		p.writer = kube.NewWriter(kube.WriterConfig{Source: p.kube, Self: self, View: p.kubeView, Faults: p.catalog.buildFaults, Log: log.With("part", "kubernetes"), Registerer: reg})
 		if w := cfg.KubeAPI.Webhook; w.Listen != "" {
 			p.webhook = newWebhook(w.Inject, log.With("part", "webhook"), reg)
 		}

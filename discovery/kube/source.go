@@ -285,7 +285,7 @@ func (s *Source) publish() {
 	var gone []objects.Key
 	reported := false
 	for r := range changed {
-		reported = reported || slices.Contains(reportedKinds, r.kind.name)
+		reported = reported || slices.Contains(reportedKinds, r.kind.name) || statusOf(r.kind.items[r.name].value) != nil
 		p, g := s.objectsOf(r)
 		put, gone = append(put, p...), append(gone, g...)
 	}

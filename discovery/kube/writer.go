@@ -33,19 +33,20 @@ import (
 // fieldManager owns the fields that Hanse writes (server-side apply).
 const fieldManager = "hansed"
 
-// WriterConfig configures a Writer. All but Registerer and Now are required.
+// WriterConfig configures a Writer. All but Faults, Registerer and Now are required.
 type WriterConfig struct {
 	Source *Source // of the same API server; run by somebody else
 	Self   discovery.Self
 	// View returns the newest view of the mesh, nil before there is one, and a channel that is closed when there is a newer one.
 	View       func() (*discovery.Clusterset, <-chan struct{})
+	Faults     func() []*objects.Fault // of objects that do not fit with others; nil is none
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	Now        func() time.Time // nil is time.Now
 }
 
 // Writer keeps what an API server holds of the mesh as the mesh is: ServiceImports, the Services and EndpointSlices behind them, and the
-// status of ServiceExports and of routes. It writes only what differs. One replica of hansed runs it, the leader.
+// status of ServiceExports, of routes and of our own kinds. It writes only what differs. One replica of hansed runs it, the leader.
 type Writer struct {
 	cfg    WriterConfig // read-only after NewWriter
 	writes *prometheus.CounterVec
@@ -194,6 +195,16 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			}
 			each("status of "+r.object.Key().String(), func() error { return w.patchParents(ctx, r, parents) }, func() {})
 		}
+	}
+	wrong := w.faultsByObject()
+	for _, p := range w.cfg.Source.policies() {
+		conditions, differ := p.accepted(wrong[p.key.String()], w.cfg.Now())
+		if !differ || ctx.Err() != nil {
+			continue
+		}
+		each("status of "+p.key.String(), func() error {
+			return w.patchStatus(ctx, p.resource, p.name(), map[string]any{"conditions": conditions})
+		}, func() {})
 	}
 	running.Wait()
 	return short(faults)

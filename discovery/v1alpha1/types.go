@@ -21,8 +21,10 @@ const SPIREAPIVersion = "spire.spiffe.io/v1alpha1"
 // member's name, and metadata.labels are what a ServiceExport's audience can select.
 //
 // +kubebuilder:resource:scope=Cluster,categories=hanse
+// +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name=Introductions,type=string,JSONPath=`.spec.introductions`
 // +kubebuilder:printcolumn:name=Disabled,type=boolean,JSONPath=`.spec.disabled`
+// +kubebuilder:printcolumn:name=Accepted,type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
 // +kubebuilder:printcolumn:name=Age,type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:validation:XValidation:rule="self.metadata.name.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')",message="metadata.name is a member's name: a DNS label"
 type Peer struct {
@@ -31,7 +33,29 @@ type Peer struct {
 
 	// Spec is what is wanted.
 	Spec PeerSpec `json:"spec,omitempty"`
+	// Status is what became of it.
+	//
+	// +optional
+	Status Status `json:"status,omitzero"`
 }
+
+// Status is what became of an object; hansed writes it.
+type Status struct {
+	// Conditions: Accepted says whether the object is in force as it is now, or why not.
+	//
+	// +listType=map
+	// +listMapKey=type
+	// +kubebuilder:validation:MaxItems=8
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// The condition of our own kinds and its reasons (GEP-713).
+const (
+	ConditionAccepted = "Accepted"
+	ReasonAccepted    = "Accepted"
+	ReasonInvalid     = "Invalid"
+	ReasonPending     = "Pending" // it is right, and waits for another object
+)
 
 // Values of PeerSpec.Introductions.
 const (
@@ -71,8 +95,10 @@ type PeerImport struct {
 // TrafficPolicy is the caller's: how the workloads of this cluster call the services it targets. It is never exported.
 //
 // +kubebuilder:resource:shortName=tp,categories=hanse
+// +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name=Mode,type=string,JSONPath=`.spec.locality.mode`
 // +kubebuilder:printcolumn:name=Services,type=string,JSONPath=`.spec.targetRefs[*].name`
+// +kubebuilder:printcolumn:name=Accepted,type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
 // +kubebuilder:printcolumn:name=Age,type=date,JSONPath=`.metadata.creationTimestamp`
 type TrafficPolicy struct {
 	metav1.TypeMeta   `json:",inline"`
@@ -80,6 +106,10 @@ type TrafficPolicy struct {
 
 	// Spec is what is wanted.
 	Spec TrafficPolicySpec `json:"spec"`
+	// Status is what became of it.
+	//
+	// +optional
+	Status Status `json:"status,omitzero"`
 }
 
 // TargetRef names a Service in the policy's own namespace (GEP-713, direct policy attachment).
@@ -227,9 +257,11 @@ type Timeouts struct {
 // AccessPolicy is the server's: who may call the targeted services of this cluster.
 //
 // +kubebuilder:resource:shortName=ap,categories=hanse
+// +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name=Action,type=string,JSONPath=`.spec.action`
 // +kubebuilder:printcolumn:name=Mode,type=string,JSONPath=`.spec.mode`
 // +kubebuilder:printcolumn:name=Services,type=string,JSONPath=`.spec.targetRefs[*].name`
+// +kubebuilder:printcolumn:name=Accepted,type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
 // +kubebuilder:printcolumn:name=Age,type=date,JSONPath=`.metadata.creationTimestamp`
 type AccessPolicy struct {
 	metav1.TypeMeta   `json:",inline"`
@@ -237,6 +269,10 @@ type AccessPolicy struct {
 
 	// Spec is what is wanted.
 	Spec AccessPolicySpec `json:"spec"`
+	// Status is what became of it.
+	//
+	// +optional
+	Status Status `json:"status,omitzero"`
 }
 
 // Values of AccessPolicySpec.Action and Mode.

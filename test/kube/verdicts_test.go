@@ -221,3 +221,46 @@ func TestExplain(t *testing.T) {
 		}
 	}
 }
+
+// TestPolicyStatus: objects of our own kinds say whether they are in force, and why not.
+func TestPolicyStatus(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	s.crds("../../deploy/crd", "hanse.mesh")
+	s.apply([]byte(shop))
+	src := source(t, s)
+	until(t, "complete", src.Complete)
+	local, _ := snapshot(t, src.Set())
+	writer(t, s, src).set(local)
+	tp := schema.GroupVersionResource{Group: "hanse.mesh", Version: "v1alpha1", Resource: "trafficpolicies"}
+	peers := schema.GroupVersionResource{Group: "hanse.mesh", Version: "v1alpha1", Resource: "peers"}
+	policy := func(header string) {
+		s.apply(fmt.Appendf(nil, "apiVersion: hanse.mesh/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: p, namespace: shop}\nspec: {targetRefs: [{kind: Service, name: payments}], loadBalancer: {type: RingHash, hashHeader: %q}}\n", header))
+	}
+	is := func(r schema.GroupVersionResource, namespace, name, status, reason, message string) {
+		t.Helper()
+		until(t, fmt.Sprintf("%s is Accepted=%s (%s): %s", name, status, reason, message), func() bool {
+			o := s.get(r, namespace, name)
+			for _, c := range at[[]any](o, "status", "conditions") {
+				m := c.(map[string]any)
+				if m["type"] == "Accepted" {
+					return m["status"] == status && m["reason"] == reason && strings.Contains(m["message"].(string), message) && m["observedGeneration"] == o.GetGeneration()
+				}
+			}
+			return false
+		})
+	}
+	policy("x-user")
+	s.apply([]byte("apiVersion: hanse.mesh/v1alpha1\nkind: Peer\nmetadata: {name: east}\nspec: {import: {spiffeIDs: [\"spiffe://East/**\"]}}\n"))
+	is(tp, "shop", "p", "True", "Accepted", "in force")
+	is(peers, "", "east", "False", "Invalid", "spec.import.spiffeIDs[0]")
+	policy("a b")
+	is(tp, "shop", "p", "False", "Invalid", `spec.loadBalancer.hashHeader: "a b"`)
+	policy("x-tenant")
+	is(tp, "shop", "p", "True", "Accepted", "in force")
+	before := s.get(tp, "shop", "p").GetResourceVersion()
+	time.Sleep(time.Second)
+	if after := s.get(tp, "shop", "p").GetResourceVersion(); after != before {
+		t.Error("an unchanged status was written again")
+	}
+}

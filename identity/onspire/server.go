@@ -206,7 +206,7 @@ func (s *Server) Changed() <-chan struct{} {
 	return s.changed
 }
 
-// Entries are those that are kept on spire-server, as of the last look. They must not be changed.
+// Entries are those that are kept on spire-server, as of the last look: what has just been made is among them when that look ends. They must not be changed.
 func (s *Server) Entries() []*types.Entry {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -648,9 +648,13 @@ func (c *member) outage() {
 		})
 	}
 	entries("Found 1 entr")
-	if out := c.must("", "identity", "list", "-o", "json"); !strings.Contains(out, id) || !strings.Contains(out, "unix:path:"+c.dir+"/late") {
-		c.m.t.Errorf("hanse identity list does not show the entry on SPIRE:\n%s", out)
-	}
+	c.m.eventually("hanse identity list shows the entry on SPIRE", func() error {
+		out, err := c.hanse("", "identity", "list", "-o", "json")
+		if err == nil && !strings.Contains(out, "unix:path:"+c.dir+"/late") {
+			err = errors.New(out)
+		}
+		return err
+	})
 	c.m.eventually("status is green again", func() error {
 		if ok, text := c.status(); !ok {
 			return errors.New(text)

@@ -10,12 +10,15 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/go-logr/logr"
 	"golang.org/x/term"
+	"k8s.io/klog/v2"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 )
 
 func main() {
+	klog.SetLogger(logr.Discard()) // client-go tells of each stream that is closed; what matters is in its errors
 	os.Exit(mainCode())
 }
 

@@ -91,6 +91,7 @@ type Agent struct {
 	state  state
 	client *client
 	addrs  []string // of servers, the next one to try first
+	ended  bool     // runServer has closed the last client
 
 	jwts *jwtCache // has its own lock
 }
@@ -166,7 +167,7 @@ func (a *Agent) runServer(ctx context.Context) error {
 	defer func() {
 		a.work <- struct{}{}
 		a.client.close()
-		a.client = nil
+		a.client, a.ended = nil, true
 		<-a.work
 	}()
 	var backoff time.Duration

@@ -44,7 +44,9 @@ func (a *Agent) followOnce(ctx context.Context) error {
 		return err
 	}
 	c, err := a.client, errNotAttested
-	if a.state.agent.valid(a.cfg.Now()) {
+	if a.ended { // a client made now would never be closed
+		err = context.Canceled
+	} else if a.state.agent.valid(a.cfg.Now()) {
 		c, err = a.mutual()
 	}
 	<-a.work

@@ -29,6 +29,7 @@ import (
 	"github.com/hanse-mesh/hanse/proxy/dns"
 	"github.com/hanse-mesh/hanse/proxy/gateway"
 	"github.com/hanse-mesh/hanse/proxy/hop"
+	"github.com/hanse-mesh/hanse/proxy/probe"
 	"github.com/hanse-mesh/hanse/proxy/sidecar"
 	"github.com/hanse-mesh/hanse/proxy/xdsclient"
 )
@@ -124,8 +125,8 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 			g.Add("dns", resolver.Run)
 		}
 		if cfg.Health.Listen != "" {
-			health := &checker{cfg: cfg.Health, at: netip.MustParseAddr(cfg.Workloads[0].Address), ready: p.ready, dial: p.dial, log: log}
-			g.Add("health", health.run)
+			health := &probe.Server{Listen: cfg.Health.Listen, Checks: cfg.Health.Checks, Node: cfg.Health.node, Workload: netip.MustParseAddr(cfg.Workloads[0].Address), Ready: p.ready, Dial: p.dial, Log: log}
+			g.Add("health", health.Run)
 		}
 		g.Add("tracing", tracing.run)
 		g.Add("gateway checks", func(ctx context.Context) error { return health.Run(ctx, p.balancer) })
@@ -149,8 +150,8 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 		})
 	case roleGateway:
 		if cfg.Health.Listen != "" {
-			health := &checker{cfg: cfg.Health, ready: p.ready, log: log}
-			g.Add("health", health.run)
+			health := &probe.Server{Listen: cfg.Health.Listen, Ready: p.ready, Log: log}
+			g.Add("health", health.Run)
 		}
 		g.Add("gateway", func(ctx context.Context) error {
 			if err := p.source.Wait(ctx); err != nil {

@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"sigs.k8s.io/yaml"
+
+	"github.com/hanse-mesh/hanse/proxy/probe"
 )
 
 // The sidecar's configuration file, as cmd/hanse-proxy reads it; a test there holds both together.
@@ -18,7 +20,7 @@ type (
 		Socket       string       `json:"socket"`
 		Workloads    []workload   `json:"workloads"`
 		Capture      capturing    `json:"capture"`
-		Health       Health       `json:"health"`
+		Health       health       `json:"health"`
 		Log          logging      `json:"log"`
 	}
 	controlPlane struct {
@@ -50,47 +52,20 @@ type (
 	}
 )
 
-// Health is where the sidecar answers the kubelet, for itself and for the application: the kubelet has no identity, and what it asks the
+// health is where the sidecar answers the kubelet, for itself and for the application: the kubelet has no identity, and what it asks the
 // application is asked by the sidecar, in the Pod.
-type Health struct {
-	Listen string           `json:"listen"`
-	Checks map[string]Check `json:"checks,omitempty"` // by path
+type health struct {
+	Listen string                 `json:"listen"`
+	Checks map[string]probe.Check `json:"checks,omitempty"` // by path
 }
 
-// Check is one probe of the application: by HTTP, by gRPC (its health protocol), or whether a TCP port accepts.
-type Check struct {
-	HTTP *HTTPCheck `json:"http,omitempty"`
-	GRPC *GRPCCheck `json:"grpc,omitempty"`
-	TCP  *TCPCheck  `json:"tcp,omitempty"`
-	Hook bool       `json:"hook,omitempty"` // it may take as long as it likes: the kubelet ends it
-}
-
-// HTTPCheck is a GET. Answers from 200 to 399 are good.
-type HTTPCheck struct {
-	Port    uint16      `json:"port"`
-	Path    string      `json:"path"`
-	HTTPS   bool        `json:"https,omitempty"` // whoever's certificate it is
-	Headers [][2]string `json:"headers,omitempty"`
-}
-
-// GRPCCheck asks grpc.health.v1.Health for a service, which may be "".
-type GRPCCheck struct {
-	Port    uint16 `json:"port"`
-	Service string `json:"service,omitempty"`
-}
-
-// TCPCheck connects.
-type TCPCheck struct {
-	Port uint16 `json:"port"`
-}
-
-func (v *Values) config(s *settings, checks map[string]Check) (string, error) {
+func (v *Values) config(s *settings, checks map[string]probe.Check) (string, error) {
 	c := proxyConfig{
 		Role: "sidecar", Cluster: v.Cluster, TrustDomain: v.TrustDomain, Network: v.Network,
 		ControlPlane: controlPlane{Identity: v.Identity, XDS: v.XDS, TrustBundle: rootDir + "/" + rootKey, PodToken: tokenDir + "/token"},
 		StateDir:     stateDir + "/state", Socket: "none", Workloads: []workload{{AnyPort: true}},
 		Capture: capturing{Enabled: true, DNS: true, Outbound: outbound{ExcludePorts: s.skipOut, Exclude: s.skipIPs}, Inbound: inbound{ExemptPorts: s.exempt}},
-		Health:  Health{Listen: fmt.Sprintf(":%d", healthPort), Checks: checks}, Log: logging{Level: v.LogLevel},
+		Health:  health{Listen: fmt.Sprintf(":%d", healthPort), Checks: checks}, Log: logging{Level: v.LogLevel},
 	}
 	if len(s.skipIn) > 0 {
 		c.Capture.Inbound.ExcludePorts = append([]string{"22"}, s.skipIn...)

@@ -13,6 +13,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/hanse-mesh/hanse/discovery/kube"
+	"github.com/hanse-mesh/hanse/proxy/probe"
 )
 
 func values(t *testing.T) *Values {
@@ -77,9 +78,9 @@ func TestPod(t *testing.T) {
 	if err := yaml.UnmarshalStrict([]byte(meta.Annotations[annotationConfig]), &c); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]Check{"/check/app/liveness": {HTTP: &HTTPCheck{Port: 8080, Path: "/healthz", Headers: [][2]string{{"Host", "a"}}}},
-		"/check/app/readiness": {TCP: &TCPCheck{Port: 9090}}, "/check/app/startup": {GRPC: &GRPCCheck{Port: 7070, Service: "s"}},
-		"/hook/app/pre-stop": {HTTP: &HTTPCheck{Port: 8080, Path: "/drain"}, Hook: true}}
+	want := map[string]probe.Check{"/check/app/liveness": {HTTP: &probe.HTTP{Port: 8080, Path: "/healthz", Headers: [][2]string{{"Host", "a"}}}},
+		"/check/app/readiness": {TCP: &probe.TCP{Port: 9090}}, "/check/app/startup": {GRPC: &probe.GRPC{Port: 7070, Service: "s"}},
+		"/hook/app/pre-stop": {HTTP: &probe.HTTP{Port: 8080, Path: "/drain"}, Hook: true}}
 	if a, b := mustJSON(t, c.Health.Checks), mustJSON(t, want); a != b {
 		t.Errorf("checks %s, want %s", a, b)
 	}

@@ -28,7 +28,7 @@ const (
 
 	configDir  = "/etc/hanse/proxy"
 	configFile = "hanse-proxy.yaml"
-	rootDir    = "/etc/hanse/root"
+	rootDir    = "/etc/hanse/trust"
 	tokenDir   = "/var/run/secrets/hanse"
 	stateDir   = "/var/lib/hanse"
 	apiDir     = "/run/hanse-workload-api"

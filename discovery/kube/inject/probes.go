@@ -5,12 +5,14 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/hanse-mesh/hanse/proxy/probe"
 )
 
 // rewriteProbes leads what the kubelet would ask the application over the network to the sidecar, and returns what it is to be asked there. Commands
 // stay, and so do probes that name a host: they go elsewhere.
-func rewriteProbes(spec *corev1.PodSpec) map[string]Check {
-	checks := map[string]Check{}
+func rewriteProbes(spec *corev1.PodSpec) map[string]probe.Check {
+	checks := map[string]probe.Check{}
 	for _, containers := range [][]corev1.Container{spec.Containers, spec.InitContainers} {
 		for i := range containers {
 			c := &containers[i]
@@ -32,7 +34,7 @@ func rewriteProbes(spec *corev1.PodSpec) map[string]Check {
 }
 
 // rewriteHooks does the same with what the kubelet calls when a container has started and before it ends.
-func rewriteHooks(spec *corev1.PodSpec, checks map[string]Check) {
+func rewriteHooks(spec *corev1.PodSpec, checks map[string]probe.Check) {
 	for _, containers := range [][]corev1.Container{spec.Containers, spec.InitContainers} {
 		for i := range containers {
 			c := &containers[i]
@@ -56,29 +58,29 @@ func rewriteHooks(spec *corev1.PodSpec, checks map[string]Check) {
 	}
 }
 
-func checkOf(h *corev1.ProbeHandler, ports []corev1.ContainerPort) (Check, bool) {
+func checkOf(h *corev1.ProbeHandler, ports []corev1.ContainerPort) (probe.Check, bool) {
 	switch {
 	case h.HTTPGet != nil && h.HTTPGet.Host == "":
 		port, ok := portOf(h.HTTPGet.Port, ports)
-		check := &HTTPCheck{Port: port, Path: h.HTTPGet.Path, HTTPS: h.HTTPGet.Scheme == corev1.URISchemeHTTPS}
+		check := &probe.HTTP{Port: port, Path: h.HTTPGet.Path, HTTPS: h.HTTPGet.Scheme == corev1.URISchemeHTTPS}
 		if !strings.HasPrefix(check.Path, "/") {
 			check.Path = "/" + check.Path
 		}
 		for _, f := range h.HTTPGet.HTTPHeaders {
 			check.Headers = append(check.Headers, [2]string{f.Name, f.Value})
 		}
-		return Check{HTTP: check}, ok
+		return probe.Check{HTTP: check}, ok
 	case h.TCPSocket != nil && h.TCPSocket.Host == "":
 		port, ok := portOf(h.TCPSocket.Port, ports)
-		return Check{TCP: &TCPCheck{Port: port}}, ok
+		return probe.Check{TCP: &probe.TCP{Port: port}}, ok
 	case h.GRPC != nil:
-		check := &GRPCCheck{Port: uint16(h.GRPC.Port)}
+		check := &probe.GRPC{Port: uint16(h.GRPC.Port)}
 		if h.GRPC.Service != nil {
 			check.Service = *h.GRPC.Service
 		}
-		return Check{GRPC: check}, h.GRPC.Port > 0 && h.GRPC.Port < 1<<16
+		return probe.Check{GRPC: check}, h.GRPC.Port > 0 && h.GRPC.Port < 1<<16
 	}
-	return Check{}, false
+	return probe.Check{}, false
 }
 
 func portOf(p intstr.IntOrString, ports []corev1.ContainerPort) (uint16, bool) {

@@ -151,7 +151,7 @@ bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION):
 	@mv bin/tools/controller-gen $@
 
 .PHONY: test-kube
-test-kube: bin/tools/kube-apiserver bin/tools/coredns ## Against real Kubernetes v1.36.3 programs (8 CPU minutes to build them, once)
+test-kube: bin/tools/kube-apiserver bin/tools/coredns bin/tools/kubectl ## Against real Kubernetes v1.36.3 programs (8 CPU minutes to build them, once)
 	$(GO) test -race -count=1 -timeout 20m ./test/kube
 
 KUBERNETES_BUILD = @mkdir -p bin/tools && cd test/kube/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w $(KUBERNETES_LDFLAGS)' -o ../../../bin/tools/

@@ -17,24 +17,7 @@ func TestMCSIsTested(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sources := map[string]string{} // of tests, by package name
-	for _, dir := range []string{"../test/kube", "../federation", "../proxy/dns", "../cmd/hansed", "."} {
-		files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
-		if err != nil || len(files) == 0 {
-			t.Fatalf("no tests in %s: %v", dir, err)
-		}
-		for _, f := range files {
-			b, err := os.ReadFile(f)
-			if err != nil {
-				t.Fatal(err)
-			}
-			name := filepath.Base(dir)
-			if name == "." {
-				name = "docs"
-			}
-			sources[name] += string(b)
-		}
-	}
+	sources := testSources(t, "../test/kube", "../federation", "../proxy/dns", "../cmd/hansed", ".")
 	rows := 0
 	for row := range strings.SplitSeq(string(page), "\n") {
 		if !strings.HasPrefix(row, "| ") || strings.HasPrefix(row, "| the specification") {
@@ -42,19 +25,7 @@ func TestMCSIsTested(t *testing.T) {
 		}
 		rows++
 		cells := strings.Split(row, "|")
-		names := regexp.MustCompile("`(?:(\\w+)\\.)?(Test\\w+)(?:/([^`]+))?`").FindAllStringSubmatch(cells[len(cells)-2], -1)
-		if len(names) == 0 {
-			t.Errorf("no test in the row %.100s", row)
-		}
-		for _, n := range names {
-			pkg := n[1]
-			if pkg == "" {
-				pkg = "kube"
-			}
-			if !strings.Contains(sources[pkg], "\nfunc "+n[2]+"(") || !strings.Contains(sources[pkg], n[3]+`"`) {
-				t.Errorf("mcs.md names %s, which does not exist in package %s", n[0], pkg)
-			}
-		}
+		namedTests(t, "mcs.md", cells[len(cells)-2], sources, "kube", func(source, name string) bool { return strings.Contains(source, name+`"`) })
 	}
 	if rows < 30 {
 		t.Fatalf("only %d rows", rows)

@@ -2,8 +2,6 @@ package docs
 
 import (
 	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
 )
@@ -14,20 +12,7 @@ func TestAttacksAreTested(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sources := map[string]string{}
-	for _, dir := range []string{"../identity/spireapi", "../identity"} {
-		files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
-		if err != nil || len(files) == 0 {
-			t.Fatalf("no tests in %s: %v", dir, err)
-		}
-		for _, f := range files {
-			b, err := os.ReadFile(f)
-			if err != nil {
-				t.Fatal(err)
-			}
-			sources[filepath.Base(dir)] += string(b)
-		}
-	}
+	sources := testSources(t, "../identity/spireapi", "../identity")
 	_, table, ok := strings.Cut(string(page), "\n| attack | test |\n|---|---|\n")
 	if !ok {
 		t.Fatal("security.md has no table of attacks")
@@ -35,19 +20,7 @@ func TestAttacksAreTested(t *testing.T) {
 	table, _, _ = strings.Cut(table, "\n\n")
 	rows := strings.Split(strings.TrimSpace(table), "\n")
 	for _, row := range rows {
-		names := regexp.MustCompile("`(?:(\\w+)\\.)?(Test\\w+)(?:/([^`]+))?`").FindAllStringSubmatch(row, -1)
-		if len(names) == 0 {
-			t.Errorf("no test in the row %.100s", row)
-		}
-		for _, n := range names {
-			pkg := n[1]
-			if pkg == "" {
-				pkg = "spireapi"
-			}
-			if !strings.Contains(sources[pkg], "\nfunc "+n[2]+"(") || n[3] != "" && !strings.Contains(sources[pkg], `{"`+n[3]+`", func`) {
-				t.Errorf("security.md names %s, which does not exist in package %s", n[0], pkg)
-			}
-		}
+		namedTests(t, "security.md", row, sources, "spireapi", func(source, name string) bool { return strings.Contains(source, `{"`+name+`", func`) })
 	}
 	if len(rows) < 20 {
 		t.Fatalf("only %d rows", len(rows))

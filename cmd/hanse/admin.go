@@ -38,15 +38,7 @@ the configuration file; the command prints one.`,
 			if dir == "" {
 				return usage("hanse admin create alice --dir alice", "say where the files go")
 			}
-			key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-			if err != nil {
-				return err
-			}
-			public, err := x509.MarshalPKIXPublicKey(key.Public())
-			if err != nil {
-				return err
-			}
-			private, err := x509.MarshalPKCS8PrivateKey(key)
+			public, private, err := newKey()
 			if err != nil {
 				return err
 			}
@@ -59,19 +51,8 @@ the configuration file; the command prints one.`,
 			if err != nil {
 				return err
 			}
-			var chain []byte
-			for _, der := range svid.Chain {
-				chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
-			}
-			if err := os.MkdirAll(dir, 0o700); err != nil {
+			if err := writeSVID(dir, svid.Chain, private, svid.Bundle); err != nil {
 				return err
-			}
-			for name, content := range map[string][]byte{
-				"svid.pem": chain, "key.pem": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), "bundle.json": svid.Bundle,
-			} {
-				if err := replace(filepath.Join(dir, name), content); err != nil {
-					return err
-				}
 			}
 			if c.structured() {
 				return c.print(svid)
@@ -94,6 +75,38 @@ the configuration file; the command prints one.`,
 	must(create.MarkFlagDirname("dir"))
 	group.AddCommand(create)
 	return group
+}
+
+// newKey makes a key for an SVID: what is signed, as PKIX, and what stays, as PKCS#8.
+func newKey() (public, private []byte, err error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	if public, err = x509.MarshalPKIXPublicKey(key.Public()); err != nil {
+		return nil, nil, err
+	}
+	private, err = x509.MarshalPKCS8PrivateKey(key)
+	return public, private, err
+}
+
+// writeSVID writes svid.pem, key.pem and bundle.json into a directory, which is made if it is missing.
+func writeSVID(dir string, chain [][]byte, private, bundle []byte) error {
+	var text []byte
+	for _, der := range chain {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	for name, content := range map[string][]byte{
+		"svid.pem": text, "key.pem": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), "bundle.json": bundle,
+	} {
+		if err := replace(filepath.Join(dir, name), content); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // replace writes a private file anew: never through what was there, and never readable for others.

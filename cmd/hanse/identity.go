@@ -1,14 +1,7 @@
 package main
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -156,14 +149,8 @@ FILE with mode 0600, or on standard output where --show asks for that. hansed lo
 			req := admin.MintRequest{ID: args[0], DNSNames: dns, Audience: audience, TTL: life.Seconds()}
 			var private []byte
 			if dir != "" {
-				key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-				if err != nil {
-					return err
-				}
-				if req.PublicKey, err = x509.MarshalPKIXPublicKey(key.Public()); err != nil {
-					return err
-				}
-				if private, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
+				var err error
+				if req.PublicKey, private, err = newKey(); err != nil {
 					return err
 				}
 			}
@@ -185,21 +172,7 @@ FILE with mode 0600, or on standard output where --show asks for that. hansed lo
 				err = replace(file, []byte(got.Token+"\n"))
 			default:
 				where = dir
-				var chain []byte
-				for _, der := range got.Chain {
-					chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
-				}
-				if err = os.MkdirAll(dir, 0o700); err != nil {
-					return err
-				}
-				for _, f := range []struct {
-					name    string
-					content []byte
-				}{{"svid.pem", chain}, {"key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})}, {"bundle.json", got.Bundle}} {
-					if err = replace(filepath.Join(dir, f.name), f.content); err != nil {
-						return err
-					}
-				}
+				err = writeSVID(dir, got.Chain, private, got.Bundle)
 			}
 			if err != nil {
 				return err

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -76,6 +77,10 @@ func (k *RootKeeper) Run(ctx context.Context) error {
 			}
 		}
 	}
+	var running sync.WaitGroup
+	defer running.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	var synced []cache.InformerSynced
 	watch := func(r schema.GroupVersionResource, name string) (cache.GenericLister, error) {
 		i := dynamicinformer.NewFilteredDynamicInformer(client, r, "", 0, nil, named(name))
@@ -95,7 +100,7 @@ func (k *RootKeeper) Run(ctx context.Context) error {
 		if _, err := i.Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: func(any) { signal() }, UpdateFunc: func(any, any) { signal() }, DeleteFunc: func(any) { signal() }}); err != nil {
 			return nil, err
 		}
-		go i.Informer().RunWithContext(ctx)
+		running.Go(func() { i.Informer().RunWithContext(ctx) })
 		synced = append(synced, i.Informer().HasSynced)
 		return i.Lister(), nil
 	}

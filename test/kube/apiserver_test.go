@@ -11,12 +11,14 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -48,6 +50,18 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// need skips a test that needs a program of bin/tools which is not there, or fails it where HANSE_NO_SKIP is set, as it is in CI.
+func need(t testing.TB, program, why string) {
+	t.Helper()
+	if _, err := os.Stat(tools + program); err == nil {
+		return
+	}
+	if os.Getenv("HANSE_NO_SKIP") != "" {
+		t.Fatalf("there is no %s in bin/tools (make test-kube builds it), so %s", program, why)
+	}
+	t.Skipf("SKIPPED, NOT TESTED: there is no %s in bin/tools (make test-kube builds it), so %s", program, why)
+}
+
 // server is a kube-apiserver with an etcd of its own.
 type server struct {
 	t     testing.TB
@@ -65,11 +79,23 @@ type server struct {
 	client dynamic.Interface
 }
 
+// hosts counts the addresses that freePorts has handed out.
+var hosts atomic.Uint32
+
+// freePorts returns n addresses that nobody listens on. Where all of 127.0.0.0/8 is loopback, each call has an address to itself there: tests run beside each other, and a port that is free
+// on a shared one may be taken, also by somebody's outgoing connection, before it is used.
 func freePorts(t testing.TB, n int) []string {
 	t.Helper()
+	h := hosts.Add(1)
+	host := netip.AddrFrom4([4]byte{127, 128 | byte(os.Getpid()), byte(h >> 8), byte(h)}).String()
+	if l, err := net.Listen("tcp", host+":0"); err != nil {
+		host = "127.0.0.1"
+	} else {
+		_ = l.Close()
+	}
 	var out []string
 	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		l, err := net.Listen("tcp", host+":0")
 		if err != nil {
 			t.Fatal(err)
 		}

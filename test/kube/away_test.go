@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"sync"
 	"testing"
@@ -14,7 +13,6 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"k8s.io/client-go/rest"
 
-	"github.com/hanse-mesh/hanse/discovery/kube"
 	"github.com/hanse-mesh/hanse/discovery/objects"
 )
 
@@ -101,20 +99,7 @@ func TestWatchExpires(t *testing.T) {
 	s.apply(service("changes", 80))
 	s.apply(service("goes", 80))
 	w := newWire(t, s.addr)
-	src, err := kube.New(kube.Config{REST: &rest.Config{Host: "https://" + w.Addr().String(), BearerToken: "admintoken", TLSClientConfig: s.config.TLSClientConfig},
-		Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- src.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
+	src := sourceOf(t, &rest.Config{Host: "https://" + w.Addr().String(), BearerToken: "admintoken", TLSClientConfig: s.config.TLSClientConfig})
 	port := func(name string) int {
 		snap, _ := snapshot(t, src.Set())
 		for n, svc := range snap.Services {
@@ -135,9 +120,9 @@ func TestWatchExpires(t *testing.T) {
 	s.kill()
 	client := v3client.New(s.etcd.Server)
 	defer client.Close()
-	revision, err := client.Get(ctx, "none")
+	revision, err := client.Get(t.Context(), "none")
 	if err == nil {
-		_, err = client.Compact(ctx, revision.Header.Revision)
+		_, err = client.Compact(t.Context(), revision.Header.Revision)
 	}
 	if err != nil {
 		t.Fatal(err)

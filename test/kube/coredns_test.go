@@ -23,9 +23,7 @@ import (
 // coreDNS serves clusterset.local by what s holds, until the test ends, and returns its address.
 func coreDNS(t *testing.T, s *server) string {
 	t.Helper()
-	if _, err := os.Stat(tools + "coredns"); err != nil {
-		t.Skip("SKIPPED: there is no coredns in bin/tools, so nobody else asks by what Hanse wrote")
-	}
+	need(t, "coredns", "nobody else asks by what Hanse wrote")
 	dir := t.TempDir()
 	address := freePorts(t, 1)[0]
 	host, port, _ := net.SplitHostPort(address)

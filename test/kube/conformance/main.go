@@ -51,7 +51,6 @@ func main() {
 	say := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "%6.1fs %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
 	}
-	defer os.RemoveAll(dir)
 	if err := run(ctx, *bin, dir, *version, *report, *only, say); err != nil {
 		fail(1, err)
 	}
@@ -79,6 +78,7 @@ func run(ctx context.Context, bin, dir, version, report, only string, say func(s
 	if err != nil {
 		return err
 	}
+	defer os.RemoveAll(dir) // it has an administrator's token
 	defer l.Down()
 	c := l.Clusters["gw"]
 	say("cluster up")

@@ -167,7 +167,8 @@ func makeCgroups(name string) error {
 
 // sweep removes the cgroups of labs that have ended: directories that hold nobody.
 func sweep() {
-	for _, root := range roots() {
+	// Besides roots there is "unified", where runc makes empty ones beside those of version 1.
+	for _, root := range append(roots(), "/sys/fs/cgroup/unified") {
 		labs, _ := filepath.Glob(filepath.Join(root, cgroupPrefix+"*"))
 		for _, lab := range labs {
 			owner, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(lab), cgroupPrefix), "-")

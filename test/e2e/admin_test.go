@@ -13,6 +13,7 @@ import (
 
 // TestRemoteAdministration makes an administrator over the socket, and then asks from afar: with that SVID, and with a workload's.
 func TestRemoteAdministration(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, "", "west")
 	west := l.clusters[0]
 	addr := strings.TrimSuffix(west.GatewayIP, "9") + "1:7447"

@@ -21,6 +21,7 @@ type drillReport struct {
 
 // TestDrillModes runs every mode against a mesh under load. Afterwards all is as it was.
 func TestDrillModes(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west", "east")
 	l.up()
 	drill := func(args ...string) (d drillReport) {
@@ -93,6 +94,7 @@ func TestDrillModes(t *testing.T) {
 // TestIdentityDrills lets certificates expire, distrusts a trust domain and rotates the root, under load. Nothing fails within a cluster, and
 // afterwards all is as it was, though the control plane dies in the middle.
 func TestIdentityDrills(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west", "east")
 	l.up()
 	drill := func(args ...string) (d drillReport) {

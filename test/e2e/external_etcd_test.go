@@ -59,6 +59,7 @@ func (e *etcdServer) start() {
 // TestExternalEtcd runs one cluster over an etcd that is not its own process, joins it with one that embeds, and reads with the stock
 // client what it keeps there.
 func TestExternalEtcd(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west", "east")
 	west := l.cluster("west")
 	etcd := l.etcd(west)

@@ -24,6 +24,7 @@ func (l *lab) state(c string) []endpoint {
 
 // TestFaults hurts one mesh of two clusters in many ways, one after the other. Each step ends with the mesh as it was before.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west", "east")
 	l.up()
 	before := map[string][]endpoint{"west": l.state("west"), "east": l.state("east")}
@@ -189,6 +190,7 @@ func TestFaults(t *testing.T) {
 
 // TestRotationUnderLoad lets SVIDs and roots live for seconds and calls all the time.
 func TestRotationUnderLoad(t *testing.T) {
+	t.Parallel()
 	d, lives := 20*time.Second, "identity x509Life: 4s\nidentity rootLife: 16s\n"
 	if soak() {
 		d, lives = 10*time.Minute, "identity x509Life: 20s\nidentity rootLife: 80s\n"
@@ -215,6 +217,7 @@ func TestRotationUnderLoad(t *testing.T) {
 
 // TestBadStarts is what a person sees when hansed cannot start.
 func TestBadStarts(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, "", "west")
 	c := l.clusters[0]
 	config := filepath.Join(c.Dir, "hansed.yaml")
@@ -269,6 +272,7 @@ func TestBadStarts(t *testing.T) {
 
 // TestBadTokensAreNamed is what a person sees when a join cannot be.
 func TestBadTokensAreNamed(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west", "east", "west2")
 	for _, c := range l.clusters {
 		l.start(c.Name+"/hansed", "hansed", "--config", filepath.Join(c.Dir, "hansed.yaml"))

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -29,6 +30,12 @@ import (
 // soak asks for full-length timers.
 func soak() bool { return os.Getenv("HANSE_SOAK") != "" }
 
+// Each lab of a run has a network 127.N.0.0/16 to itself.
+var (
+	firstNet = rand.IntN(128)
+	nets     atomic.Int32
+)
+
 // bin is where the programs are; TestMain builds them.
 var bin string
 
@@ -50,6 +57,13 @@ func testMain(m *testing.M) int {
 	}
 	if bin = os.Getenv(built); bin != "" { // a test that runs itself again in a namespace
 		return m.Run()
+	}
+	flag.Parse()
+	if given := flag.Lookup("test.parallel"); given.Value.String() == given.DefValue { // the tests wait far more than they work
+		if err := flag.Set("test.parallel", "4"); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 	}
 	dir, err := os.MkdirTemp("", "hanse")
 	if err != nil {
@@ -132,7 +146,7 @@ func newLab(t *testing.T, extra string, names ...string) *lab {
 		}
 		os.RemoveAll(dir)
 	})
-	net := 64 + rand.IntN(128)
+	net := 64 + (firstNet+int(nets.Add(1)))%128
 	for i, name := range names {
 		ip := func(host int) string { return fmt.Sprintf("127.%d.%d.%d", net, i+1, host) }
 		c := &cluster{Name: name, TrustDomain: name + ".test", Region: "eu-1", Dir: filepath.Join(dir, name),

@@ -51,6 +51,7 @@ spec:
 
 // TestProtocols calls from west to what only east has, through its gateway, in every protocol; and makes sure that nobody else gets anything.
 func TestProtocols(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west", "east")
 	l.up()
 	east := l.cluster("east")

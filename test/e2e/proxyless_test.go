@@ -49,6 +49,7 @@ func grpcClient(target string) int {
 // TestProxylessGRPC: `hanse-proxy --role agent` gives an unmodified grpc-go client all that it needs to be a member: identity, trust and
 // the address of the control plane. It then calls a workload behind a sidecar, with mutual TLS, and is refused where policy says so.
 func TestProxylessGRPC(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west")
 	l.up()
 	west := l.cluster("west")

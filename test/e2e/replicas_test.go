@@ -76,6 +76,7 @@ const replicaTimers = "timers: {suspect: 3s, recover: 2s, probe: 1s, leader: 2s}
 
 // TestReplicas runs one cluster by two hansed over one etcd, beside a cluster by one, and takes the leader away in every way, under load.
 func TestReplicas(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, replicaTimers, "west", "east")
 	west := l.cluster("west")
 	two := l.second(west, replicaTimers)
@@ -236,6 +237,7 @@ func TestReplicas(t *testing.T) {
 // TestReplicasRotate lets SVIDs and roots of two replicas live for seconds, and kills one after the other for long enough that its roots
 // expire, while calls go on.
 func TestReplicasRotate(t *testing.T) {
+	t.Parallel()
 	lives := "identity x509Life: 4s\nidentity rootLife: 24s\n" + replicaTimers
 	l := newLab(t, lives, "west", "east")
 	west := l.cluster("west")

@@ -36,6 +36,7 @@ type trustPage struct {
 // TestTrustVerbs rotates the roots of both clusters by hand while calls cross, revokes an old one, and distrusts a cluster and trusts
 // it again. Nothing fails but what is distrusted.
 func TestTrustVerbs(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, shortTimers, "west", "east")
 	l.up()
 	l.kill("east/pay-a", "east/pay-a-app", "east/pay-b", "east/pay-b-app")

@@ -93,6 +93,11 @@ func freePorts(t testing.TB, n int) []string {
 	} else {
 		_ = l.Close()
 	}
+	return freePortsAt(t, host, n)
+}
+
+func freePortsAt(t testing.TB, host string, n int) []string {
+	t.Helper()
 	var out []string
 	for range n {
 		l, err := net.Listen("tcp", host+":0")

@@ -32,8 +32,9 @@ func newHansed(t testing.TB, s *server) *hansed {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	ports := freePorts(t, 6)
-	h := &hansed{t: t, dir: dir, bin: t.TempDir(), identity: ports[1], xds: ports[2], admin: ports[4], webhook: ports[5], log: filepath.Join(dir, "log")}
+	ports := freePorts(t, 5)
+	webhook := freePortsAt(t, "127.0.0.1", 1)[0] // as "localhost", which its certificate names
+	h := &hansed{t: t, dir: dir, bin: t.TempDir(), identity: ports[1], xds: ports[2], admin: ports[4], webhook: webhook, log: filepath.Join(dir, "log")}
 	build := exec.Command("go", "build", "-trimpath", "-o", h.bin+"/", "../../cmd/hanse", "../../cmd/hansed", "../../cmd/hanse-proxy")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
@@ -59,7 +60,7 @@ identity: {listen: %q}
 xds: {listen: %q}
 bundleEndpoint: {listen: %q}
 admin: {listen: %q}
-`, ports[5], ports[0], ports[1], ports[2], ports[3], ports[4]))
+`, h.webhook, ports[0], ports[1], ports[2], ports[3], ports[4]))
 	h.cmd = h.start("hansed", h.log, "--config", config)
 	return h
 }

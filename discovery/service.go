@@ -108,19 +108,24 @@ const (
 
 // Endpoint is one workload behind a service.
 type Endpoint struct {
-	ID        string            `json:"id"` // 32 hex digits: random, and kept as long as the workload keeps its address
-	Address   netip.Addr        `json:"address"`
-	Second    *netip.Addr       `json:"second,omitempty"` // of a dual-stack workload, in the other IP family
-	Ports     map[string]uint16 `json:"ports"`            // target port by the service port's name
+	ID       string      `json:"id"` // 32 hex digits: random, and kept as long as the workload keeps its address
+	Address  netip.Addr  `json:"address"`
+	Second   *netip.Addr `json:"second,omitempty"` // of a dual-stack workload, in the other IP family
+	*Profile             // never nil
+	Hostname string      `json:"hostname,omitempty"`
+	Weight   uint32      `json:"weight,omitempty"` // 0 means 1
+	Ready    bool        `json:"ready"`
+	Draining bool        `json:"draining,omitempty"` // terminating but still serving
+}
+
+// Profile is what an endpoint has in common with others of its service: they share it, and it is never changed.
+type Profile struct {
+	Ports     map[string]uint16 `json:"ports"` // target port by the service port's name
 	HopPort   uint16            `json:"hopPort,omitempty"`
 	Transport Transport         `json:"transport"`
 	SPIFFEID  string            `json:"spiffeID,omitempty"` // of the workload; empty only for Plaintext
 	Locality  Locality          `json:"locality"`
 	Network   string            `json:"network"` // endpoints of another network are reached through gateways
-	Hostname  string            `json:"hostname,omitempty"`
-	Weight    uint32            `json:"weight,omitempty"` // 0 means 1
-	Ready     bool              `json:"ready"`
-	Draining  bool              `json:"draining,omitempty"` // terminating but still serving
 }
 
 // Addresses returns the one or two addresses of the workload, the preferred one first.

@@ -29,10 +29,11 @@ var equate = cmp.Options{cmpopts.EquateEmpty(), cmpopts.IgnoreUnexported(federat
 
 func endpoint(td string, n int) *discovery.Endpoint {
 	return &discovery.Endpoint{
-		ID: fmt.Sprintf("%032x", n*7919), Address: netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}),
-		Ports: map[string]uint16{"http": 8080}, HopPort: 15008, Transport: discovery.Hop,
-		SPIFFEID: "spiffe://" + td + "/ns/shop/sa/payments",
-		Locality: discovery.Locality{Cluster: "west", Region: "eu-1", Zone: "eu-1" + string(rune('a'+n%2))}, Network: "west-net", Ready: n%5 != 0, Weight: uint32(n % 3),
+		ID:      fmt.Sprintf("%032x", n*7919),
+		Address: netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}),
+		Profile: &discovery.Profile{Ports: map[string]uint16{"http": 8080}, HopPort: 15008, Transport: discovery.Hop, SPIFFEID: "spiffe://" + td + "/ns/shop/sa/payments", Locality: discovery.Locality{Cluster: "west", Region: "eu-1", Zone: "eu-1" + string(rune('a'+n%2))}, Network: "west-net"},
+		Ready:   n%5 != 0,
+		Weight:  uint32(n % 3),
 	}
 }
 

@@ -304,9 +304,9 @@ func (d *Decoder) clamp(t, now time.Time) time.Time {
 
 // profile is what endpoints of a slot share, decoded once.
 type profile struct {
-	endpoint discovery.Endpoint
-	wanted   bool  // by the import policy
-	err      error // nobody may use this profile
+	shared *discovery.Profile
+	wanted bool  // by the import policy
+	err    error // nobody may use this profile
 }
 
 func (d *Decoder) decodeSlot(n discovery.Name, value []byte) (*object, error) {
@@ -388,7 +388,7 @@ func (d *Decoder) profile(n discovery.Name, pb *federationpb.Profile) profile {
 	}
 	return profile{
 		wanted: d.wanted(n, id),
-		endpoint: discovery.Endpoint{
+		shared: &discovery.Profile{
 			Ports: ports, HopPort: uint16(pb.HopPort), Transport: discovery.Transport(pb.Transport), SPIFFEID: id.String(),
 			Locality: discovery.Locality{Cluster: d.policy.Member, Region: pb.Region, Zone: pb.Zone}, Network: pb.Network,
 		},
@@ -445,9 +445,7 @@ func decodeEndpoint(ep *discovery.Endpoint, p *profile, pb *federationpb.Endpoin
 	if pb.Hostname != "" && !dnsLabel.MatchString(pb.Hostname) {
 		return fmt.Errorf("endpoint %x: hostname %.80q is not a DNS label", pb.Id, pb.Hostname)
 	}
-	id := ep.ID
-	*ep = p.endpoint
-	ep.ID, ep.Address, ep.Second, ep.Hostname, ep.Weight = id, addr.Unmap(), second, pb.Hostname, pb.Weight
+	ep.Profile, ep.Address, ep.Second, ep.Hostname, ep.Weight = p.shared, addr.Unmap(), second, pb.Hostname, pb.Weight
 	ep.Ready, ep.Draining = !pb.NotReady, pb.Draining
 	return nil
 }

@@ -516,7 +516,7 @@ func (e *encoder) keep(b []byte) []byte {
 }
 
 func sameProfile(a, b *discovery.Endpoint) bool {
-	return a.SPIFFEID == b.SPIFFEID && a.Locality.Zone == b.Locality.Zone && a.Locality.Region == b.Locality.Region && a.Network == b.Network &&
+	return a.Profile == b.Profile || a.SPIFFEID == b.SPIFFEID && a.Locality.Zone == b.Locality.Zone && a.Locality.Region == b.Locality.Region && a.Network == b.Network &&
 		a.HopPort == b.HopPort && a.Transport == b.Transport && maps.Equal(a.Ports, b.Ports)
 }
 

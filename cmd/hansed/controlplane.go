@@ -192,12 +192,12 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	p.catalog = newCatalog(self, recordsOf(leader, "config/"), sources, remember, log.With("part", "catalog"),
 		func(s *discovery.Snapshot) {
 			p.reconcileTrust(s)
+			p.mesh.SetLocal(s)
 			if p.onSPIRE != nil {
 				p.onSPIRE.SetEntries(p.workloads.entries(s))
 			} else {
 				p.entries.set(s)
 			}
-			p.mesh.SetLocal(s)
 		})
 
 	if p.kube != nil {

@@ -18,7 +18,7 @@ import (
 type entryKeeper struct {
 	p     *controlPlane
 	nodes *types.Entry // what the node agents of Kubernetes are called together; nil: there are none
-	want  chan []onspire.Entry
+	want  chan *discovery.Snapshot
 	stays *lingering
 }
 
@@ -34,7 +34,7 @@ func nodesID(td spiffeid.TrustDomain) spiffeid.ID {
 func (p *controlPlane) openEntries() error {
 	i := &p.cfg.Identity
 	templates := slices.Clone(i.Entries)
-	k := &entryKeeper{p: p, want: make(chan []onspire.Entry, 1), stays: newLingering(i.Linger.Duration)}
+	k := &entryKeeper{p: p, want: make(chan *discovery.Snapshot, 1), stays: newLingering(i.Linger.Duration)}
 	if len(i.Kubernetes.NodeAgents) > 0 {
 		k.nodes = &types.Entry{Id: onspire.IDPrefix + "nodes", SpiffeId: spiretypes.FromID(nodesID(p.td)), ParentId: spiretypes.FromID(identity.SPIREServerID(p.td)),
 			Selectors: []*types.Selector{{Type: "k8s_psat", Value: "cluster:" + i.Kubernetes.Cluster}}}
@@ -52,13 +52,13 @@ func (p *controlPlane) openEntries() error {
 	return nil
 }
 
-// set is told what a Snapshot asks for.
+// set is told of a new Snapshot. It has one caller.
 func (k *entryKeeper) set(s *discovery.Snapshot) {
 	select {
 	case <-k.want:
 	default:
 	}
-	k.want <- k.p.workloads.entries(s)
+	k.want <- s
 }
 
 // run writes while this replica leads, until ctx ends.
@@ -95,8 +95,8 @@ func (k *entryKeeper) run(ctx context.Context) error {
 		case <-ctx.Done():
 			timer.Stop()
 			return nil
-		case want = <-k.want:
-			known = true
+		case s := <-k.want:
+			want, known = k.p.workloads.entries(s), true
 		case <-timer.C:
 		}
 		timer.Stop()

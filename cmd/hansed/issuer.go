@@ -166,6 +166,14 @@ type registrar struct {
 	workloads []*onspire.Template
 	fixed     []onspire.Entry // of the control plane and its gateways
 	log       *slog.Logger
+	made      map[discovery.Name]serviceEntries // by the last call of entries
+}
+
+// serviceEntries are what the endpoints of one service need. A Service is immutable, so they are made once.
+type serviceEntries struct {
+	of   *discovery.Service
+	keys []string // of entries
+	all  []onspire.Entry
 }
 
 func newRegistrar(cfg *Config, log *slog.Logger) (*registrar, error) {
@@ -206,32 +214,51 @@ func (r *registrar) entry(t *onspire.Template, w onspire.Workload) (onspire.Entr
 	return e, err
 }
 
-// entries are those that a Snapshot asks for. s may be nil: then only the fixed ones.
+// entries are those that a Snapshot asks for; a service that has not changed since the last call costs next to nothing. s may be nil: then only the fixed ones.
 func (r *registrar) entries(s *discovery.Snapshot) []onspire.Entry {
 	out, seen := slices.Clone(r.fixed), map[string]bool{}
-	if s == nil {
+	if s == nil || len(r.workloads) == 0 {
 		return out
 	}
-	for _, svc := range s.Services {
-		for _, ep := range svc.Endpoints {
-			id, err := spiffeid.FromString(ep.SPIFFEID)
-			if err != nil || !id.MemberOf(r.td) || identity.Reserved(id) {
+	made := make(map[discovery.Name]serviceEntries, len(s.Services))
+	for name, svc := range s.Services {
+		of := r.made[name]
+		if of.of != svc {
+			of = r.ofService(svc)
+		}
+		made[name] = of
+		for i, key := range of.keys {
+			if !seen[key] {
+				seen[key] = true
+				out = append(out, of.all[i])
+			}
+		}
+	}
+	r.made = made
+	return out
+}
+
+// ofService makes the entries of one service, each once.
+func (r *registrar) ofService(svc *discovery.Service) serviceEntries {
+	out, seen := serviceEntries{of: svc}, map[string]bool{}
+	for _, ep := range svc.Endpoints {
+		id, err := spiffeid.FromString(ep.SPIFFEID)
+		if err != nil || !id.MemberOf(r.td) || identity.Reserved(id) {
+			continue
+		}
+		w := r.self
+		w.ID, w.Address, w.Hostname, w.Region, w.Zone = id.String(), ep.Address.String(), ep.Hostname, ep.Locality.Region, ep.Locality.Zone
+		w.Namespace, w.ServiceAccount, _ = identity.ParseWorkloadID(id)
+		for _, t := range r.workloads {
+			e, err := r.entry(t, w)
+			if err != nil {
+				r.log.Warn("a workload gets no entry on SPIRE", "id", ep.SPIFFEID, "service", svc.Name.String(), "err", err)
 				continue
 			}
-			w := r.self
-			w.ID, w.Address, w.Hostname, w.Region, w.Zone = id.String(), ep.Address.String(), ep.Hostname, ep.Locality.Region, ep.Locality.Zone
-			w.Namespace, w.ServiceAccount, _ = identity.ParseWorkloadID(id)
-			for _, t := range r.workloads {
-				e, err := r.entry(t, w)
-				if err != nil {
-					r.log.Warn("a workload gets no entry on SPIRE", "id", ep.SPIFFEID, "service", svc.Name.String(), "err", err)
-					continue
-				}
-				key := e.ID.String() + " " + e.Parent.String() + " " + strings.Join(e.Selectors, " ")
-				if !seen[key] {
-					seen[key] = true
-					out = append(out, e)
-				}
+			key := e.ID.String() + " " + e.Parent.String() + " " + strings.Join(e.Selectors, " ")
+			if !seen[key] {
+				seen[key] = true
+				out.keys, out.all = append(out.keys, key), append(out.all, e)
 			}
 		}
 	}

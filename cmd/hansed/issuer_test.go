@@ -30,7 +30,7 @@ func TestEntriesOfASnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	ep := func(addr, id string) *discovery.Endpoint {
-		return &discovery.Endpoint{Address: netip.MustParseAddr(addr), SPIFFEID: id}
+		return &discovery.Endpoint{Address: netip.MustParseAddr(addr), Profile: &discovery.Profile{SPIFFEID: id}}
 	}
 	pay := "spiffe://west.demo/ns/shop/sa/pay"
 	services := map[discovery.Name]*discovery.Service{}

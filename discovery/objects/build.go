@@ -427,12 +427,11 @@ func (e *endpointBuilder) slice(o Object, s *discoveryv1.EndpointSlice) {
 	fault := func(field string, value any, reason string, args ...any) {
 		e.faults = append(e.faults, faultOf(o, field, value, reason, args...))
 	}
-	proto := discovery.Endpoint{
+	proto := discovery.Profile{
 		Transport: discovery.Transport(cmp.Or(s.Annotations[AnnotationTransport], string(discovery.Hop))),
 		Locality:  discovery.Locality{Cluster: e.Self.Cluster, Region: cmp.Or(s.Annotations[AnnotationRegion], e.Self.Region)},
 		Network:   e.Self.Network,
 		HopPort:   number[uint16](s.Annotations[AnnotationHopPort]),
-		Weight:    number[uint32](s.Annotations[AnnotationWeight]),
 		Ports:     map[string]uint16{},
 	}
 	if proto.Transport != discovery.Plaintext {
@@ -463,9 +462,17 @@ func (e *endpointBuilder) slice(o Object, s *discoveryv1.EndpointSlice) {
 	if len(proto.Ports) == 0 && len(e.service.Ports) > 0 {
 		return
 	}
-	suffix := keySuffix(&proto)
+	suffix, weight := keySuffix(&proto), number[uint32](s.Annotations[AnnotationWeight])
+	in := map[string]*discovery.Profile{} // by zone
 	for i := range s.Endpoints {
-		e.endpoint(s.AddressType, proto, suffix, &s.Endpoints[i])
+		zone := deref(s.Endpoints[i].Zone, "")
+		p := in[zone]
+		if p == nil {
+			here := proto
+			here.Locality.Zone = zone
+			p, in[zone] = &here, &here
+		}
+		e.endpoint(s.AddressType, discovery.Endpoint{Profile: p, Weight: weight}, suffix, &s.Endpoints[i])
 	}
 }
 
@@ -489,7 +496,6 @@ func (e *endpointBuilder) endpoint(family discoveryv1.AddressType, ep discovery.
 	}
 	ep.Address = a
 	ep.Hostname = deref(from.Hostname, "")
-	ep.Locality.Zone = deref(from.Zone, "")
 	ep.Ready = deref(from.Conditions.Ready, true)
 	serving := deref(from.Conditions.Serving, ep.Ready)
 	ep.Draining = deref(from.Conditions.Terminating, false) && serving
@@ -520,13 +526,13 @@ func endpointKey(e *discovery.Endpoint, suffix string) string {
 }
 
 // keySuffix is the part of endpointKey that all endpoints of a slice share.
-func keySuffix(e *discovery.Endpoint) string {
+func keySuffix(of *discovery.Profile) string {
 	var ports []string
-	for n, p := range e.Ports {
+	for n, p := range of.Ports {
 		ports = append(ports, n+"="+strconv.Itoa(int(p)))
 	}
 	slices.Sort(ports)
-	return "|" + strconv.Itoa(int(e.HopPort)) + "|" + strings.Join(ports, ",")
+	return "|" + strconv.Itoa(int(of.HopPort)) + "|" + strings.Join(ports, ",")
 }
 
 // number reads an annotation that Validate accepted; "" is 0.

@@ -136,12 +136,12 @@ func (s *serviceState) known() map[string]string {
 		return s.ids
 	}
 	ids := make(map[string]string, len(s.result.Endpoints))
-	var ports map[string]uint16 // of the endpoint before: most share them
-	var hopPort uint16
-	suffix := ""
+	suffixes := map[*discovery.Profile]string{} // few, which most endpoints share
 	for _, e := range s.result.Endpoints {
-		if suffix == "" || hopPort != e.HopPort || !maps.Equal(ports, e.Ports) {
-			ports, hopPort, suffix = e.Ports, e.HopPort, keySuffix(e)
+		suffix, ok := suffixes[e.Profile]
+		if !ok {
+			suffix = keySuffix(e.Profile)
+			suffixes[e.Profile] = suffix
 		}
 		ids[endpointKey(e, suffix)] = e.ID
 	}

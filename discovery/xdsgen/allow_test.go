@@ -14,8 +14,12 @@ func TestAllow(t *testing.T) {
 	payments, other := "spiffe://east.demo/ns/shop/sa/payments", "spiffe://east.demo/ns/shop/sa/other"
 	ports := []discovery.Port{{Name: "http", Number: 8080, Protocol: discovery.HTTP}}
 	endpoint := func(id, spiffeID string) *discovery.Endpoint {
-		return &discovery.Endpoint{ID: id, Address: netip.MustParseAddr("10.2.0.1"), Ports: map[string]uint16{"http": 9000}, Transport: discovery.Hop,
-			SPIFFEID: spiffeID, Network: "flat", Ready: true, Locality: discovery.Locality{Cluster: "east"}}
+		return &discovery.Endpoint{
+			ID:      id,
+			Address: netip.MustParseAddr("10.2.0.1"),
+			Profile: &discovery.Profile{Ports: map[string]uint16{"http": 9000}, Transport: discovery.Hop, SPIFFEID: spiffeID, Network: "flat", Locality: discovery.Locality{Cluster: "east"}},
+			Ready:   true,
+		}
 	}
 	name := discovery.Name{Namespace: "shop", Name: "payments"}
 	for _, c := range []struct {

@@ -141,23 +141,23 @@ func hostOf(n discovery.Name, local bool) string {
 }
 
 // standIns notes the addresses that stand for a service of the clusterset which changed, or for another than before.
-func (v *View) standIns(imports map[discovery.Name]struct{}, old map[netip.Addr]discovery.Name, touched map[netip.Addr]struct{}) {
+func (v *View) standIns(imports map[discovery.Name]struct{}, old map[netip.Addr]discovery.Name, touch func(netip.Addr)) {
 	for n := range imports {
 		if s := v.Set.Local.Services[n]; s != nil {
 			for _, a := range s.ClusterIPs {
-				touched[a] = struct{}{}
+				touch(a)
 			}
 		}
 	}
 	for a, n := range v.Set.Local.ClustersetIPs {
 		_, moved := imports[n]
 		if was, had := old[a]; moved || !had || was != n {
-			touched[a] = struct{}{}
+			touch(a)
 		}
 	}
 	for a := range old {
 		if _, has := v.Set.Local.ClustersetIPs[a]; !has {
-			touched[a] = struct{}{}
+			touch(a)
 		}
 	}
 }

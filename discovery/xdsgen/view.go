@@ -46,22 +46,6 @@ type View struct {
 	hosts   hosts                                 // own services by address of an endpoint or their own
 }
 
-// hosts lists, sorted, the own services with an endpoint at an address, or with that ClusterIP. It is split, so that the next View copies little of it.
-type hosts [512]map[netip.Addr]*[]discovery.Name // all addresses of a service that are nobody else's share one list
-
-func shard(a netip.Addr) int {
-	b := a.As16()
-	return int(b[15])<<1&511 ^ int(b[14])&1
-}
-
-// at returns the services of an address.
-func (h *hosts) at(a netip.Addr) []discovery.Name {
-	if names := h[shard(a)][a]; names != nil {
-		return *names
-	}
-	return nil
-}
-
 // NewView indexes a Clusterset.
 func NewView(set *discovery.Clusterset, callers Callers) *View {
 	v, _ := (&View{Set: &discovery.Clusterset{Local: &discovery.Snapshot{}}}).Next(set, callers)
@@ -119,11 +103,13 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 			mark(p)
 		}
 	}
-	next.indexHosts(old.Local.Services, moved, ch.Hosts)
-	next.standIns(imports, old.Local.ClustersetIPs, ch.Hosts)
+	touch := func(a netip.Addr) { ch.Hosts[a] = struct{}{} }
 	if ch.All { // what else changed need not be known, nor kept: at first it is everything
 		ch.Services, ch.Hosts = nil, nil
+		touch = func(netip.Addr) {}
 	}
+	next.indexHosts(old.Local.Services, moved, touch)
+	next.standIns(imports, old.Local.ClustersetIPs, touch)
 	return next, ch
 }
 
@@ -215,65 +201,4 @@ func (v *View) indexRoutes() {
 			}
 		}
 	}
-}
-
-// indexHosts brings hosts up to date for the services that moved, and notes the addresses concerned.
-func (v *View) indexHosts(old map[discovery.Name]*discovery.Service, moved []discovery.Name, touched map[netip.Addr]struct{}) {
-	var own [len(v.hosts)]bool // shards that are copies already
-	edit := func(a netip.Addr) map[netip.Addr]*[]discovery.Name {
-		i := shard(a)
-		if !own[i] {
-			m := make(map[netip.Addr]*[]discovery.Name, len(v.hosts[i])+1)
-			maps.Copy(m, v.hosts[i])
-			v.hosts[i], own[i] = m, true
-		}
-		return v.hosts[i]
-	}
-	for _, n := range moved {
-		alone := &[]discovery.Name{n}
-		before, after := addresses(old[n]), addresses(v.Set.Local.Services[n])
-		for a := range before {
-			touched[a] = struct{}{}
-			if _, stays := after[a]; stays {
-				continue
-			}
-			m := edit(a)
-			var rest []discovery.Name
-			if names := m[a]; names != nil {
-				rest = slices.DeleteFunc(slices.Clone(*names), func(o discovery.Name) bool { return o == n })
-			}
-			if len(rest) > 0 {
-				m[a] = &rest
-			} else {
-				delete(m, a)
-			}
-		}
-		for a := range after {
-			touched[a] = struct{}{}
-			if _, was := before[a]; was {
-				continue
-			}
-			m := edit(a)
-			if m[a] == nil {
-				m[a] = alone
-			} else if i, found := slices.BinarySearchFunc(*m[a], n, discovery.Name.Compare); !found {
-				all := slices.Insert(slices.Clone(*m[a]), i, n)
-				m[a] = &all
-			}
-		}
-	}
-}
-
-func addresses(s *discovery.Service) map[netip.Addr]struct{} {
-	if s == nil {
-		return nil
-	}
-	out := make(map[netip.Addr]struct{}, len(s.Endpoints)+len(s.ClusterIPs))
-	for _, a := range s.ClusterIPs {
-		out[a] = struct{}{}
-	}
-	for _, e := range s.Endpoints {
-		out[e.Address] = struct{}{}
-	}
-	return out
 }

@@ -42,10 +42,10 @@ func (w *world) endpoints(cluster string) []*discovery.Endpoint {
 	var out []*discovery.Endpoint
 	for i := range w.IntN(4) {
 		out = append(out, &discovery.Endpoint{
-			ID: fmt.Sprintf("%s-%d", cluster, i), Address: netip.AddrFrom4([4]byte{10, 0, 0, byte(w.IntN(3))}),
-			Ports: map[string]uint16{"p": uint16(8000 + w.IntN(2))}, Transport: pick(w, discovery.Hop, discovery.TLS),
-			SPIFFEID: "spiffe://" + cluster + ".demo/ns/shop/sa/" + pick(w, "x", "y"), Network: pick(w, "west", cluster),
-			Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: pick(w, "a", "b")}, Ready: w.IntN(4) > 0,
+			ID:      fmt.Sprintf("%s-%d", cluster, i),
+			Address: netip.AddrFrom4([4]byte{10, 0, 0, byte(w.IntN(3))}),
+			Profile: &discovery.Profile{Ports: map[string]uint16{"p": uint16(8000 + w.IntN(2))}, Transport: pick(w, discovery.Hop, discovery.TLS), SPIFFEID: "spiffe://" + cluster + ".demo/ns/shop/sa/" + pick(w, "x", "y"), Network: pick(w, "west", cluster), Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: pick(w, "a", "b")}},
+			Ready:   w.IntN(4) > 0,
 		})
 	}
 	return out
@@ -219,8 +219,12 @@ func TestSubset(t *testing.T) {
 		s := &discovery.Service{Name: n, Ports: worldPort}
 		for i := range 200 {
 			if i != without {
-				s.Endpoints = append(s.Endpoints, &discovery.Endpoint{ID: fmt.Sprint(i), Address: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), Ports: map[string]uint16{"p": 1},
-					Transport: discovery.Hop, SPIFFEID: "spiffe://west.demo/ns/shop/sa/x", Ready: true})
+				s.Endpoints = append(s.Endpoints, &discovery.Endpoint{
+					ID:      fmt.Sprint(i),
+					Address: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}),
+					Profile: &discovery.Profile{Ports: map[string]uint16{"p": 1}, Transport: discovery.Hop, SPIFFEID: "spiffe://west.demo/ns/shop/sa/x"},
+					Ready:   true,
+				})
 			}
 		}
 		w := newWorld(0)

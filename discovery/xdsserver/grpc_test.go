@@ -250,8 +250,10 @@ func (m *member) calls(want string, args ...string) {
 func proxyless(id, addr, spiffeID, cluster, zone string) *discovery.Endpoint {
 	ap := netip.MustParseAddrPort(addr)
 	return &discovery.Endpoint{
-		ID: id, Address: ap.Addr(), Ports: map[string]uint16{"p": ap.Port()}, Transport: discovery.TLS, SPIFFEID: spiffeID,
-		Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: zone}, Network: "west", Ready: true,
+		ID:      id,
+		Address: ap.Addr(),
+		Profile: &discovery.Profile{Ports: map[string]uint16{"p": ap.Port()}, Transport: discovery.TLS, SPIFFEID: spiffeID, Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: zone}, Network: "west"},
+		Ready:   true,
 	}
 }
 

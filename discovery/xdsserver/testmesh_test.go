@@ -336,9 +336,10 @@ func (s shop) set() *discovery.Clusterset {
 
 func endpoint(id, addr, account string) *discovery.Endpoint {
 	return &discovery.Endpoint{
-		ID: id, Address: netip.MustParseAddr(addr), Ports: map[string]uint16{"p": 9000}, Transport: discovery.Hop,
-		SPIFFEID: "spiffe://west.demo/ns/shop/sa/" + account, Locality: discovery.Locality{Cluster: "west", Region: "eu-1", Zone: "eu-1a"},
-		Network: "west", Ready: true,
+		ID:      id,
+		Address: netip.MustParseAddr(addr),
+		Profile: &discovery.Profile{Ports: map[string]uint16{"p": 9000}, Transport: discovery.Hop, SPIFFEID: "spiffe://west.demo/ns/shop/sa/" + account, Locality: discovery.Locality{Cluster: "west", Region: "eu-1", Zone: "eu-1a"}, Network: "west"},
+		Ready:   true,
 	}
 }
 

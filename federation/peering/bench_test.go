@@ -25,9 +25,11 @@ func many(r *real, services, endpoints int) map[discovery.Name]*discovery.Servic
 		ports := map[string]uint16{"http": 8080}
 		for e := range endpoints {
 			svc.Endpoints = append(svc.Endpoints, &discovery.Endpoint{
-				ID: fmt.Sprintf("%016x%016x", s, e), Address: netip.AddrFrom4([4]byte{10, byte(s >> 8), byte(s), byte(e)}), Ports: ports, Transport: discovery.Hop,
-				SPIFFEID: "spiffe://" + r.td.Name() + "/ns/shop/sa/" + svc.Name.Name, Locality: discovery.Locality{Cluster: r.name, Region: "eu-1", Zone: "eu-1a"},
-				Network: r.name + "-net", Ready: true, Weight: 1,
+				ID:      fmt.Sprintf("%016x%016x", s, e),
+				Address: netip.AddrFrom4([4]byte{10, byte(s >> 8), byte(s), byte(e)}),
+				Profile: &discovery.Profile{Ports: ports, Transport: discovery.Hop, SPIFFEID: "spiffe://" + r.td.Name() + "/ns/shop/sa/" + svc.Name.Name, Locality: discovery.Locality{Cluster: r.name, Region: "eu-1", Zone: "eu-1a"}, Network: r.name + "-net"},
+				Ready:   true,
+				Weight:  1,
 			})
 		}
 		out[svc.Name] = svc

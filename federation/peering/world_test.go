@@ -183,9 +183,10 @@ func (c *cluster) export(name discovery.Name, endpoints int, audience ...string)
 	}
 	for i := range endpoints {
 		svc.Endpoints = append(svc.Endpoints, &discovery.Endpoint{
-			ID: fmt.Sprintf("%016x%016x", len(c.name), i), Address: netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), Ports: map[string]uint16{"http": 8080},
-			Transport: discovery.Hop, SPIFFEID: "spiffe://" + c.self.TrustDomain + "/ns/" + name.Namespace + "/sa/" + name.Name,
-			Locality: discovery.Locality{Cluster: c.name, Region: "eu-1", Zone: "eu-1a"}, Network: c.self.Network, Ready: true,
+			ID:      fmt.Sprintf("%016x%016x", len(c.name), i),
+			Address: netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}),
+			Profile: &discovery.Profile{Ports: map[string]uint16{"http": 8080}, Transport: discovery.Hop, SPIFFEID: "spiffe://" + c.self.TrustDomain + "/ns/" + name.Namespace + "/sa/" + name.Name, Locality: discovery.Locality{Cluster: c.name, Region: "eu-1", Zone: "eu-1a"}, Network: c.self.Network},
+			Ready:   true,
 		})
 	}
 	next.Services[name] = svc

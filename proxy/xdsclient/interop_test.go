@@ -127,9 +127,10 @@ func until(t testing.TB, c *xdsclient.Client, what string, ok func(*proxy.Table)
 
 func endpoint(id int, cluster, zone, ip string) *discovery.Endpoint {
 	return &discovery.Endpoint{
-		ID: fmt.Sprintf("%032x", id), Address: netip.MustParseAddr(ip), Ports: map[string]uint16{"http": 9090, "tcp": 5432}, Transport: discovery.Hop,
-		SPIFFEID: "spiffe://" + cluster + ".test/ns/shop/sa/payments", Locality: discovery.Locality{Cluster: cluster, Region: "eu", Zone: zone},
-		Network: cluster, Ready: true,
+		ID:      fmt.Sprintf("%032x", id),
+		Address: netip.MustParseAddr(ip),
+		Profile: &discovery.Profile{Ports: map[string]uint16{"http": 9090, "tcp": 5432}, Transport: discovery.Hop, SPIFFEID: "spiffe://" + cluster + ".test/ns/shop/sa/payments", Locality: discovery.Locality{Cluster: cluster, Region: "eu", Zone: zone}, Network: cluster},
+		Ready:   true,
 	}
 }
 

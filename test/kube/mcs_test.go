@@ -108,8 +108,13 @@ func (c *clusterset) again() {
 func remote(older int, change func(*federation.Export), addresses ...string) *federation.Export {
 	e := &federation.Export{Exported: epoch.Add(-time.Duration(older) * time.Minute), Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}}}
 	for i, a := range addresses {
-		e.Endpoints = append(e.Endpoints, &discovery.Endpoint{ID: fmt.Sprintf("%032x", i+1), Address: netip.MustParseAddr(a), Ports: map[string]uint16{"http": 8080}, Ready: true,
-			Network: "west", Hostname: fmt.Sprintf("hello-%d", i), Locality: discovery.Locality{Zone: "z1"}})
+		e.Endpoints = append(e.Endpoints, &discovery.Endpoint{
+			ID:       fmt.Sprintf("%032x", i+1),
+			Address:  netip.MustParseAddr(a),
+			Profile:  &discovery.Profile{Ports: map[string]uint16{"http": 8080}, Network: "west", Locality: discovery.Locality{Zone: "z1"}},
+			Ready:    true,
+			Hostname: fmt.Sprintf("hello-%d", i),
+		})
 	}
 	if change != nil {
 		change(e)

@@ -74,11 +74,19 @@ func imported(members int) *discovery.Import {
 	for m := range members {
 		from := discovery.ImportedFrom{Member: fmt.Sprintf("c%d", m), Ports: i.Ports, Exported: time.Unix(0, 0)}
 		for e := range 3 {
-			from.Endpoints = append(from.Endpoints, &discovery.Endpoint{ID: fmt.Sprintf("%016x%016x", m, e), Address: netip.AddrFrom4([4]byte{10, 9, byte(m), byte(e + 1)}),
-				Ports: map[string]uint16{"http": 9090, "dns": 5353}, Ready: true, Network: "west", Locality: discovery.Locality{Cluster: from.Member, Zone: "z"}})
+			from.Endpoints = append(from.Endpoints, &discovery.Endpoint{
+				ID:      fmt.Sprintf("%016x%016x", m, e),
+				Address: netip.AddrFrom4([4]byte{10, 9, byte(m), byte(e + 1)}),
+				Profile: &discovery.Profile{Ports: map[string]uint16{"http": 9090, "dns": 5353}, Network: "west", Locality: discovery.Locality{Cluster: from.Member, Zone: "z"}},
+				Ready:   true,
+			})
 		}
-		from.Endpoints = append(from.Endpoints, &discovery.Endpoint{ID: fmt.Sprintf("%016xffffffffffffffff", m), Address: netip.MustParseAddr("10.99.0.1"), Ports: map[string]uint16{"http": 1},
-			Ready: true, Network: "elsewhere"})
+		from.Endpoints = append(from.Endpoints, &discovery.Endpoint{
+			ID:      fmt.Sprintf("%016xffffffffffffffff", m),
+			Address: netip.MustParseAddr("10.99.0.1"),
+			Profile: &discovery.Profile{Ports: map[string]uint16{"http": 1}, Network: "elsewhere"},
+			Ready:   true,
+		})
 		i.From = append(i.From, from)
 	}
 	return i

@@ -22,8 +22,12 @@ import (
 var payments = discovery.Name{Namespace: "shop", Name: "payments"}
 
 func endpoint(id, cluster, zone, ip string) *discovery.Endpoint {
-	return &discovery.Endpoint{ID: id, Address: netip.MustParseAddr(ip), Ports: map[string]uint16{"http": 8080}, Ready: true,
-		Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: zone}}
+	return &discovery.Endpoint{
+		ID:      id,
+		Address: netip.MustParseAddr(ip),
+		Profile: &discovery.Profile{Ports: map[string]uint16{"http": 8080}, Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: zone}},
+		Ready:   true,
+	}
 }
 
 // mesh is west with payments in two zones and a ledger of its own, and east with payments.

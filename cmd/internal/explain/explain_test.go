@@ -14,9 +14,12 @@ import (
 var payments = discovery.Name{Namespace: "shop", Name: "payments"}
 
 func endpoint(id, cluster, zone, ip string) *discovery.Endpoint {
-	return &discovery.Endpoint{ID: strings.Repeat(id, 16), Address: netip.MustParseAddr(ip), Ports: map[string]uint16{"http": 8080}, Transport: discovery.Hop,
-		SPIFFEID: "spiffe://" + cluster + ".demo/ns/shop/sa/payments", Network: cluster, Ready: true,
-		Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: zone}}
+	return &discovery.Endpoint{
+		ID:      strings.Repeat(id, 16),
+		Address: netip.MustParseAddr(ip),
+		Profile: &discovery.Profile{Ports: map[string]uint16{"http": 8080}, Transport: discovery.Hop, SPIFFEID: "spiffe://" + cluster + ".demo/ns/shop/sa/payments", Network: cluster, Locality: discovery.Locality{Cluster: cluster, Region: "eu-1", Zone: zone}},
+		Ready:   true,
+	}
 }
 
 // mesh is west and east, both with payments, seen from west.

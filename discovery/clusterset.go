@@ -8,7 +8,7 @@ import (
 // Clusterset is the view of the whole mesh from one cluster: its own Snapshot and what it imports.
 type Clusterset struct {
 	Local    *Snapshot
-	Imports  map[Name]*Import
+	Imports  ByName[*Import]
 	Members  map[string]*Member // by member name, without this cluster
 	Trusted  map[string]uint64  // sequence of the newest bundle by trust domain, own included
 	Revision uint64             // grows with every change

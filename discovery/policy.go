@@ -262,7 +262,7 @@ type Self struct {
 type Snapshot struct {
 	Self          Self                    `json:"self"`
 	Complete      bool                    `json:"complete"` // every source has been read whole at least once
-	Services      map[Name]*Service       `json:"-"`
+	Services      ByName[*Service]        `json:"-"`
 	Routes        []*Route                `json:"routes,omitempty"`
 	TrafficPolicy map[Name]*TrafficPolicy `json:"-"` // by service
 	Access        []*AccessPolicy         `json:"accessPolicies,omitempty"`

@@ -25,7 +25,9 @@ import (
 
 var epoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-var equate = cmp.Options{cmpopts.EquateEmpty(), cmpopts.IgnoreUnexported(federation.Export{}), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})}
+var equate = cmp.Options{cmpopts.EquateEmpty(), cmp.Transformer("", func(b discovery.ByName[*discovery.Import]) map[discovery.Name]*discovery.Import {
+	return maps.Collect(b.All())
+}), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})}
 
 func endpoint(td string, n int) *discovery.Endpoint {
 	return &discovery.Endpoint{
@@ -51,9 +53,9 @@ func service(td, name string, endpoints int, audience ...string) *discovery.Serv
 }
 
 func snapshot(td string, services ...*discovery.Service) *discovery.Snapshot {
-	s := &discovery.Snapshot{Self: discovery.Self{Cluster: "west", TrustDomain: td}, Complete: true, Services: map[discovery.Name]*discovery.Service{}}
+	s := &discovery.Snapshot{Self: discovery.Self{Cluster: "west", TrustDomain: td}, Complete: true}
 	for _, svc := range services {
-		s.Services[svc.Name] = svc
+		s.Services = s.Services.Put(svc.Name, svc)
 	}
 	return s
 }
@@ -118,7 +120,7 @@ func TestExportsComeBackAsTheyWere(t *testing.T) {
 	d := federation.NewDecoder(policy("west.demo"))
 	d.Apply(all(e), epoch)
 	p := d.Part()
-	got := p.Exports[svc.Name]
+	got := p.Exports.Get(svc.Name)
 	want := &federation.Export{
 		Traits: svc.Traits, Ports: svc.Ports, Labels: svc.Export.Labels, Annotations: svc.Export.Annotations,
 		Exported: epoch, Revision: 7, Endpoints: svc.Endpoints,
@@ -315,7 +317,7 @@ func TestForeignBytesAreBelievedOnlyWithinBounds(t *testing.T) {
 		if len(p.Faults) != 1 || !strings.Contains(p.Faults[0].Error(), c.want) || !strings.Contains(p.Faults[0].Error(), "west") {
 			t.Errorf("%s: faults are %v, want one with %q", name, p.Faults, c.want)
 		}
-		for _, e := range p.Exports {
+		for _, e := range p.Exports.All() {
 			if len(e.Endpoints) > 0 {
 				t.Errorf("%s: an endpoint came in", name)
 			}
@@ -338,7 +340,7 @@ func TestBadObjectIsAFaultOfThatObjectOnly(t *testing.T) {
 	d.Apply(all(e), epoch)
 	d.Apply([]federation.Change{{Scope: "all", Key: "ep/shop/payments/0", Value: []byte("\xff\xff not protobuf")}}, epoch)
 	p := d.Part()
-	if got := len(p.Exports[svc.Name].Endpoints); got != 100 || len(p.Faults) != 1 {
+	if got := len(p.Exports.Get(svc.Name).Endpoints); got != 100 || len(p.Faults) != 1 {
 		t.Fatalf("%d endpoints, want the last good 100; faults %v", got, p.Faults)
 	}
 	d.Apply([]federation.Change{{Scope: "all", Key: "ep/shop/payments/0", Value: values(e)["all"]["ep/shop/payments/0"]}}, epoch)
@@ -346,7 +348,7 @@ func TestBadObjectIsAFaultOfThatObjectOnly(t *testing.T) {
 		t.Fatalf("faults %v stay after the object is good again", p.Faults)
 	}
 	d.Apply([]federation.Change{{Scope: "all", Key: "svc/shop/payments"}}, epoch)
-	if p := d.Part(); len(p.Exports) != 0 || p.Endpoints != 0 {
+	if p := d.Part(); p.Exports.Len() != 0 || p.Endpoints != 0 {
 		t.Fatalf("service is there without its record: %+v", p)
 	}
 }
@@ -363,8 +365,8 @@ func TestImportPolicy(t *testing.T) {
 	d := federation.NewDecoder(p)
 	d.Apply(all(e), epoch)
 	part := d.Part()
-	if len(part.Exports) != 1 || len(part.Exports[a.Name].Endpoints) != 2 || len(part.Faults) != 0 {
-		t.Fatalf("%d services, %d endpoints, faults %v; want 1, 2, none", len(part.Exports), part.Endpoints, part.Faults)
+	if part.Exports.Len() != 1 || len(part.Exports.Get(a.Name).Endpoints) != 2 || len(part.Faults) != 0 {
+		t.Fatalf("%d services, %d endpoints, faults %v; want 1, 2, none", part.Exports.Len(), part.Endpoints, part.Faults)
 	}
 }
 
@@ -381,7 +383,7 @@ func TestAllow(t *testing.T) {
 	d.Apply(all(e), epoch)
 	part := d.Part()
 	for name, want := range map[discovery.Name][2]int{a.Name: {1, 3}, b.Name: {0, 4}} {
-		if x := part.Exports[name]; x == nil || len(x.Endpoints) != want[0] || x.Withheld != want[1] {
+		if x := part.Exports.Get(name); x == nil || len(x.Endpoints) != want[0] || x.Withheld != want[1] {
 			t.Errorf("%s: %+v, want %d endpoints, %d withheld", name, x, want[0], want[1])
 		}
 	}
@@ -403,7 +405,7 @@ func TestExportTimeIsClamped(t *testing.T) {
 		e, _ := federation.Encode(snapshot("west.demo", svc), nil, epoch)
 		d := federation.NewDecoder(policy("west.demo"))
 		d.Apply(all(e), epoch)
-		if got := d.Part().Exports[svc.Name].Exported; !got.Equal(c.want) {
+		if got := d.Part().Exports.Get(svc.Name).Exported; !got.Equal(c.want) {
 			t.Errorf("claimed %s: %s, want %s", c.claimed, got, c.want)
 		}
 	}
@@ -419,14 +421,14 @@ func TestServiceInTwoScopesIsOne(t *testing.T) {
 		moved[i].Scope, moved[i].Revision = "for-1234", 9
 	}
 	d.Apply(moved, epoch)
-	if p := d.Part(); len(p.Exports[svc.Name].Endpoints) != 60 || p.Exports[svc.Name].Revision != 9 {
-		t.Fatalf("%d endpoints at revision %d", len(p.Exports[svc.Name].Endpoints), p.Exports[svc.Name].Revision)
+	if p := d.Part(); len(p.Exports.Get(svc.Name).Endpoints) != 60 || p.Exports.Get(svc.Name).Revision != 9 {
+		t.Fatalf("%d endpoints at revision %d", len(p.Exports.Get(svc.Name).Endpoints), p.Exports.Get(svc.Name).Revision)
 	}
 	for _, c := range all(e) {
 		d.Apply([]federation.Change{{Scope: c.Scope, Key: c.Key}}, epoch)
 	}
-	if p := d.Part(); len(p.Exports[svc.Name].Endpoints) != 60 {
-		t.Fatalf("%d endpoints after the move, want 60", len(p.Exports[svc.Name].Endpoints))
+	if p := d.Part(); len(p.Exports.Get(svc.Name).Endpoints) != 60 {
+		t.Fatalf("%d endpoints after the move, want 60", len(p.Exports.Get(svc.Name).Endpoints))
 	}
 }
 
@@ -448,7 +450,7 @@ func FuzzDecode(f *testing.F) {
 			t.Fatal(err)
 		}
 		d.Apply([]federation.Change{{Scope: "all", Key: "svc/shop/payments", Value: svc}, {Scope: "all", Key: key, Value: value}}, epoch)
-		for _, x := range d.Part().Exports {
+		for _, x := range d.Part().Exports.All() {
 			for _, ep := range x.Endpoints {
 				if id, err := spiffeid.FromString(ep.SPIFFEID); err != nil || !id.MemberOf(td) || identity.Reserved(id) || len(ep.ID) != 32 {
 					t.Fatalf("came in: %+v", ep)
@@ -509,7 +511,7 @@ func TestManyServicesEncodeAsOne(t *testing.T) {
 	d := federation.NewDecoder(policy("west.demo"))
 	d.Apply(all(e), epoch)
 	for i, svc := range services {
-		if got := d.Part().Exports[svc.Name]; i != 77 && (got == nil || cmp.Diff(svc.Endpoints, got.Endpoints, equate) != "") {
+		if got := d.Part().Exports.Get(svc.Name); i != 77 && (got == nil || cmp.Diff(svc.Endpoints, got.Endpoints, equate) != "") {
 			t.Fatalf("%s came back otherwise", svc.Name)
 		}
 	}
@@ -625,7 +627,7 @@ func TestOnlyServicesAreExported(t *testing.T) {
 	s := snapshot("west.demo", service("west.demo", "payments", 1))
 	unexported := service("west.demo", "private", 1)
 	unexported.Export = nil
-	s.Services[unexported.Name] = unexported
+	s.Services = s.Services.Put(unexported.Name, unexported)
 	s.Routes = []*discovery.Route{{}}
 	s.TrafficPolicy = map[discovery.Name]*discovery.TrafficPolicy{{Namespace: "shop", Name: "payments"}: {}}
 	s.Access = []*discovery.AccessPolicy{{}}
@@ -677,6 +679,57 @@ func TestChangesAreTheDifference(t *testing.T) {
 		}
 		if e = next; step%7 == 0 {
 			e = restored(e)
+		}
+	}
+}
+
+// TestEncodeByStepsIsEncodeAtOnce: what an Encode and a LocalPart take from the ones before is what they would make themselves.
+func TestEncodeByStepsIsEncodeAtOnce(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(3, 3))
+	s := snapshot("west.demo")
+	var e *federation.Exports
+	var part *federation.Part
+	for step := range 400 {
+		next := *s
+		for range 1 + rnd.IntN(3) {
+			svc := service("west.demo", fmt.Sprint("s", rnd.IntN(12)), rnd.IntN(6))
+			switch rnd.IntN(6) {
+			case 0:
+				svc.Export = nil
+			case 1, 2:
+				svc.Export = &discovery.Export{Created: epoch, Audience: []string{fmt.Sprint("c", rnd.IntN(3))}}
+			case 3:
+				if len(svc.Endpoints) > 0 {
+					svc.Endpoints[0].Hostname = "a.b" // cannot be exported
+				}
+			}
+			if next.Services = next.Services.Put(svc.Name, svc); rnd.IntN(4) == 0 {
+				next.Services = next.Services.Delete(svc.Name)
+			}
+		}
+		s = &next
+		var faults []federation.Fault
+		e, faults = federation.Encode(s, e, epoch)
+		_, wantFaults := federation.Encode(s, nil, epoch)
+		if diff := cmp.Diff(wantFaults, faults, cmpopts.EquateEmpty()); diff != "" {
+			t.Fatalf("step %d: faults\n%s", step, diff)
+		}
+		for _, f := range faults { // its last good state is still in e, and cannot be in want
+			n, _, _ := federation.ParseKey(f.Key)
+			s.Services = s.Services.Delete(n)
+		}
+		want, _ := federation.Encode(s, nil, epoch)
+		e, faults = federation.Encode(s, e, epoch)
+		if e.Services != want.Services || e.Endpoints != want.Endpoints || !maps.Equal(e.Scopes, want.Scopes) || len(faults) > 0 {
+			t.Fatalf("step %d: %d services, %d endpoints, scopes %v; want %d, %d, %v", step, e.Services, e.Endpoints, e.Scopes, want.Services, want.Endpoints, want.Scopes)
+		}
+		if diff := cmp.Diff(want.Audience, e.Audience); diff != "" {
+			t.Fatalf("step %d: audiences\n%s", step, diff)
+		}
+		part = federation.LocalPart(s, e, part)
+		whole := federation.LocalPart(s, e, nil)
+		if diff := cmp.Diff(maps.Collect(whole.Exports.All()), maps.Collect(part.Exports.All()), equate); diff != "" || part.Endpoints != whole.Endpoints {
+			t.Fatalf("step %d: %d endpoints, want %d\n%s", step, part.Endpoints, whole.Endpoints, diff)
 		}
 	}
 }

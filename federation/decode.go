@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/hex"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -53,15 +52,16 @@ type Export struct {
 	Revision         int64                 // of the newest of its objects
 	Endpoints        []*discovery.Endpoint // sorted by ID
 	Withheld         int                   // endpoints that the policy here does not let in
-
-	local *discovery.Service // of LocalPart: what it was made of
 }
 
 // Part is everything imported from one member. It is immutable.
 type Part struct {
-	Exports   map[discovery.Name]*Export
+	Exports   discovery.ByName[*Export]
 	Endpoints int
 	Faults    []Fault // sorted by scope and key
+
+	services discovery.ByName[*discovery.Service] // of LocalPart: what it was made of
+	exported discovery.ByName[*exported]          // likewise
 }
 
 // Decoder follows one member's exports key by key. It is not safe for concurrent use.
@@ -89,7 +89,7 @@ func NewDecoder(p Policy) *Decoder {
 	p.Endpoints = cmp.Or(p.Endpoints, maxImported)
 	return &Decoder{
 		policy: p, objects: map[discovery.Name]map[location]*object{}, faults: map[location]string{},
-		dirty: map[discovery.Name]bool{}, part: &Part{Exports: map[discovery.Name]*Export{}},
+		dirty: map[discovery.Name]bool{}, part: &Part{},
 	}
 }
 
@@ -147,22 +147,23 @@ func (d *Decoder) Apply(changes []Change, now time.Time) {
 // Part returns what has been imported so far.
 func (d *Decoder) Part() *Part {
 	next := &Part{Exports: d.part.Exports, Endpoints: d.part.Endpoints}
-	if len(d.dirty) > 0 {
-		next.Exports = maps.Clone(d.part.Exports)
-	}
+	exports := d.part.Exports.Edit()
 	for n := range d.dirty {
-		if old := next.Exports[n]; old != nil {
+		if old := exports.Get(n); old != nil {
 			next.Endpoints -= len(old.Endpoints)
-			delete(next.Exports, n)
+			exports.Delete(n)
 		}
 		if len(d.objects[n]) == 0 {
 			delete(d.objects, n)
 			continue
 		}
 		if e := join(d.objects[n]); e != nil {
-			next.Exports[n] = e
+			exports.Put(n, e)
 			next.Endpoints += len(e.Endpoints)
 		}
+	}
+	if len(d.dirty) > 0 {
+		next.Exports = exports.Done()
 	}
 	clear(d.dirty)
 	for at, reason := range d.faults {

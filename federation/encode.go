@@ -57,7 +57,10 @@ type Exports struct {
 	Endpoints int
 
 	trustDomain string
-	services    map[discovery.Name]*exported
+	services    discovery.ByName[*exported]
+	from        discovery.ByName[*discovery.Service] // the Snapshot's
+	failed      map[discovery.Name]struct{}          // those of from that could not be encoded
+	held        map[string]int                       // services of each scope; nil after Restore
 }
 
 // exported is one service as it was last encoded.
@@ -73,24 +76,27 @@ type exported struct {
 
 // Since returns the export time of a service, which was set when it was first exported.
 func (e *Exports) Since(n discovery.Name) time.Time {
-	if e == nil || e.services[n] == nil {
+	if e == nil {
 		return time.Time{}
 	}
-	return e.services[n].since
+	if x := e.services.Get(n); x != nil {
+		return x.since
+	}
+	return time.Time{}
 }
 
 // Scope returns the scope in which a service is exported, or "".
 func (e *Exports) Scope(n discovery.Name) string {
-	if e.services[n] == nil {
-		return ""
+	if x := e.services.Get(n); x != nil {
+		return x.scope
 	}
-	return e.services[n].scope
+	return ""
 }
 
 // Sums returns the sums of a scope, by key.
 func (e *Exports) Sums(scope string) map[string]Sum {
 	sums := map[string]Sum{}
-	for _, x := range e.services {
+	for _, x := range e.services.All() {
 		if x.scope == scope {
 			maps.Copy(sums, x.sums)
 		}
@@ -107,32 +113,32 @@ func (e *Exports) Changes(prev *Exports) map[string]map[string]Sum {
 		}
 		changes[scope][key] = sum
 	}
-	for name, old := range prev.services {
-		if x := e.services[name]; x != old {
+	discovery.Diff(prev.services, e.services, func(_ discovery.Name, old, x *exported) {
+		if old != nil {
 			for key := range old.sums {
 				if x == nil || x.scope != old.scope || x.sums[key] == (Sum{}) {
 					note(old.scope, key, Sum{})
 				}
 			}
 		}
-	}
-	for name, x := range e.services {
-		if old := prev.services[name]; x != old {
+		if x != nil {
 			for key, sum := range x.sums {
 				if old == nil || old.scope != x.scope || old.sums[key] != sum {
 					note(x.scope, key, sum)
 				}
 			}
 		}
-	}
+	})
 	return changes
 }
 
-// Each calls f for every service.
-func (e *Exports) Each(f func(n discovery.Name, scope string, endpoints int)) {
-	for n, x := range e.services {
-		f(n, x.scope, len(x.ids))
-	}
+// Moved calls f for every service of e that is not in next, or in another scope there: its scope here, and how many endpoints it has in it.
+func (e *Exports) Moved(next *Exports, f func(n discovery.Name, scope string, endpoints int)) {
+	discovery.Diff(e.services, next.services, func(n discovery.Name, x, now *exported) {
+		if x != nil && (now == nil || now.scope != x.scope) {
+			f(n, x.scope, len(x.ids))
+		}
+	})
 }
 
 // Readable returns the scopes that a member may read, sorted. An audience names members, or labels ("tier=gold") that the exporter's own Peer
@@ -158,7 +164,7 @@ func (e *Exports) Value(scope, key string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	x := e.services[n]
+	x := e.services.Get(n)
 	if x == nil || x.scope != scope {
 		return nil, fmt.Errorf("key %s is not exported in scope %s", key, scope)
 	}
@@ -183,7 +189,7 @@ func (e *Exports) Value(scope, key string) ([]byte, error) {
 
 // NewExports returns Exports of nothing, to Restore into.
 func NewExports() *Exports {
-	return &Exports{Scopes: map[string]int{}, services: map[discovery.Name]*exported{}}
+	return &Exports{Scopes: map[string]int{}}
 }
 
 // Restore reads one key of a cluster's own exports back from its store, so that the next Encode keeps slots and export times. What does not
@@ -194,10 +200,10 @@ func (e *Exports) Restore(scope, key string, value []byte) {
 	if err != nil {
 		return
 	}
-	x := e.services[n]
+	x := e.services.Get(n)
 	if x == nil {
 		x = &exported{scope: scope, sums: map[string]Sum{}}
-		e.services[n] = x
+		e.services = e.services.Put(n, x)
 	}
 	if x.scope == scope {
 		x.sums[key] = sumOf(value)
@@ -255,21 +261,32 @@ func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fa
 	if prev == nil {
 		prev = NewExports()
 	}
-	next := &Exports{
-		Scopes:      map[string]int{AllScope: 0},
-		Audience:    map[string][]string{AllScope: nil},
-		trustDomain: s.Self.TrustDomain,
-		services:    make(map[discovery.Name]*exported, len(prev.services)),
+	next := &Exports{trustDomain: s.Self.TrustDomain, from: s.Services, failed: map[discovery.Name]struct{}{}}
+	var services *discovery.Edit[*exported]
+	var differ []discovery.Name
+	if prev.held == nil { // nothing, or what was restored and may be gone
+		services = discovery.ByName[*exported]{}.Edit()
+		next.Scopes, next.Audience, next.held = map[string]int{AllScope: 0}, map[string][]string{AllScope: nil}, map[string]int{}
+		for name := range s.Services.All() {
+			differ = append(differ, name)
+		}
+	} else {
+		services = prev.services.Edit()
+		next.Scopes, next.Audience, next.held = maps.Clone(prev.Scopes), maps.Clone(prev.Audience), maps.Clone(prev.held)
+		next.Services, next.Endpoints = prev.Services, prev.Endpoints
+		differ = slices.Collect(maps.Keys(prev.failed))
+		discovery.Diff(prev.from, s.Services, func(name discovery.Name, _, _ *discovery.Service) {
+			if _, again := prev.failed[name]; !again {
+				differ = append(differ, name)
+			}
+		})
 	}
 	var changed []*discovery.Service
-	for name, svc := range s.Services {
-		if svc.Export == nil {
-			continue
-		}
-		if old := prev.services[name]; old != nil && old.source == svc {
-			next.services[name] = old
-		} else {
+	for _, name := range differ {
+		if svc := s.Services.Get(name); svc != nil && svc.Export != nil {
 			changed = append(changed, svc)
+		} else {
+			next.set(services, name, nil)
 		}
 	}
 	var faults []Fault
@@ -277,20 +294,40 @@ func Encode(s *discovery.Snapshot, prev *Exports, now time.Time) (*Exports, []Fa
 		name := changed[i].Name
 		if done.err != nil {
 			faults = append(faults, Fault{Scope: AudienceScope(changed[i].Export.Audience), Key: ServiceKey(name), Reason: done.err.Error()})
-			if done.exported = prev.services[name]; done.exported == nil {
-				continue
-			}
+			next.failed[name] = struct{}{}
+			done.exported = prev.services.Get(name)
 		}
-		next.services[name] = done.exported
+		next.set(services, name, done.exported)
 	}
-	for _, x := range next.services {
-		next.Services++
-		next.Endpoints += len(x.ids)
-		next.Scopes[x.scope] += len(x.ids)
-		next.Audience[x.scope] = x.audience
-	}
+	next.services = services.Done()
 	slices.SortFunc(faults, func(a, b Fault) int { return cmp.Compare(a.Key, b.Key) })
 	return next, faults
+}
+
+// set puts what is exported of one service, or nil, into services, and keeps count.
+func (e *Exports) set(services *discovery.Edit[*exported], name discovery.Name, x *exported) {
+	if old := services.Get(name); old != nil {
+		e.Services--
+		e.Endpoints -= len(old.ids)
+		e.Scopes[old.scope] -= len(old.ids)
+		if e.held[old.scope]--; e.held[old.scope] == 0 {
+			delete(e.held, old.scope)
+			if old.scope != AllScope {
+				delete(e.Scopes, old.scope)
+				delete(e.Audience, old.scope)
+			}
+		}
+	}
+	if x == nil {
+		services.Delete(name)
+		return
+	}
+	services.Put(name, x)
+	e.Services++
+	e.Endpoints += len(x.ids)
+	e.Scopes[x.scope] += len(x.ids)
+	e.held[x.scope]++
+	e.Audience[x.scope] = x.audience
 }
 
 // encoded is what became of one service.
@@ -310,7 +347,7 @@ func encodeServices(trustDomain string, services []*discovery.Service, prev *Exp
 			if i >= len(services) {
 				return
 			}
-			out[i].exported, out[i].err = e.encode(services[i], prev.services[services[i].Name], now)
+			out[i].exported, out[i].err = e.encode(services[i], prev.services.Get(services[i].Name), now)
 		}
 	}
 	const few = 32 // not worth a goroutine

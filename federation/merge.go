@@ -31,31 +31,42 @@ type Source struct {
 }
 
 // LocalPart returns a cluster's own exports as a Part, with the export times that Encode has kept. prev (may be nil) is the result before;
-// an Export to which nothing changed is reused.
+// an Export to which nothing changed is reused, and costs nothing.
 func LocalPart(s *discovery.Snapshot, e *Exports, prev *Part) *Part {
-	p := &Part{Exports: map[discovery.Name]*Export{}}
 	if prev == nil {
-		prev = p
+		prev = &Part{}
 	}
-	for name, svc := range s.Services {
-		if svc.Export == nil {
-			continue
+	p := &Part{Endpoints: prev.Endpoints, services: s.Services}
+	if e != nil {
+		p.exported = e.services
+	}
+	exports := prev.Exports.Edit()
+	update := func(name discovery.Name) {
+		if old := exports.Get(name); old != nil {
+			p.Endpoints -= len(old.Endpoints)
+			exports.Delete(name)
+		}
+		svc := s.Services.Get(name)
+		if svc == nil || svc.Export == nil {
+			return
 		}
 		since := e.Since(name)
 		if since.IsZero() {
 			since = Stamp(svc.Export.Created)
 		}
 		p.Endpoints += len(svc.Endpoints)
-		if old := prev.Exports[name]; old != nil && old.local == svc && old.Exported.Equal(since) {
-			p.Exports[name] = old
-			continue
+		x := prev.Exports.Get(name)
+		if x == nil || prev.services.Get(name) != svc || !x.Exported.Equal(since) {
+			x = &Export{
+				Traits: svc.Traits.Normal(), Ports: svc.Ports, Labels: svc.Export.Labels, Annotations: svc.Export.Annotations,
+				Exported: since, Endpoints: svc.Endpoints,
+			}
 		}
-		p.Exports[name] = &Export{
-			local:  svc,
-			Traits: svc.Traits.Normal(), Ports: svc.Ports, Labels: svc.Export.Labels, Annotations: svc.Export.Annotations,
-			Exported: since, Endpoints: svc.Endpoints,
-		}
+		exports.Put(name, x)
 	}
+	discovery.Diff(prev.services, s.Services, func(n discovery.Name, _, _ *discovery.Service) { update(n) })
+	discovery.Diff(prev.exported, p.exported, func(n discovery.Name, _, _ *exported) { update(n) })
+	p.Exports = exports.Done()
 	return p
 }
 
@@ -67,52 +78,57 @@ type share struct {
 
 // Merge makes one Import of all exports of the same name (KEP-1645 "Constraints and conflict resolution"): the union of ports, and where
 // exports disagree, the oldest wins; of equally old ones, the smaller member ID. The order of sources does not matter.
-// prev (may be nil) is the result before; an Import to which nothing changed is reused, and costs next to nothing where no Export
+// prev (may be nil) is the result before; an Import to which nothing changed is reused, and costs nothing where no Export
 // of it is another one.
 func Merge(sources []Source, prev *Merged) *Merged {
 	if prev == nil {
 		prev = &Merged{}
 	}
-	next := &Merged{Imports: make(map[discovery.Name]*discovery.Import, len(prev.Imports)), sources: slices.Clone(sources)}
+	next := &Merged{sources: slices.Clone(sources)}
 	slices.SortFunc(next.sources, func(a, b Source) int { return cmp.Compare(a.ID, b.ID) })
-	sameSources := slices.EqualFunc(prev.sources, next.sources, func(a, b Source) bool { return a.ID == b.ID && a.Name == b.Name })
-	var from []share
-	for i := range next.sources {
-		for name := range next.sources[i].Part.Exports {
-			if next.Imports[name] != nil {
-				continue // another source has it, too
-			}
-			from = from[:0]
-			same := sameSources
-			for j := range next.sources {
-				s := &next.sources[j]
-				e := s.Part.Exports[name]
-				if e != nil {
-					from = append(from, share{s, e})
-				}
-				same = same && e == prev.sources[j].Part.Exports[name]
-			}
-			old := prev.Imports[name]
-			if same {
-				next.Imports[name] = old
-				continue
-			}
-			slices.SortFunc(from, func(a, b share) int {
-				return cmp.Or(a.Exported.Compare(b.Exported), cmp.Compare(a.ID, b.ID))
-			})
-			if imp := mergeOne(name, from); old != nil && sameImport(old, imp) {
-				next.Imports[name] = old
-			} else {
-				next.Imports[name] = imp
+	differ := map[discovery.Name]struct{}{}
+	if slices.EqualFunc(prev.sources, next.sources, func(a, b Source) bool { return a.ID == b.ID && a.Name == b.Name }) {
+		for i := range next.sources {
+			discovery.Diff(prev.sources[i].Part.Exports, next.sources[i].Part.Exports, func(n discovery.Name, _, _ *Export) { differ[n] = struct{}{} })
+		}
+	} else {
+		for n := range prev.Imports.All() {
+			differ[n] = struct{}{}
+		}
+		for i := range next.sources {
+			for n := range next.sources[i].Part.Exports.All() {
+				differ[n] = struct{}{}
 			}
 		}
 	}
+	imports := prev.Imports.Edit()
+	var from []share
+	for name := range differ {
+		from = from[:0]
+		for i := range next.sources {
+			s := &next.sources[i]
+			if e := s.Part.Exports.Get(name); e != nil {
+				from = append(from, share{s, e})
+			}
+		}
+		if len(from) == 0 {
+			imports.Delete(name)
+			continue
+		}
+		slices.SortFunc(from, func(a, b share) int {
+			return cmp.Or(a.Exported.Compare(b.Exported), cmp.Compare(a.ID, b.ID))
+		})
+		if old, imp := imports.Get(name), mergeOne(name, from); old == nil || !sameImport(old, imp) {
+			imports.Put(name, imp)
+		}
+	}
+	next.Imports = imports.Done()
 	return next
 }
 
 // Merged is the result of a Merge. It is immutable.
 type Merged struct {
-	Imports map[discovery.Name]*discovery.Import
+	Imports discovery.ByName[*discovery.Import]
 
 	sources []Source // of which it was made; sorted by ID
 }

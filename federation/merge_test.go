@@ -2,7 +2,6 @@ package federation_test
 
 import (
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -17,7 +16,7 @@ import (
 var payments = discovery.Name{Namespace: "shop", Name: "payments"}
 
 func source(id, name string, e *federation.Export) federation.Source {
-	return federation.Source{ID: id, Name: name, Part: &federation.Part{Exports: map[discovery.Name]*federation.Export{payments: e}}}
+	return federation.Source{ID: id, Name: name, Part: &federation.Part{Exports: discovery.NewByName(map[discovery.Name]*federation.Export{payments: e})}}
 }
 
 func TestMergeResolvesConflictsByTheOldestExport(t *testing.T) {
@@ -27,13 +26,13 @@ func TestMergeResolvesConflictsByTheOldestExport(t *testing.T) {
 		Exported: epoch.Add(time.Minute), Traits: discovery.Traits{Headless: true, Affinity: "ClientIP"},
 		Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.GRPC}, {Name: "console", Number: 9000, Protocol: discovery.TCP}, {Name: "grpc", Number: 81, Protocol: discovery.GRPC}},
 	})
-	got := federation.Merge([]federation.Source{young, old}, nil).Imports[payments]
+	got := federation.Merge([]federation.Source{young, old}, nil).Imports.Get(payments)
 	want := &discovery.Import{
 		Name:  payments,
 		Ports: []discovery.Port{http, {Name: "grpc", Number: 81, Protocol: discovery.GRPC}, {Name: "admin", Number: 9000, Protocol: discovery.TCP}},
 		From: []discovery.ImportedFrom{
-			{Member: "west", Ports: old.Part.Exports[payments].Ports, Exported: epoch},
-			{Member: "east", Ports: young.Part.Exports[payments].Ports, Exported: epoch.Add(time.Minute)},
+			{Member: "west", Ports: old.Part.Exports.Get(payments).Ports, Exported: epoch},
+			{Member: "east", Ports: young.Part.Exports.Get(payments).Ports, Exported: epoch.Add(time.Minute)},
 		},
 		Conflicts: []discovery.ImportConflict{
 			{Member: "east", With: "west", Reason: federation.TypeConflict, Message: "headless is true, but false in the oldest export, of cluster west"},
@@ -51,7 +50,7 @@ func TestMergeResolvesConflictsByTheOldestExport(t *testing.T) {
 func TestMergeBreaksTiesByMemberID(t *testing.T) {
 	a := source("2", "east", &federation.Export{Exported: epoch, Traits: discovery.Traits{Headless: true}})
 	b := source("1", "west", &federation.Export{Exported: epoch})
-	if got := federation.Merge([]federation.Source{a, b}, nil).Imports[payments]; got.From[0].Member != "west" || got.Headless {
+	if got := federation.Merge([]federation.Source{a, b}, nil).Imports.Get(payments); got.From[0].Member != "west" || got.Headless {
 		t.Fatalf("%+v", got)
 	}
 }
@@ -62,7 +61,7 @@ func TestMergeIgnoresOrder(t *testing.T) {
 	for range 300 {
 		var sources []federation.Source
 		for i := range 1 + rnd.IntN(6) {
-			p := &federation.Part{Exports: map[discovery.Name]*federation.Export{}}
+			p := &federation.Part{}
 			for s := range 3 {
 				e := &federation.Export{Exported: epoch.Add(time.Duration(rnd.IntN(3)) * time.Second), Traits: discovery.Traits{Headless: rnd.IntN(3) == 0, Affinity: []string{"", "ClientIP"}[rnd.IntN(2)]}}
 				for range rnd.IntN(3) {
@@ -74,7 +73,7 @@ func TestMergeIgnoresOrder(t *testing.T) {
 				for range rnd.IntN(4) {
 					e.Ports = append(e.Ports, discovery.Port{Name: fmt.Sprint("p", rnd.IntN(3)), Number: uint16(80 + rnd.IntN(3)), Protocol: []discovery.AppProtocol{discovery.HTTP, discovery.TCP}[rnd.IntN(2)]})
 				}
-				p.Exports[discovery.Name{Namespace: "n", Name: fmt.Sprint("s", s)}] = e
+				p.Exports = p.Exports.Put(discovery.Name{Namespace: "n", Name: fmt.Sprint("s", s)}, e)
 			}
 			sources = append(sources, federation.Source{ID: fmt.Sprint("id", i), Name: fmt.Sprint("c", i), Part: p})
 		}
@@ -84,8 +83,8 @@ func TestMergeIgnoresOrder(t *testing.T) {
 		if diff := cmp.Diff(want.Imports, got.Imports, equate); diff != "" {
 			t.Fatalf("the order matters:\n%s", diff)
 		}
-		for n := range got.Imports {
-			if got.Imports[n] != want.Imports[n] {
+		for n := range got.Imports.All() {
+			if got.Imports.Get(n) != want.Imports.Get(n) {
 				t.Fatalf("%s has not changed and was made anew", n)
 			}
 		}
@@ -122,7 +121,7 @@ func TestMergeOfEachTrait(t *testing.T) {
 		oldest, middle, youngest := base(), base(), base()
 		oldest.Exported, middle.Exported, youngest.Exported = epoch, epoch.Add(1), epoch.Add(2)
 		c.change(middle)
-		got := federation.Merge([]federation.Source{source("1", "east", middle), source("2", "north", youngest), source("3", "west", oldest)}, nil).Imports[payments]
+		got := federation.Merge([]federation.Source{source("1", "east", middle), source("2", "north", youngest), source("3", "west", oldest)}, nil).Imports.Get(payments)
 		if !c.imported(got) {
 			t.Errorf("%s: imported %+v", c.name, got)
 		}
@@ -146,7 +145,7 @@ func TestMergeOfEachTrait(t *testing.T) {
 func TestMergeWithoutACommonIPFamily(t *testing.T) {
 	old := &federation.Export{Exported: epoch, Traits: discovery.Traits{IPFamilies: []discovery.IPFamily{discovery.IPv6}}}
 	young := &federation.Export{Exported: epoch.Add(1), Traits: discovery.Traits{IPFamilies: []discovery.IPFamily{discovery.IPv4}}}
-	got := federation.Merge([]federation.Source{source("1", "east", young), source("2", "west", old)}, nil).Imports[payments]
+	got := federation.Merge([]federation.Source{source("1", "east", young), source("2", "west", old)}, nil).Imports.Get(payments)
 	if fmt.Sprint(got.IPFamilies) != "[IPv6]" || len(got.Conflicts) != 1 || got.Conflicts[0].Reason != federation.IPFamilyConflict || got.Conflicts[0].Member != "east" {
 		t.Fatalf("%+v", got)
 	}
@@ -175,14 +174,14 @@ func TestMergeByStepsIsMergeAtOnce(t *testing.T) {
 		}
 		var sources []federation.Source
 		for id, exports := range parts {
-			sources = append(sources, federation.Source{ID: id, Name: "c" + id, Part: &federation.Part{Exports: maps.Clone(exports)}})
+			sources = append(sources, federation.Source{ID: id, Name: "c" + id, Part: &federation.Part{Exports: discovery.NewByName(exports)}})
 		}
 		got, want := federation.Merge(sources, before), federation.Merge(sources, nil)
 		if diff := cmp.Diff(want.Imports, got.Imports, equate); diff != "" {
 			t.Fatalf("step %d:\n%s", step, diff)
 		}
-		for n, i := range got.Imports {
-			if before != nil && before.Imports[n] == i {
+		for n, i := range got.Imports.All() {
+			if before != nil && before.Imports.Get(n) == i {
 				reused++
 			}
 		}
@@ -197,9 +196,9 @@ func BenchmarkMergeAfterOneChange(b *testing.B) {
 	changed := discovery.Name{Namespace: "n", Name: "s7"}
 	sources := make([]federation.Source, 3)
 	for i := range sources {
-		p := &federation.Part{Exports: map[discovery.Name]*federation.Export{}}
+		p := &federation.Part{}
 		for s := range 10_000 {
-			p.Exports[discovery.Name{Namespace: "n", Name: fmt.Sprint("s", s)}] = &federation.Export{Exported: epoch, Endpoints: make([]*discovery.Endpoint, 100)}
+			p.Exports = p.Exports.Put(discovery.Name{Namespace: "n", Name: fmt.Sprint("s", s)}, &federation.Export{Exported: epoch, Endpoints: make([]*discovery.Endpoint, 100)})
 		}
 		sources[i] = federation.Source{ID: fmt.Sprint(i), Name: fmt.Sprint("c", i), Part: p}
 	}
@@ -207,10 +206,9 @@ func BenchmarkMergeAfterOneChange(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		p := *sources[1].Part
-		p.Exports = maps.Clone(p.Exports)
-		e := *p.Exports[changed]
+		e := *p.Exports.Get(changed)
 		e.Revision++
-		p.Exports[changed] = &e
+		p.Exports = p.Exports.Put(changed, &e)
 		sources[1].Part = &p
 		m = federation.Merge(sources, m)
 	}
@@ -221,15 +219,14 @@ func TestLocalPartReusesWhatHasNotChanged(t *testing.T) {
 	e, _ := federation.Encode(s, nil, epoch)
 	before := federation.LocalPart(s, e, nil)
 	next := *s
-	next.Services = maps.Clone(s.Services)
-	changed := *s.Services[payments]
+	changed := *s.Services.Get(payments)
 	changed.Endpoints = changed.Endpoints[:1]
-	next.Services[payments] = &changed
+	next.Services = s.Services.Put(payments, &changed)
 	e, _ = federation.Encode(&next, e, epoch)
 	after := federation.LocalPart(&next, e, before)
 	catalog := discovery.Name{Namespace: "shop", Name: "catalog"}
-	if after.Exports[catalog] != before.Exports[catalog] || after.Exports[payments] == before.Exports[payments] || after.Endpoints != 3 {
+	if after.Exports.Get(catalog) != before.Exports.Get(catalog) || after.Exports.Get(payments) == before.Exports.Get(payments) || after.Endpoints != 3 {
 		t.Fatalf("%d endpoints; catalog reused: %t, payments reused: %t", after.Endpoints,
-			after.Exports[catalog] == before.Exports[catalog], after.Exports[payments] == before.Exports[payments])
+			after.Exports.Get(catalog) == before.Exports.Get(catalog), after.Exports.Get(payments) == before.Exports.Get(payments))
 	}
 }

@@ -58,7 +58,7 @@ func (p *controlPlane) Identities(context.Context) ([]admin.Identity, error) {
 		}
 	}
 	if local := p.mesh.Clusterset().Local; local != nil {
-		for _, s := range local.Services {
+		for _, s := range local.Services.All() {
 			for _, e := range s.Endpoints {
 				if e.SPIFFEID == "" {
 					continue

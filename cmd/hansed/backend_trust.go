@@ -50,7 +50,7 @@ func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
 		}
 	}
 	row.Allow = set.Local.AllowOf(td.Name())
-	for _, imp := range set.Imports {
+	for _, imp := range set.Imports.All() {
 		for _, from := range imp.From {
 			if from.Member == row.Member {
 				row.Withheld += from.Withheld

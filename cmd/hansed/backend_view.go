@@ -28,7 +28,7 @@ func (p *controlPlane) Services(context.Context) ([]admin.Service, error) {
 		}
 		return rows[n]
 	}
-	for n, imp := range set.Imports {
+	for n, imp := range set.Imports.All() {
 		r := row(n, imp.Ports)
 		for _, from := range imp.From {
 			r.Clusters = append(r.Clusters, part(set, ages, from))
@@ -37,7 +37,7 @@ func (p *controlPlane) Services(context.Context) ([]admin.Service, error) {
 			r.Conflicts = append(r.Conflicts, fmt.Sprintf("%s: %s: %s", c.Member, c.Reason, c.Message))
 		}
 	}
-	for n, svc := range set.Local.Services {
+	for n, svc := range set.Local.Services.All() {
 		r := row(n, svc.Ports)
 		r.Exported = svc.Export != nil
 		if svc.Export == nil {
@@ -94,7 +94,7 @@ func (p *controlPlane) Endpoints(_ context.Context, service string) ([]admin.End
 	if err != nil {
 		return nil, err
 	}
-	imp, svc := set.Imports[name], set.Local.Services[name]
+	imp, svc := set.Imports.Get(name), set.Local.Services.Get(name)
 	var parts []discovery.ImportedFrom
 	var authorities []string
 	if imp != nil {
@@ -138,7 +138,7 @@ func address(e *discovery.Endpoint) string {
 
 // findService reads "namespace/name", "name.namespace…" or, where it is the only one of that name, "name".
 func findService(set *discovery.Clusterset, s string) (discovery.Name, error) {
-	known := func(n discovery.Name) bool { return set.Imports[n] != nil || set.Local.Services[n] != nil }
+	known := func(n discovery.Name) bool { return set.Imports.Get(n) != nil || set.Local.Services.Get(n) != nil }
 	if ns, name, ok := strings.Cut(s, "/"); ok {
 		n := discovery.Name{Namespace: ns, Name: name}
 		if known(n) {
@@ -152,12 +152,12 @@ func findService(set *discovery.Clusterset, s string) (discovery.Name, error) {
 		return n, nil
 	}
 	var found []discovery.Name
-	for n := range set.Imports {
+	for n := range set.Imports.All() {
 		if n.Name == s {
 			found = append(found, n)
 		}
 	}
-	for n := range set.Local.Services {
+	for n := range set.Local.Services.All() {
 		if n.Name == s && !slices.Contains(found, n) {
 			found = append(found, n)
 		}

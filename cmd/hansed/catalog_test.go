@@ -77,7 +77,7 @@ func start(t *testing.T, store etcd.Store, dir, stateFile string) (*catalog, fun
 }
 
 func payments(s *discovery.Snapshot) *discovery.Service {
-	return s.Services[discovery.Name{Namespace: "shop", Name: "payments"}]
+	return s.Services.Get(discovery.Name{Namespace: "shop", Name: "payments"})
 }
 
 func TestApplyIsAllOrNothingAndOutlivesARestart(t *testing.T) {

@@ -166,12 +166,14 @@ type registrar struct {
 	workloads []*onspire.Template
 	fixed     []onspire.Entry // of the control plane and its gateways
 	log       *slog.Logger
-	made      map[discovery.Name]serviceEntries // by the last call of entries
+
+	// of the last call of entries
+	services discovery.ByName[*discovery.Service]
+	made     discovery.ByName[*serviceEntries]
 }
 
 // serviceEntries are what the endpoints of one service need. A Service is immutable, so they are made once.
 type serviceEntries struct {
-	of   *discovery.Service
 	keys []string // of entries
 	all  []onspire.Entry
 }
@@ -220,13 +222,16 @@ func (r *registrar) entries(s *discovery.Snapshot) []onspire.Entry {
 	if s == nil || len(r.workloads) == 0 {
 		return out
 	}
-	made := make(map[discovery.Name]serviceEntries, len(s.Services))
-	for name, svc := range s.Services {
-		of := r.made[name]
-		if of.of != svc {
-			of = r.ofService(svc)
+	made := r.made.Edit()
+	discovery.Diff(r.services, s.Services, func(name discovery.Name, _, svc *discovery.Service) {
+		if svc == nil {
+			made.Delete(name)
+		} else {
+			made.Put(name, r.ofService(svc))
 		}
-		made[name] = of
+	})
+	r.services, r.made = s.Services, made.Done()
+	for _, of := range r.made.All() {
 		for i, key := range of.keys {
 			if !seen[key] {
 				seen[key] = true
@@ -234,13 +239,12 @@ func (r *registrar) entries(s *discovery.Snapshot) []onspire.Entry {
 			}
 		}
 	}
-	r.made = made
 	return out
 }
 
 // ofService makes the entries of one service, each once.
-func (r *registrar) ofService(svc *discovery.Service) serviceEntries {
-	out, seen := serviceEntries{of: svc}, map[string]bool{}
+func (r *registrar) ofService(svc *discovery.Service) *serviceEntries {
+	out, seen := &serviceEntries{}, map[string]bool{}
 	for _, ep := range svc.Endpoints {
 		id, err := spiffeid.FromString(ep.SPIFFEID)
 		if err != nil || !id.MemberOf(r.td) || identity.Reserved(id) {

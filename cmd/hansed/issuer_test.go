@@ -43,7 +43,7 @@ func TestEntriesOfASnapshot(t *testing.T) {
 		services[n] = &discovery.Service{Name: n, Endpoints: eps}
 	}
 	var got []string
-	for _, e := range r.entries(&discovery.Snapshot{Services: services}) {
+	for _, e := range r.entries(&discovery.Snapshot{Services: discovery.NewByName(services)}) {
 		if e.X509Life != time.Hour || e.JWTLife != 5*time.Minute {
 			t.Errorf("lives %s and %s, want those of the configuration", e.X509Life, e.JWTLife)
 		}

@@ -194,10 +194,10 @@ func (p *controlPlane) snapshot() any {
 		Trusted  map[string]uint64
 		Revision uint64
 	}{Local: set.Local, Members: set.Members, Trusted: set.Trusted, Revision: set.Revision}
-	for n, s := range set.Local.Services {
+	for n, s := range set.Local.Services.All() {
 		view.Services = append(view.Services, service{n.String(), s})
 	}
-	for n, s := range set.Imports {
+	for n, s := range set.Imports.All() {
 		view.Imports = append(view.Imports, service{n.String(), s})
 	}
 	return view

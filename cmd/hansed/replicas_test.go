@@ -133,10 +133,10 @@ func TestReplicasRemember(t *testing.T) {
 		for len(snaps) > 0 {
 			last = <-snaps
 		}
-		if last == nil || len(last.Services) != 1 {
+		if last == nil || last.Services.Len() != 1 {
 			t.Fatalf("%s: %+v", round, last)
 		}
-		for _, s := range last.Services {
+		for _, s := range last.Services.All() {
 			got := s.Endpoints[0].ID + " " + s.Export.Created.String()
 			if was := seen["x"]; was != "" && was != got {
 				t.Errorf("%s has %s, and before it was %s", round, got, was)

@@ -26,7 +26,7 @@ func exportConditions(o, of objects.Object, view *discovery.Clusterset, self str
 		meta.SetStatusCondition(&conditions, metav1.Condition{Type: string(t), Status: status, Reason: string(reason), Message: fmt.Sprintf(message, args...),
 			ObservedGeneration: e.Generation, LastTransitionTime: metav1.NewTime(now)})
 	}
-	service := view.Local.Services[o.Name()]
+	service := view.Local.Services.Get(o.Name())
 	spec, _ := of.Value.(*corev1.Service)
 	switch {
 	case service != nil && service.Export != nil:
@@ -44,7 +44,7 @@ func exportConditions(o, of objects.Object, view *discovery.Clusterset, self str
 	}
 	reason, message := mcsv1beta1.ServiceExportReasonNoConflicts, "all clusters that export it agree"
 	status := metav1.ConditionFalse
-	if i := view.Imports[o.Name()]; i != nil {
+	if i := view.Imports.Get(o.Name()); i != nil {
 		var reasons, messages []string
 		for _, c := range i.ConflictsOf(self) {
 			if !slices.Contains(reasons, c.Reason) {

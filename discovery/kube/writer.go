@@ -125,14 +125,14 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 		}
 	}
 	moved := !maps.Equal(withdrawn, w.withdrawn)
-	for n, i := range view.Imports {
+	for n, i := range view.Imports.All() {
 		if last, ok := w.done[n]; !ok || last != i || moved && slices.ContainsFunc(i.From, func(f discovery.ImportedFrom) bool { return withdrawn[f.Member] != w.withdrawn[f.Member] }) {
 			dirty[n] = struct{}{}
 		}
 	}
 	w.withdrawn = withdrawn
 	for n := range w.done {
-		if view.Imports[n] == nil {
+		if view.Imports.Get(n) == nil {
 			dirty[n] = struct{}{}
 		}
 	}
@@ -162,7 +162,7 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			names = append(names, n)
 		}
 		for _, n := range names {
-			i := view.Imports[n]
+			i := view.Imports.Get(n)
 			if ctx.Err() != nil {
 				break
 			}

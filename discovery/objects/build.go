@@ -53,8 +53,7 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 		in.NewID = func(discovery.Name, string) string { return RandomID() }
 	}
 	b := &builder{Input: in, next: &State{
-		created:  make(map[Key]time.Time, len(in.State.created)),
-		services: make(map[discovery.Name]*serviceState, len(in.Set.kinds["Service"])),
+		created: make(map[Key]time.Time, len(in.State.created)),
 	}}
 	b.next.self = place{in.Self.Cluster, in.Self.TrustDomain, in.Self.Network, in.Self.Region}
 	snap := &discovery.Snapshot{Self: in.Self, Complete: in.Complete}
@@ -83,14 +82,16 @@ func (b *builder) keepUnseen() {
 			b.next.created[k] = t
 		}
 	}
-	for n, was := range b.State.services {
-		if b.next.services[n] == nil {
-			b.next.services[n] = &serviceState{ids: was.known()}
+	next := b.next.services.Edit()
+	for n, was := range b.State.services.All() {
+		if next.Get(n) == nil {
+			next.Put(n, &serviceState{ids: was.known()})
 			if was.remembers() {
 				b.next.known++
 			}
 		}
 	}
+	b.next.services = next.Done()
 }
 
 func sortFaults(faults []*Fault) {
@@ -109,7 +110,7 @@ type builder struct {
 
 // all calls f for each object of a kind, by name.
 func all[T any](b *builder, kind string, f func(Object, T)) {
-	for _, o := range b.Set.kinds[kind] {
+	for _, o := range b.Set.sorted(kind) {
 		f(o, o.Value.(T))
 	}
 }
@@ -148,8 +149,8 @@ func (b *builder) created(o Object) time.Time {
 }
 
 // services builds those whose objects changed since the Build before, and takes the others from it.
-func (b *builder) services() map[discovery.Name]*discovery.Service {
-	exports := make(map[discovery.Name]Object, len(b.Set.kinds["ServiceExport"]))
+func (b *builder) services() discovery.ByName[*discovery.Service] {
+	exports := make(map[discovery.Name]Object, b.Set.kinds["ServiceExport"].Len())
 	created := make(map[discovery.Name]time.Time, len(exports))
 	all(b, "ServiceExport", func(o Object, _ *mcsv1alpha1.ServiceExport) {
 		exports[o.Name()], created[o.Name()] = o, b.created(o)
@@ -161,30 +162,36 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 	is, changed := b.follow(was)
 	if was != nil {
 		for n, t := range created {
-			if s := b.State.services[n]; s != nil && s.inputs.export != nil && !s.inputs.export.Created.Equal(t) {
+			if s := b.State.services.Get(n); s != nil && s.inputs.export != nil && !s.inputs.export.Created.Equal(t) {
 				changed[n] = struct{}{}
 			}
 		}
 		b.next.known = b.State.known
 		b.next.services = b.State.services
 		if len(changed) > 0 {
-			b.next.services = maps.Clone(b.State.services)
-			is.services, is.faulty = maps.Clone(was.services), maps.Clone(was.faulty)
+			is.faulty, is.orphans = maps.Clone(was.faulty), maps.Clone(was.orphans)
 		}
+	} else {
+		is.faulty, is.orphans = map[discovery.Name]struct{}{}, map[discovery.Name]struct{}{}
 	}
+	states, results := b.next.services.Edit(), is.services.Edit()
 	for n := range changed {
-		if s := b.next.services[n]; s != nil && s.remembers() {
+		if s := states.Get(n); s != nil && s.remembers() {
 			b.next.known--
 		}
-		delete(b.next.services, n)
-		delete(is.services, n)
+		states.Delete(n)
+		results.Delete(n)
 		delete(is.faulty, n)
+		delete(is.orphans, n)
 		o, s := b.plainService(n)
 		if s == nil {
+			if len(is.slices.Get(n)) > 0 {
+				is.orphans[n] = struct{}{}
+			}
 			continue
 		}
 		in := inputs{service: s}
-		for _, so := range is.slices[n] {
+		for _, so := range is.slices.Get(n) {
 			in.slices = append(in.slices, so.Value)
 		}
 		if export, ok := exports[n]; ok {
@@ -194,35 +201,34 @@ func (b *builder) services() map[discovery.Name]*discovery.Service {
 				Labels: spec.ExportedLabels, Annotations: spec.ExportedAnnotations,
 			}
 		}
-		now := b.State.services[n]
+		now := b.State.services.Get(n)
 		forget := b.Complete && now != nil && now.result != nil && now.ids != nil
 		if now == nil || now.result == nil || forget || !now.inputs.equal(&in) || b.State.self != b.next.self {
-			now = b.service(o, is.slices[n], in, now)
+			now = b.service(o, slices.Clone(is.slices.Get(n)), in, now)
 		}
 		if now.remembers() {
 			b.next.known++
 		}
-		b.next.services[n], is.services[n] = now, now.result
+		states.Put(n, now)
+		results.Put(n, now.result)
 		if len(now.faults) > 0 {
 			is.faulty[n] = struct{}{}
 		}
 	}
+	b.next.services, is.services = states.Done(), results.Done()
 	for n := range is.faulty {
-		b.faults = append(b.faults, b.next.services[n].faults...)
+		b.faults = append(b.faults, b.next.services.Get(n).faults...)
 	}
-	for n, orphans := range is.slices {
-		if _, ok := is.services[n]; ok {
-			continue
-		}
+	for n := range is.orphans {
 		if _, ok := b.Set.Get(Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name}); ok { // an ExternalName
 			continue
 		}
-		for _, o := range orphans {
+		for _, o := range is.slices.Get(n) {
 			b.pending(o, "metadata.labels["+discoveryv1.LabelServiceName+"]", n.Name, "there is no Service %s; its endpoints are not used", n)
 		}
 	}
 	for n, o := range exports {
-		if _, ok := is.services[n]; ok {
+		if is.services.Get(n) != nil {
 			continue
 		}
 		if _, ok := b.Set.Get(Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name}); ok {
@@ -253,9 +259,10 @@ func (b *builder) plainService(n discovery.Name) (Object, *corev1.Service) {
 // index is what a Build looked up, for the next to look only at what changed. It is immutable once its Build ended.
 type index struct {
 	set      *Set
-	slices   map[discovery.Name][]Object // EndpointSlices by Service, sorted by key
-	services map[discovery.Name]*discovery.Service
+	slices   discovery.ByName[[]Object] // EndpointSlices by Service, sorted by name
+	services discovery.ByName[*discovery.Service]
 	faulty   map[discovery.Name]struct{} // those with faults
+	orphans  map[discovery.Name]struct{} // names in slices that are no Service with endpoints
 }
 
 // follow indexes the Set, and names the Services of which an object changed; after nothing, all.
@@ -265,68 +272,36 @@ func (b *builder) follow(was *index) (*index, map[discovery.Name]struct{}) {
 		s := headOf(o.Value)
 		return discovery.Name{Namespace: s.Namespace, Name: s.Labels[discoveryv1.LabelServiceName]}
 	}
-	if was == nil {
-		is := &index{set: b.Set, slices: make(map[discovery.Name][]Object, len(b.Set.kinds["EndpointSlice"])),
-			services: make(map[discovery.Name]*discovery.Service, len(b.Set.kinds["Service"])), faulty: map[discovery.Name]struct{}{}}
-		for _, o := range b.Set.kinds["EndpointSlice"] {
-			n := serviceOf(o)
-			is.slices[n] = append(is.slices[n], o)
-		}
-		for _, o := range b.Set.kinds["Service"] {
-			changed[o.Name()] = struct{}{}
-		}
-		return is, changed
+	before := was
+	if before == nil {
+		before = &index{set: &Set{}}
 	}
-	is := &index{set: b.Set, slices: was.slices, services: was.services, faulty: was.faulty}
+	is := &index{set: b.Set, services: before.services, faulty: before.faulty, orphans: before.orphans}
 	for _, kind := range []string{"Service", "ServiceExport"} {
-		differences(was.set.kinds[kind], b.Set.kinds[kind], func(o Object, _ bool) { changed[o.Name()] = struct{}{} })
+		discovery.Diff(before.set.kinds[kind], b.Set.kinds[kind], func(n discovery.Name, _, _ Object) { changed[n] = struct{}{} })
 	}
-	cloned := false
-	differences(was.set.kinds["EndpointSlice"], b.Set.kinds["EndpointSlice"], func(o Object, isNew bool) {
-		n := serviceOf(o)
-		changed[n] = struct{}{}
-		if !cloned {
-			is.slices, cloned = maps.Clone(is.slices), true
-		}
-		list := slices.DeleteFunc(slices.Clone(is.slices[n]), func(p Object) bool { return compareKeys(p, o) == 0 })
-		if isNew {
-			i, _ := slices.BinarySearchFunc(list, o, compareKeys)
-			list = slices.Insert(list, i, o)
-		}
-		if is.slices[n] = list; len(list) == 0 {
-			delete(is.slices, n)
-		}
-	})
-	return is, changed
-}
-
-// differences calls f for each object that is in one of two sorted lists only; of one that changed, for the old and then the new.
-func differences(old, now []Object, f func(o Object, isNew bool)) {
-	for len(old) > 0 || len(now) > 0 {
-		c := 0
-		switch {
-		case len(old) == 0:
-			c = 1
-		case len(now) == 0:
-			c = -1
-		case old[0].Value != now[0].Value:
-			c = compareKeys(old[0], now[0])
-			if c == 0 {
-				f(old[0], false)
-				f(now[0], true)
+	of := before.slices.Edit()
+	discovery.Diff(before.set.kinds["EndpointSlice"], b.Set.kinds["EndpointSlice"], func(_ discovery.Name, old, now Object) {
+		for _, o := range []Object{old, now} {
+			if o.Value == nil {
+				continue
+			}
+			n := serviceOf(o)
+			changed[n] = struct{}{}
+			list := slices.DeleteFunc(slices.Clone(of.Get(n)), func(p Object) bool { return compareNames(p, o) == 0 })
+			if o == now {
+				i, _ := slices.BinarySearchFunc(list, o, compareNames)
+				list = slices.Insert(list, i, o)
+			}
+			if len(list) > 0 {
+				of.Put(n, list)
+			} else {
+				of.Delete(n)
 			}
 		}
-		switch {
-		case c < 0:
-			f(old[0], false)
-			old = old[1:]
-		case c > 0:
-			f(now[0], true)
-			now = now[1:]
-		default:
-			old, now = old[1:], now[1:]
-		}
-	}
+	})
+	is.slices = of.Done()
+	return is, changed
 }
 
 // service builds one service anew; was holds the IDs of its endpoints, or is nil.
@@ -596,7 +571,7 @@ func (b *builder) trafficPolicies() map[discovery.Name]*discovery.TrafficPolicy 
 
 // byAge returns the objects of a kind, oldest first, ties by name (Gateway API conflict resolution).
 func (b *builder) byAge(kind string) []Object {
-	objs := slices.Clone(b.Set.kinds[kind])
+	objs := b.Set.sorted(kind)
 	times := make(map[Key]time.Time, len(objs))
 	for _, o := range objs {
 		times[o.Key()] = b.created(o)
@@ -647,7 +622,7 @@ func validDuration(d *gatewayv1.Duration) time.Duration {
 	return v
 }
 
-func (b *builder) accessPolicies(services map[discovery.Name]*discovery.Service) []*discovery.AccessPolicy {
+func (b *builder) accessPolicies(services discovery.ByName[*discovery.Service]) []*discovery.AccessPolicy {
 	var policies []*discovery.AccessPolicy
 	all(b, "AccessPolicy", func(o Object, p *v1alpha1.AccessPolicy) {
 		out := &discovery.AccessPolicy{
@@ -659,7 +634,7 @@ func (b *builder) accessPolicies(services map[discovery.Name]*discovery.Service)
 		for i, ref := range p.Spec.TargetRefs {
 			n := discovery.Name{Namespace: p.Namespace, Name: ref.Name}
 			out.Services = append(out.Services, n)
-			switch svc := services[n]; {
+			switch svc := services.Get(n); {
 			case svc == nil:
 				b.pending(o, fmt.Sprintf("spec.targetRefs[%d].name", i), ref.Name, "there is no Service %s in this cluster to protect", n)
 			case usesHTTP(p) && !speaksHTTP(svc, 0):

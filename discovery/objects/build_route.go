@@ -17,7 +17,7 @@ const defaultAttempts = 2
 
 // routes returns the routes oldest first, ties by namespace and name: the Gateway API's precedence between routes whose
 // matches tie.
-func (b *builder) routes(services map[discovery.Name]*discovery.Service) []*discovery.Route {
+func (b *builder) routes(services discovery.ByName[*discovery.Service]) []*discovery.Route {
 	r := &routeBuilder{builder: b, services: services}
 	all(b, "ReferenceGrant", func(_ Object, g *gatewayv1.ReferenceGrant) { r.grants = append(r.grants, g) })
 	all(b, "HTTPRoute", func(o Object, v *gatewayv1.HTTPRoute) {
@@ -44,7 +44,7 @@ func (b *builder) routes(services map[discovery.Name]*discovery.Service) []*disc
 
 type routeBuilder struct {
 	*builder
-	services map[discovery.Name]*discovery.Service
+	services discovery.ByName[*discovery.Service]
 	grants   []*gatewayv1.ReferenceGrant
 	out      []*discovery.Route
 
@@ -83,7 +83,7 @@ func (r *routeBuilder) parent(i int, p gatewayv1.ParentReference) (discovery.Rou
 		Port:    uint16(deref(p.Port, 0)),
 		Import:  deref(p.Kind, "") == "ServiceImport",
 	}
-	svc := r.services[ref.Service]
+	svc := r.services.Get(ref.Service)
 	if p.SectionName != nil {
 		i := -1
 		if svc != nil {

@@ -75,7 +75,7 @@ func shopName(n string) discovery.Name { return discovery.Name{Namespace: "shop"
 
 func idsByAddress(s *discovery.Snapshot, service string) map[string]string {
 	ids := map[string]string{}
-	for _, e := range s.Services[shopName(service)].Endpoints {
+	for _, e := range s.Services.Get(shopName(service)).Endpoints {
 		ids[e.Address.String()] = e.ID
 	}
 	return ids
@@ -104,7 +104,7 @@ func TestEndpointsKeepTheirIDs(t *testing.T) {
 			t.Errorf("ID %q is not 32 hex digits", id)
 		}
 	}
-	if e := after.Services[shopName("a")].Export; !e.Created.Equal(testNow) {
+	if e := after.Services.Get(shopName("a")).Export; !e.Created.Equal(testNow) {
 		t.Errorf("export time moved to %s", e.Created)
 	}
 }
@@ -122,7 +122,7 @@ func TestStateSurvivesRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	after, next := build(t, Input{Complete: true, Now: testNow.Add(time.Hour), State: loaded, Set: NewSet(decode(t, text)...)})
-	if d := diff(before, after) + diff(before.Services[shopName("a")], after.Services[shopName("a")]); d != "" {
+	if d := diff(before, after) + diff(before.Services.Get(shopName("a")), after.Services.Get(shopName("a"))); d != "" {
 		t.Errorf("Snapshot changed (-before +after):\n%s", d)
 	}
 	if again, _ := json.Marshal(next); string(again) != string(disk) {
@@ -167,10 +167,10 @@ func TestUnchangedServicesAreTheSamePointers(t *testing.T) {
 	a, b := service("a")+slice("a-1", "a", "10.0.0.1"), service("b")+slice("b-1", "b", "10.0.1.1")
 	before, state := build(t, Input{Complete: true, Now: testNow, Set: NewSet(decode(t, a+b)...)})
 	after, next := build(t, Input{Complete: true, Now: testNow, State: state, Set: NewSet(decode(t, a+service("b")+slice("b-1", "b", "10.0.1.2"))...)})
-	if before.Services[shopName("a")] != after.Services[shopName("a")] {
+	if before.Services.Get(shopName("a")) != after.Services.Get(shopName("a")) {
 		t.Error("a was made again")
 	}
-	if before.Services[shopName("b")] == after.Services[shopName("b")] {
+	if before.Services.Get(shopName("b")) == after.Services.Get(shopName("b")) {
 		t.Error("b was not made again")
 	}
 	if next.Revision() == state.Revision() {
@@ -179,7 +179,7 @@ func TestUnchangedServicesAreTheSamePointers(t *testing.T) {
 	moved := testSelf
 	moved.Region = "us-1"
 	elsewhere, _ := build(t, Input{Self: moved, Complete: true, Now: testNow, State: next, Set: NewSet(decode(t, a)...)})
-	if got := elsewhere.Services[shopName("a")].Endpoints[0].Locality.Region; got != "us-1" {
+	if got := elsewhere.Services.Get(shopName("a")).Endpoints[0].Locality.Region; got != "us-1" {
 		t.Errorf("region %q after the cluster's changed", got)
 	}
 }
@@ -216,7 +216,7 @@ func TestAnExportIsOlderThanItsService(t *testing.T) {
 		t.Fatalf("faults %v", faults)
 	}
 	snap, _ := build(t, Input{Complete: true, Now: testNow.Add(time.Hour), State: state, Set: NewSet(decode(t, export("a")+service("a"))...)})
-	if got := snap.Services[shopName("a")].Export.Created; !got.Equal(testNow) {
+	if got := snap.Services.Get(shopName("a")).Export.Created; !got.Equal(testNow) {
 		t.Errorf("export time %s, want that of its first sight", got)
 	}
 }
@@ -228,7 +228,7 @@ func TestIncompleteBuildForgetsNothing(t *testing.T) {
 	later := testNow.Add(time.Hour)
 	_, state = build(t, Input{Now: later, State: state, Set: NewSet(decode(t, service("a")+slice("a-1", "a", "10.0.0.1"))...)})
 	after, state := build(t, Input{Now: later, Complete: true, State: state, Set: NewSet(decode(t, a+b)...)})
-	if d := diff(before.Services[shopName("a")], after.Services[shopName("a")]) + diff(before.Services[shopName("b")], after.Services[shopName("b")]); d != "" {
+	if d := diff(before.Services.Get(shopName("a")), after.Services.Get(shopName("a"))) + diff(before.Services.Get(shopName("b")), after.Services.Get(shopName("b"))); d != "" {
 		t.Errorf("-before +after:\n%s", d)
 	}
 	_, state = build(t, Input{Now: later, Complete: true, State: state, Set: NewSet(decode(t, service("a"))...)})

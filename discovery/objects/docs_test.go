@@ -67,7 +67,7 @@ func TestExampleDirectoryBuildsWithoutFault(t *testing.T) {
 	if err := asError(faults); err != nil {
 		t.Error(err)
 	}
-	if len(snap.Services) != 6 || len(snap.Routes) != 4 || len(snap.Access) != 2 || len(snap.Peers) != 1 || len(snap.TrustDomains) != 1 {
+	if snap.Services.Len() != 6 || len(snap.Routes) != 4 || len(snap.Access) != 2 || len(snap.Peers) != 1 || len(snap.TrustDomains) != 1 {
 		t.Errorf("incomplete Snapshot: %s", show(t, snap))
 	}
 }

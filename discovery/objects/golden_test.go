@@ -93,8 +93,8 @@ func show(t *testing.T, s *discovery.Snapshot) []byte {
 		Services        []*discovery.Service       `json:"services,omitempty"`
 		TrafficPolicies []*discovery.TrafficPolicy `json:"trafficPolicies,omitempty"`
 	}{Snapshot: s}
-	for _, n := range slices.SortedFunc(maps.Keys(s.Services), discovery.Name.Compare) {
-		out.Services = append(out.Services, s.Services[n])
+	for _, n := range s.Services.Names() {
+		out.Services = append(out.Services, s.Services.Get(n))
 	}
 	for _, n := range slices.SortedFunc(maps.Keys(s.TrafficPolicy), discovery.Name.Compare) {
 		out.TrafficPolicies = append(out.TrafficPolicies, s.TrafficPolicy[n])

@@ -45,6 +45,8 @@ func (o Object) Name() discovery.Name {
 	return discovery.Name{Namespace: o.Value.GetNamespace(), Name: o.Value.GetName()}
 }
 
+func (k Key) name() discovery.Name { return discovery.Name{Namespace: k.Namespace, Name: k.Name} }
+
 // String returns "Service shop/payments", or "Peer east" for a cluster-scoped kind.
 func (k Key) String() string {
 	if k.Namespace == "" {

@@ -133,7 +133,7 @@ func (s *routeStatus) parentAt(i int, p gatewayv1.ParentReference, invalid []*Fa
 
 // find returns what a name means here and in the clusterset.
 func (s *routeStatus) find(n discovery.Name) (*discovery.Service, *discovery.Import) {
-	own, imported := s.view.Local.Services[n], s.view.Imports[n]
+	own, imported := s.view.Local.Services.Get(n), s.view.Imports.Get(n)
 	if own == nil && hasService(s.Set, n) {
 		s.behind = true
 	}

@@ -53,7 +53,7 @@ func world(t *testing.T) (*Set, *discovery.Clusterset) {
 	set := NewSet(objs...)
 	snap, _, _ := Build(Input{Self: testSelf, Set: set, Now: testNow, NewID: counter(), Complete: true})
 	far := &discovery.Import{Name: discovery.Name{Namespace: "shop", Name: "far"}, Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}}}
-	return set, &discovery.Clusterset{Local: snap, Imports: map[discovery.Name]*discovery.Import{far.Name: far}}
+	return set, &discovery.Clusterset{Local: snap, Imports: discovery.NewByName(map[discovery.Name]*discovery.Import{far.Name: far})}
 }
 
 // read returns a route as an API server holds it: what is wrong with it does not keep it out.
@@ -161,7 +161,7 @@ func TestRouteParentsAreKept(t *testing.T) {
 	if c := again[1].Conditions[0]; !differ || c.ObservedGeneration != 8 || !c.LastTransitionTime.Time.Equal(testNow) {
 		t.Errorf("differ %v, %+v: the generation is new, the time is not", differ, c)
 	}
-	delete(view.Local.Services, discovery.Name{Namespace: "shop", Name: "payments"})
+	view.Local.Services = view.Local.Services.Delete(discovery.Name{Namespace: "shop", Name: "payments"})
 	if _, _, ok := RouteParents(o, nil, set, view, later); ok {
 		t.Error("a view that lacks a Service of the Set says nothing about it")
 	}

@@ -3,87 +3,64 @@ package objects
 import (
 	"maps"
 	"slices"
+
+	"github.com/hanse-mesh/hanse/discovery"
 )
 
 // Set holds objects by key. It is never changed: Put and Delete return another, which shares what did not change. The zero
 // value is empty.
 type Set struct {
-	kinds map[string][]Object // by kind, sorted by key
+	kinds map[string]discovery.ByName[Object]
 }
 
 // NewSet returns a Set of objs; of two with the same key the last counts.
 func NewSet(objs ...Object) *Set { return (&Set{}).Put(objs...) }
 
-func compareKeys(a, b Object) int { return a.Name().Compare(b.Name()) }
-
 // Put returns s with objs added or replaced.
 func (s *Set) Put(objs ...Object) *Set {
-	added := map[string][]Object{}
-	for _, o := range objs {
-		added[o.Kind] = append(added[o.Kind], o)
-	}
-	next := &Set{kinds: maps.Clone(s.kinds)}
-	if next.kinds == nil {
-		next.kinds = map[string][]Object{}
-	}
-	for kind, list := range added {
-		slices.Reverse(list) // so that Compact keeps the last of equal keys
-		slices.SortStableFunc(list, compareKeys)
-		list = slices.CompactFunc(list, func(a, b Object) bool { return compareKeys(a, b) == 0 })
-		next.kinds[kind] = mergeSorted(list, next.kinds[kind], nil)
-	}
-	return next
-}
-
-// mergeSorted returns the union of two sorted lists; of equal keys, a's counts and shadowed is told.
-func mergeSorted(a, b []Object, shadowed func(kept, lost Object)) []Object {
-	out := make([]Object, 0, len(a)+len(b))
-	for len(a) > 0 && len(b) > 0 {
-		switch c := compareKeys(a[0], b[0]); {
-		case c > 0:
-			out, b = append(out, b[0]), b[1:]
-			continue
-		case c == 0:
-			if shadowed != nil {
-				shadowed(a[0], b[0])
-			}
-			b = b[1:]
+	return s.edit(func(of func(kind string) *discovery.Edit[Object]) {
+		for _, o := range objs {
+			of(o.Kind).Put(o.Name(), o)
 		}
-		out, a = append(out, a[0]), a[1:]
-	}
-	return append(append(out, a...), b...)
+	})
 }
 
 // Delete returns s without keys.
 func (s *Set) Delete(keys ...Key) *Set {
-	next := &Set{kinds: maps.Clone(s.kinds)}
-	for _, k := range keys {
-		if i, ok := next.find(k); ok {
-			list := slices.Clone(next.kinds[k.Kind])
-			next.kinds[k.Kind] = slices.Delete(list, i, i+1)
+	return s.edit(func(of func(kind string) *discovery.Edit[Object]) {
+		for _, k := range keys {
+			of(k.Kind).Delete(k.name())
 		}
+	})
+}
+
+// edit returns what change makes of s.
+func (s *Set) edit(change func(of func(kind string) *discovery.Edit[Object])) *Set {
+	edits := map[string]*discovery.Edit[Object]{}
+	change(func(kind string) *discovery.Edit[Object] {
+		e := edits[kind]
+		if e == nil {
+			e = s.kinds[kind].Edit()
+			edits[kind] = e
+		}
+		return e
+	})
+	next := &Set{kinds: make(map[string]discovery.ByName[Object], len(s.kinds)+len(edits))}
+	maps.Copy(next.kinds, s.kinds)
+	for kind, e := range edits {
+		next.kinds[kind] = e.Done()
 	}
 	return next
 }
 
-func (s *Set) find(k Key) (int, bool) {
-	return slices.BinarySearchFunc(s.kinds[k.Kind], k, func(o Object, k Key) int { return o.Key().Compare(k) })
-}
-
 // Get returns the object of key.
-func (s *Set) Get(key Key) (Object, bool) {
-	i, ok := s.find(key)
-	if !ok {
-		return Object{}, false
-	}
-	return s.kinds[key.Kind][i], true
-}
+func (s *Set) Get(key Key) (Object, bool) { return s.kinds[key.Kind].Lookup(key.name()) }
 
 // Len counts the objects.
 func (s *Set) Len() int {
 	n := 0
-	for _, list := range s.kinds {
-		n += len(list)
+	for _, of := range s.kinds {
+		n += of.Len()
 	}
 	return n
 }
@@ -95,7 +72,7 @@ func (s *Set) List(kind, namespace string) []Object {
 		if kind != "" && k != kind {
 			continue
 		}
-		for _, o := range s.kinds[k] {
+		for _, o := range s.sorted(k) {
 			if namespace == "" || o.Value.GetNamespace() == namespace {
 				list = append(list, o)
 			}
@@ -103,6 +80,19 @@ func (s *Set) List(kind, namespace string) []Object {
 	}
 	return list
 }
+
+// sorted returns the objects of a kind by name.
+func (s *Set) sorted(kind string) []Object {
+	of := s.kinds[kind]
+	list := make([]Object, 0, of.Len())
+	for _, o := range of.All() {
+		list = append(list, o)
+	}
+	slices.SortFunc(list, compareNames)
+	return list
+}
+
+func compareNames(a, b Object) int { return a.Name().Compare(b.Name()) }
 
 // Layer puts Sets over one another: where several hold a key, the first of them counts, and each other is a fault that
 // names both. A nil Set is empty.
@@ -117,11 +107,17 @@ func Layer(sets ...*Set) (*Set, []*Fault) {
 			merged = s
 			continue
 		}
-		next := &Set{kinds: maps.Clone(merged.kinds)}
-		for kind, list := range s.kinds {
-			next.kinds[kind] = mergeSorted(merged.kinds[kind], list, func(kept, lost Object) { faults = append(faults, Duplicate(lost, kept)) })
-		}
-		merged = next
+		merged = s.edit(func(of func(kind string) *discovery.Edit[Object]) {
+			for kind, upper := range merged.kinds {
+				for name, o := range upper.All() {
+					e := of(kind)
+					if lost := e.Get(name); lost.Value != nil {
+						faults = append(faults, Duplicate(lost, o))
+					}
+					e.Put(name, o)
+				}
+			}
+		})
 	}
 	sortFaults(faults)
 	return merged, faults

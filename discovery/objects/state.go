@@ -20,7 +20,7 @@ import (
 type State struct {
 	revision uint64
 	created  map[Key]time.Time
-	services map[discovery.Name]*serviceState
+	services discovery.ByName[*serviceState]
 	known    int    // services with endpoint IDs
 	index    *index // of the Build before, if that was complete; not persisted
 	self     place  // what the results in services were built for; not persisted
@@ -83,7 +83,7 @@ func (s *State) MarshalJSON() ([]byte, error) {
 	for k, t := range s.created {
 		out.Created[k.Kind+"/"+k.Namespace+"/"+k.Name] = t
 	}
-	for n, svc := range s.services {
+	for n, svc := range s.services.All() {
 		if ids := svc.known(); len(ids) > 0 {
 			out.Endpoints[n.String()] = ids
 		}
@@ -100,7 +100,8 @@ func (s *State) UnmarshalJSON(data []byte) error {
 	if in.Version != stateVersion {
 		return fmt.Errorf("decode discovery state: version %d is not %d", in.Version, stateVersion)
 	}
-	next := State{created: map[Key]time.Time{}, services: map[discovery.Name]*serviceState{}}
+	next := State{created: map[Key]time.Time{}}
+	services := next.services.Edit()
 	for k, t := range in.Created {
 		part := strings.Split(k, "/")
 		if len(part) != 3 {
@@ -118,11 +119,12 @@ func (s *State) UnmarshalJSON(data []byte) error {
 				return fmt.Errorf("decode discovery state: endpoint %s of %s has ID %q, not 32 hex digits", key, n, id)
 			}
 		}
-		next.services[discovery.Name{Namespace: namespace, Name: name}] = &serviceState{ids: ids}
+		services.Put(discovery.Name{Namespace: namespace, Name: name}, &serviceState{ids: ids})
 		if len(ids) > 0 {
 			next.known++
 		}
 	}
+	next.services = services.Done()
 	*s = next
 	return nil
 }

@@ -39,9 +39,9 @@ func TestAllow(t *testing.T) {
 					Self:         discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "flat"},
 					TrustDomains: []*discovery.FederatedTrustDomain{{TrustDomain: "east.demo", Allow: c.allow}},
 				},
-				Imports: map[discovery.Name]*discovery.Import{name: {Name: name, Ports: ports, From: []discovery.ImportedFrom{
+				Imports: discovery.NewByName(map[discovery.Name]*discovery.Import{name: {Name: name, Ports: ports, From: []discovery.ImportedFrom{
 					{Member: "east", Ports: ports, Endpoints: []*discovery.Endpoint{endpoint("a", payments), endpoint("b", other)}, Withheld: 3},
-				}}},
+				}}}),
 				Members: map[string]*discovery.Member{"east": {Name: "east", State: discovery.Fresh}},
 				Trusted: map[string]uint64{"west.demo": 1, "east.demo": 1},
 			}, nil)

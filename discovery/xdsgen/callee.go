@@ -79,7 +79,7 @@ func (v *View) lookup(authority string) (*callee, error) {
 
 // find returns the ports of a service, and the clusters' parts of it. The error says why there is nothing to call.
 func (v *View) find(n discovery.Name, local bool) (ports []discovery.Port, parts []part, headless bool, err error) {
-	own, imp := v.Set.Local.Services[n], v.Set.Imports[n]
+	own, imp := v.Set.Local.Services.Get(n), v.Set.Imports.Get(n)
 	switch {
 	case local && own == nil:
 		return nil, nil, false, fmt.Errorf("cluster %s has no service %s", v.Set.Local.Self.Cluster, n)
@@ -96,10 +96,10 @@ func (v *View) find(n discovery.Name, local bool) (ports []discovery.Port, parts
 
 // affinity is the session affinity of a service that there is.
 func (v *View) affinity(n discovery.Name, local bool) string {
-	if imp := v.Set.Imports[n]; imp != nil && !local {
+	if imp := v.Set.Imports.Get(n); imp != nil && !local {
 		return imp.Affinity
 	}
-	return v.Set.Local.Services[n].Affinity
+	return v.Set.Local.Services.Get(n).Affinity
 }
 
 // canonical reports whether a name has the one form of a resource name, whether or not there is such a service.

@@ -15,7 +15,7 @@ import (
 // Exported yields the services that this cluster's gateways lead to, in no order.
 func (v *View) Exported() iter.Seq[discovery.Name] {
 	return func(yield func(discovery.Name) bool) {
-		for n, s := range v.Set.Local.Services {
+		for n, s := range v.Set.Local.Services.All() {
 			if s.Export != nil && !yield(n) {
 				return
 			}
@@ -27,7 +27,7 @@ func (v *View) Exported() iter.Seq[discovery.Name] {
 // name: every endpoint's own, and for any ready endpoint the service's and those of its ports. A service that is not exported
 // has none. An endpoint's name may come with several services; its resource is the same each time.
 func (v *View) GatewayResources(service discovery.Name) ([]*Resource, error) {
-	s := v.Set.Local.Services[service]
+	s := v.Set.Local.Services.Get(service)
 	if s == nil || s.Export == nil {
 		return nil, nil
 	}

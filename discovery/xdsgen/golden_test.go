@@ -45,21 +45,19 @@ func (in *input) view() *View {
 	set := &discovery.Clusterset{
 		Local: &discovery.Snapshot{
 			Self: in.Self, Complete: true, Routes: in.Routes, Access: in.Access, ClustersetIPs: in.ClustersetIPs,
-			Services:      make(map[discovery.Name]*discovery.Service),
 			TrafficPolicy: make(map[discovery.Name]*discovery.TrafficPolicy),
 		},
-		Imports: make(map[discovery.Name]*discovery.Import),
 		Members: make(map[string]*discovery.Member),
 		Trusted: in.Trusted,
 	}
 	for _, s := range in.Services {
-		set.Local.Services[s.Name] = s
+		set.Local.Services = set.Local.Services.Put(s.Name, s)
 	}
 	for _, p := range in.TrafficPolicies {
 		set.Local.TrafficPolicy[p.Service] = p
 	}
 	for _, i := range in.Imports {
-		set.Imports[i.Name] = i
+		set.Imports = set.Imports.Put(i.Name, i)
 	}
 	for _, m := range in.Members {
 		set.Members[m.Name] = m

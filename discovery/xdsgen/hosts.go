@@ -69,10 +69,10 @@ func (h *hosts) edit(add, remove *hosts) {
 }
 
 // indexHosts brings hosts up to date for the services that moved, and tells of the addresses concerned.
-func (v *View) indexHosts(old map[discovery.Name]*discovery.Service, moved []discovery.Name, touch func(netip.Addr)) {
+func (v *View) indexHosts(old discovery.ByName[*discovery.Service], moved []discovery.Name, touch func(netip.Addr)) {
 	var add, remove hosts
 	for _, n := range moved {
-		before, after := addresses(old[n]), addresses(v.Set.Local.Services[n])
+		before, after := addresses(old.Get(n)), addresses(v.Set.Local.Services.Get(n))
 		for len(before)+len(after) > 0 {
 			switch c := compareFirst(before, after); {
 			case c < 0:

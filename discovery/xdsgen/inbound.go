@@ -65,12 +65,12 @@ func (v *View) serves(addr netip.Addr, spiffeID string, transport discovery.Tran
 		}
 	}
 	if addr.IsUnspecified() {
-		for _, s := range v.Set.Local.Services {
+		for _, s := range v.Set.Local.Services.All() {
 			add(s)
 		}
 	} else {
 		for _, n := range v.hosts.at(addr) {
-			add(v.Set.Local.Services[n])
+			add(v.Set.Local.Services.Get(n))
 		}
 	}
 	out := make([]*served, 0, len(byTarget))
@@ -90,7 +90,7 @@ func (v *View) serves(addr netip.Addr, spiffeID string, transport discovery.Tran
 // Callers of another trust domain need a rule that names them, and the service
 // must be exported. Where several services lead to one target port, the rules of all apply to it.
 func (v *View) Access(service discovery.Name, port uint16) *xdspb.InboundMeta {
-	s := v.Set.Local.Services[service]
+	s := v.Set.Local.Services.Get(service)
 	if s == nil {
 		return nil
 	}

@@ -209,7 +209,7 @@ func (v *View) attached(namespace string, c *callee) []*discovery.Route {
 		}
 		if !slices.ContainsFunc(r.Parents, func(p discovery.RouteRef) bool {
 			return p.Service == c.name && (p.Port == 0 || p.Port == c.port.Number) &&
-				(!p.Import || !c.local && v.Set.Imports[c.name] != nil) // GEP-1748: what is called as the clusterset's
+				(!p.Import || !c.local && v.Set.Imports.Get(c.name) != nil) // GEP-1748: what is called as the clusterset's
 		}) {
 			continue
 		}
@@ -285,7 +285,7 @@ func (v *View) target(c *callee, b *discovery.Backend) Target {
 		t.Invalid = "a backendRef may only edit headers and rewrite the host"
 		return t
 	}
-	local := c.local && !b.Import && v.Set.Local.Services[b.Service] != nil
+	local := c.local && !b.Import && v.Set.Local.Services.Get(b.Service) != nil
 	port := b.Port
 	if port == 0 {
 		port = c.port.Number

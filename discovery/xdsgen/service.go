@@ -40,13 +40,13 @@ func (v *View) service(viewer *Viewer, name string) *xdspb.Service {
 // serviceAt finds the service that has an address as its clusterset IP, the own one that has it as a ClusterIP, or an endpoint at it.
 func (v *View) serviceAt(viewer *Viewer, addr netip.Addr) *xdspb.Service {
 	if n, ok := v.Set.Local.ClustersetIPs[addr]; ok {
-		if imp := v.Set.Imports[n]; imp != nil {
+		if imp := v.Set.Imports.Get(n); imp != nil {
 			return &xdspb.Service{Host: n.Host(), Ports: servicePorts(imp.Ports, nil), Headless: imp.Headless}
 		}
 	}
 	names := v.hosts.at(addr)
 	for _, n := range names {
-		s := v.Set.Local.Services[n]
+		s := v.Set.Local.Services.Get(n)
 		if !slices.Contains(s.ClusterIPs, addr) {
 			continue
 		}
@@ -57,7 +57,7 @@ func (v *View) serviceAt(viewer *Viewer, addr netip.Addr) *xdspb.Service {
 	}
 	var out *xdspb.Service
 	for _, n := range names {
-		s := v.Set.Local.Services[n]
+		s := v.Set.Local.Services.Get(n)
 		if out != nil && !s.Headless {
 			continue // its own name is what a headless service's endpoint is best known by
 		}
@@ -143,7 +143,7 @@ func hostOf(n discovery.Name, local bool) string {
 // standIns notes the addresses that stand for a service of the clusterset which changed, or for another than before.
 func (v *View) standIns(imports map[discovery.Name]struct{}, old map[netip.Addr]discovery.Name, touch func(netip.Addr)) {
 	for n := range imports {
-		if s := v.Set.Local.Services[n]; s != nil {
+		if s := v.Set.Local.Services.Get(n); s != nil {
 			for _, a := range s.ClusterIPs {
 				touch(a)
 			}

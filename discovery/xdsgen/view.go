@@ -73,9 +73,9 @@ func (v *View) Next(set *discovery.Clusterset, callers Callers) (*View, *Changes
 	}
 	mark := func(n discovery.Name) { ch.Services[n] = struct{}{} }
 	var moved []discovery.Name // own services whose endpoints may have changed
-	diff(old.Local.Services, set.Local.Services, func(n discovery.Name) { mark(n); moved = append(moved, n) })
+	discovery.Diff(old.Local.Services, set.Local.Services, func(n discovery.Name, _, _ *discovery.Service) { mark(n); moved = append(moved, n) })
 	imports := make(map[discovery.Name]struct{})
-	diff(old.Imports, set.Imports, func(n discovery.Name) { mark(n); imports[n] = struct{}{} })
+	discovery.Diff(old.Imports, set.Imports, func(n discovery.Name, _, _ *discovery.Import) { mark(n); imports[n] = struct{}{} })
 	diff(old.Local.TrafficPolicy, set.Local.TrafficPolicy, func(n discovery.Name) {
 		if !same(old.Local.TrafficPolicy[n], set.Local.TrafficPolicy[n]) {
 			mark(n)

@@ -24,10 +24,8 @@ func newWorld(seed uint64) *world {
 	w.set = &discovery.Clusterset{
 		Local: &discovery.Snapshot{
 			Self:          discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west", Region: "eu-1"},
-			Services:      map[discovery.Name]*discovery.Service{},
 			TrafficPolicy: map[discovery.Name]*discovery.TrafficPolicy{},
 		},
-		Imports: map[discovery.Name]*discovery.Import{},
 		Members: map[string]*discovery.Member{"east": {Name: "east", Network: "east", Region: "eu-1", State: discovery.Fresh, Gateways: []netip.AddrPort{netip.MustParseAddrPort("127.0.2.9:15443")}}},
 		Trusted: map[string]uint64{"west.demo": 1, "east.demo": 1},
 	}
@@ -57,8 +55,8 @@ var worldPort = []discovery.Port{{Name: "p", Number: 80, Protocol: discovery.HTT
 func (w *world) step() *discovery.Clusterset {
 	old := w.set
 	local := *old.Local
-	next := &discovery.Clusterset{Local: &local, Imports: cloned(old.Imports), Members: cloned(old.Members), Trusted: old.Trusted}
-	local.Services, local.TrafficPolicy = cloned(local.Services), cloned(local.TrafficPolicy)
+	next := &discovery.Clusterset{Local: &local, Imports: old.Imports, Members: cloned(old.Members), Trusted: old.Trusted}
+	local.TrafficPolicy = cloned(local.TrafficPolicy)
 	n := pick(w, worldNames...)
 	switch w.IntN(9) {
 	case 8:
@@ -74,7 +72,7 @@ func (w *world) step() *discovery.Clusterset {
 		}
 	case 0, 1:
 		if w.IntN(3) == 0 {
-			delete(local.Services, n)
+			local.Services = local.Services.Delete(n)
 			break
 		}
 		s := &discovery.Service{Name: n, Ports: worldPort, Endpoints: w.endpoints("west"), Traits: discovery.Traits{Headless: w.IntN(3) == 0}}
@@ -85,17 +83,17 @@ func (w *world) step() *discovery.Clusterset {
 		if w.IntN(2) == 0 {
 			s.Export = &discovery.Export{}
 		}
-		local.Services[n] = s
+		local.Services = local.Services.Put(n, s)
 	case 2:
 		if w.IntN(3) == 0 {
-			delete(next.Imports, n)
+			next.Imports = next.Imports.Delete(n)
 			break
 		}
 		i := &discovery.Import{Name: n, Ports: worldPort, Traits: discovery.Traits{Headless: w.IntN(3) == 0}, From: []discovery.ImportedFrom{{Member: "east", Ports: worldPort, Endpoints: w.endpoints("east")}}}
-		if s := local.Services[n]; s != nil && s.Export != nil {
+		if s := local.Services.Get(n); s != nil && s.Export != nil {
 			i.From = append(i.From, discovery.ImportedFrom{Member: "west", Ports: worldPort, Endpoints: s.Endpoints})
 		}
-		next.Imports[n] = i
+		next.Imports = next.Imports.Put(n, i)
 	case 3:
 		local.Routes = nil
 		for i := range w.IntN(3) {
@@ -228,7 +226,7 @@ func TestSubset(t *testing.T) {
 			}
 		}
 		w := newWorld(0)
-		w.set.Local.Services[n] = s
+		w.set.Local.Services = w.set.Local.Services.Put(n, s)
 		return NewView(w.set, nil)
 	}
 	chosen := func(v *View, id string) map[string]bool {
@@ -275,7 +273,7 @@ func TestSubset(t *testing.T) {
 	if err != nil || len(g.Levels[0].Endpoints) != 200 {
 		t.Errorf("gRPC: %v, %v", g, err)
 	}
-	all.Set.Local.Services[n].Headless = true
+	all.Set.Local.Services.Get(n).Headless = true
 	h, err := all.Levels(&Viewer{ID: "v", Cluster: "west", Region: "eu-1", Kind: Sidecar}, n.Authority(80))
 	if err != nil || len(h.Levels[0].Endpoints) != 200 {
 		t.Errorf("endpoints of a headless service are called one by one, and some are missing: %v, %v", h, err)
@@ -291,7 +289,7 @@ func TestMatch(t *testing.T) {
 	path := func(ty discovery.MatchType, v string) []discovery.RouteMatch {
 		return []discovery.RouteMatch{{Path: &discovery.PathMatch{Type: ty, Value: v}}}
 	}
-	w.set.Local.Services[n] = &discovery.Service{Name: n, Ports: worldPort}
+	w.set.Local.Services = w.set.Local.Services.Put(n, &discovery.Service{Name: n, Ports: worldPort})
 	w.set.Local.Routes = []*discovery.Route{{Name: discovery.Name{Namespace: "shop", Name: "r"}, Kind: "HTTPRoute", Parents: []discovery.RouteRef{{Service: n}},
 		Rules: []*discovery.RouteRule{
 			{Name: "prefix", Matches: path(discovery.MatchPrefix, "/a/"), Backends: to("")},
@@ -354,7 +352,7 @@ func TestAccessDefault(t *testing.T) {
 		if c.exported {
 			s.Export = &discovery.Export{}
 		}
-		w.set.Local.Services[s.Name], w.set.Local.Access = s, c.policies
+		w.set.Local.Services, w.set.Local.Access = w.set.Local.Services.Put(s.Name, s), c.policies
 		m := NewView(w.set, nil).Access(s.Name, 80)
 		if m.DefaultAllow != c.allow || len(m.Allow) > 0 && m.Allow[0].Foreign != c.foreign {
 			t.Errorf("%+v exported %v: got %v", c.policies, c.exported, m)

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"sync/atomic"
 	"testing"
@@ -146,14 +145,13 @@ func BenchmarkEndpointChange(b *testing.B) {
 		i++
 		n := fmt.Sprintf("s%d", i%services)
 		key := discovery.Name{Namespace: "shop", Name: n}
-		svc := *set.Local.Services[key]
+		svc := *set.Local.Services.Get(key)
 		svc.Endpoints = append([]*discovery.Endpoint(nil), svc.Endpoints...)
 		e := *svc.Endpoints[0]
 		e.Address = netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)})
 		svc.Endpoints[0] = &e
 		local := *set.Local
-		local.Services = maps.Clone(local.Services)
-		local.Services[key] = &svc
+		local.Services = local.Services.Put(key, &svc)
 		next := *set
 		next.Local = &local
 		set = &next

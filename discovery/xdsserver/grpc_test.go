@@ -334,7 +334,7 @@ func TestGRPC(t *testing.T) {
 	eastSet2 := *eastSet
 	canaries := &discovery.Import{Name: svc("canary"), Ports: imported.Ports,
 		From: []discovery.ImportedFrom{{Member: "west", Ports: imported.Ports, Endpoints: set.services["canary"]}}}
-	eastSet2.Imports = map[discovery.Name]*discovery.Import{svc("payments"): imported, svc("canary"): canaries}
+	eastSet2.Imports = discovery.NewByName(map[discovery.Name]*discovery.Import{svc("payments"): imported, svc("canary"): canaries})
 	eastHarness.view(&eastSet2)
 	visitor.calls("error PermissionDenied", "xds:///"+name("canary"), "UnaryCall")
 	set.access = append(set.access, &discovery.AccessPolicy{Name: svc("visitors"), Services: []discovery.Name{svc("canary")},

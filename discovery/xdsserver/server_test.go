@@ -545,14 +545,13 @@ func TestCacheKeepsWhatDidNotChange(t *testing.T) {
 	}
 	second := *first
 	local := *first.Local
-	local.Services = map[discovery.Name]*discovery.Service{}
-	for n, s := range first.Local.Services {
+	for n, s := range first.Local.Services.All() {
 		if n.Name == "b" {
 			copied := *s
 			copied.Endpoints = nil
 			s = &copied
 		}
-		local.Services[n] = s
+		local.Services = local.Services.Put(n, s)
 	}
 	second.Local = &local
 	if !c.apply(&second, nil, now) {
@@ -569,7 +568,7 @@ func TestCacheKeepsWhatDidNotChange(t *testing.T) {
 	}
 	for range logLength + 1 {
 		third := second
-		third.Local = &discovery.Snapshot{Self: local.Self, Services: map[discovery.Name]*discovery.Service{{Namespace: "x", Name: "x"}: {}}}
+		third.Local = &discovery.Snapshot{Self: local.Self, Services: discovery.NewByName(map[discovery.Name]*discovery.Service{{Namespace: "x", Name: "x"}: {}})}
 		c.apply(&third, nil, now)
 	}
 	if ch, _, _, complete := c.since(0); complete || len(ch) > logLength {

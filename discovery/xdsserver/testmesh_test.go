@@ -313,11 +313,9 @@ func (s shop) set() *discovery.Clusterset {
 	}
 	out := &discovery.Clusterset{
 		Local: &discovery.Snapshot{
-			Self:     discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west", Region: "eu-1", Gateways: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}},
-			Services: make(map[discovery.Name]*discovery.Service),
-			Access:   s.access, Routes: s.routes,
+			Self:   discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west", Region: "eu-1", Gateways: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}},
+			Access: s.access, Routes: s.routes,
 		},
-		Imports: make(map[discovery.Name]*discovery.Import),
 		Members: s.members,
 	}
 	for name, endpoints := range s.services {
@@ -326,10 +324,10 @@ func (s shop) set() *discovery.Clusterset {
 		if s.exported {
 			svc.Export = &discovery.Export{}
 		}
-		out.Local.Services[n] = svc
+		out.Local.Services = out.Local.Services.Put(n, svc)
 	}
 	for _, i := range s.imports {
-		out.Imports[i.Name] = i
+		out.Imports = out.Imports.Put(i.Name, i)
 	}
 	return out
 }

@@ -2,7 +2,6 @@ package peering_test
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -40,13 +39,12 @@ func many(r *real, services, endpoints int) map[discovery.Name]*discovery.Servic
 // weigh gives a service's first endpoint another weight and hands the next Snapshot on.
 func (r *real) weigh(name discovery.Name, weight uint32) {
 	next := *r.local
-	next.Services = maps.Clone(r.local.Services)
-	svc := *next.Services[name]
+	svc := *next.Services.Get(name)
 	svc.Endpoints = slices.Clone(svc.Endpoints)
 	ep := *svc.Endpoints[0]
 	ep.Weight = weight
 	svc.Endpoints[0] = &ep
-	next.Services[name] = &svc
+	next.Services = next.Services.Put(name, &svc)
 	r.local = &next
 	r.mesh.SetLocal(r.local)
 }
@@ -61,12 +59,12 @@ func joined(b *testing.B, services, endpoints int) (west, east *real) {
 		b.Fatal(err)
 	}
 	next := *west.local
-	next.Services = many(west, services, endpoints)
+	next.Services = discovery.NewByName(many(west, services, endpoints))
 	west.local = &next
 	return west, east
 }
 
-func imported(c *discovery.Clusterset) int { return len(c.Imports) }
+func imported(c *discovery.Clusterset) int { return c.Imports.Len() }
 
 // BenchmarkFullSync is from SetLocal in one cluster to the Clusterset of another: encode, own etcd, the guard, mTLS, mirror, decode, merge.
 func BenchmarkFullSync(b *testing.B) {
@@ -132,7 +130,7 @@ func BenchmarkEndpointChange(b *testing.B) {
 				mu.Lock()
 				west.weigh(watched, n)
 				mu.Unlock()
-				waitFor(east, func(c *discovery.Clusterset) bool { return c.Imports[watched].From[0].Endpoints[0].Weight == n })
+				waitFor(east, func(c *discovery.Clusterset) bool { return c.Imports.Get(watched).From[0].Endpoints[0].Weight == n })
 				took = append(took, time.Since(start))
 			}
 			close(done)

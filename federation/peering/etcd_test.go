@@ -44,7 +44,7 @@ func newReal(t testing.TB, name string) *real {
 	r.source.Set(r.ca.svid(identity.ControlPlaneID(td)), r.bundles.all)
 	r.local = &discovery.Snapshot{
 		Self:     discovery.Self{Cluster: name, TrustDomain: td.Name(), Network: name + "-net"},
-		Complete: true, Services: map[discovery.Name]*discovery.Service{},
+		Complete: true,
 	}
 	r.start("127.0.0.1:0")
 	t.Cleanup(func() {
@@ -101,7 +101,7 @@ func (r *real) start(listen string) {
 
 func (r *real) export(svc *discovery.Service) {
 	next := *r.local
-	next.Services = map[discovery.Name]*discovery.Service{svc.Name: svc}
+	next.Services = discovery.NewByName(map[discovery.Name]*discovery.Service{svc.Name: svc})
 	r.local = &next
 	r.mesh.SetLocal(r.local)
 }
@@ -124,7 +124,7 @@ func (r *real) until(what string, ok func(*discovery.Clusterset) bool) {
 }
 
 func endpoints(c *discovery.Clusterset, member string) int {
-	if imp := c.Imports[payments]; imp != nil {
+	if imp := c.Imports.Get(payments); imp != nil {
 		for _, f := range imp.From {
 			if f.Member == member {
 				return len(f.Endpoints)
@@ -140,7 +140,7 @@ func TestOverEtcdAndTCP(t *testing.T) {
 	shape := w.make("west", 1)
 	west, east := newReal(t, "west"), newReal(t, "east")
 	shape.export(payments, 70)
-	west.export(shape.local.Services[payments])
+	west.export(shape.local.Services.Get(payments))
 
 	token, _, err := west.mesh.CreateToken(t.Context(), "east", 0)
 	if err != nil {
@@ -158,7 +158,7 @@ func TestOverEtcdAndTCP(t *testing.T) {
 	east.until("70 endpoints", func(c *discovery.Clusterset) bool { return endpoints(c, "west") == 70 })
 
 	shape.export(payments, 71)
-	west.export(shape.local.Services[payments])
+	west.export(shape.local.Services.Get(payments))
 	east.until("71 endpoints", func(c *discovery.Clusterset) bool { return endpoints(c, "west") == 71 })
 
 	// Nobody but members' control planes reads anything.

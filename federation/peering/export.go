@@ -98,7 +98,7 @@ func (m *Mesh) fade(prev, next *federation.Exports) {
 	if listed == nil {
 		listed = *m.restored.Load()
 	}
-	prev.Each(func(name discovery.Name, scope string, _ int) {
+	prev.Moved(next, func(name discovery.Name, scope string, _ int) {
 		if _, stays := next.Scopes[scope]; stays || next.Scope(name) == "" || m.fading[scope] != nil {
 			return
 		}
@@ -128,8 +128,8 @@ func (m *Mesh) faded() bool {
 // explained counts the endpoints that a scope loses because their service is no longer exported, or in another scope.
 func explained(prev, next *federation.Exports, scope string) int {
 	n := 0
-	prev.Each(func(name discovery.Name, in string, endpoints int) {
-		if in == scope && next.Scope(name) != scope {
+	prev.Moved(next, func(_ discovery.Name, in string, endpoints int) {
+		if in == scope {
 			n += endpoints
 		}
 	})

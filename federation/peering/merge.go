@@ -193,7 +193,7 @@ func (m *Mesh) peerStatus(ms *MemberStatus, p *peer, now time.Time) {
 	if !ms.Mirror.LastAnswer.IsZero() {
 		ms.SeenAge = now.Sub(ms.Mirror.LastAnswer)
 	}
-	ms.Exports, ms.Endpoints = len(part.Exports), part.Endpoints
+	ms.Exports, ms.Endpoints = part.Exports.Len(), part.Endpoints
 	ms.Faults = part.Faults
 	if seen := p.seen.Load(); seen != nil {
 		ms.Faults = append(slices.Clone(ms.Faults), seen.faults...)

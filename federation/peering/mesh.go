@@ -194,8 +194,7 @@ func New(cfg Config) (*Mesh, error) {
 	m.access.Store(&map[spiffeid.TrustDomain]grant{})
 	m.acked.Store(&map[spiffeid.TrustDomain]uint64{})
 	m.clusterset.Store(&published{&discovery.Clusterset{
-		Local: &discovery.Snapshot{Self: cfg.Self}, Imports: map[discovery.Name]*discovery.Import{},
-		Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{},
+		Local: &discovery.Snapshot{Self: cfg.Self}, Members: map[string]*discovery.Member{}, Trusted: map[string]uint64{},
 	}, make(chan struct{})})
 	m.store = writer{cfg.Own, &m.term}
 	m.kv = kv{etcd.NewKV(m.store, "")}

@@ -66,7 +66,7 @@ func TestJoinKilledAnywhere(t *testing.T) {
 					settle(time.Second)
 					for _, c := range []*cluster{west, east} {
 						s := c.mesh.Load().Status()
-						if imp := c.mesh.Load().Clusterset().Imports[payments]; s.Self.Standing == federation.Joining && len(imp.From) != 1 {
+						if imp := c.mesh.Load().Clusterset().Imports.Get(payments); s.Self.Standing == federation.Joining && len(imp.From) != 1 {
 							t.Errorf("%s is joining and imports %+v", c.name, imp)
 						}
 					}
@@ -296,8 +296,8 @@ func TestManyJoinsAndLeaves(t *testing.T) {
 				t.Fatal(err)
 			}
 			settle(5 * time.Second)
-			if cs := west.mesh.Load().Clusterset(); len(cs.Members) != 0 || len(cs.Imports[payments].From) != 1 {
-				t.Fatalf("west still imports %+v", cs.Imports[payments])
+			if cs := west.mesh.Load().Clusterset(); len(cs.Members) != 0 || len(cs.Imports.Get(payments).From) != 1 {
+				t.Fatalf("west still imports %+v", cs.Imports.Get(payments))
 			}
 		}
 		restart := func(skew time.Duration) {
@@ -374,7 +374,7 @@ func TestRestartWithPeersAbsent(t *testing.T) {
 					t.Errorf("%s is %s at %s", name, m.State, n)
 				}
 			}
-			if got := len(cs.Imports[payments].From); got != 3 {
+			if got := len(cs.Imports.Get(payments).From); got != 3 {
 				t.Errorf("%s imports from %d clusters", n, got)
 			}
 		}
@@ -391,7 +391,7 @@ func dump(t *testing.T, c *discovery.Clusterset) string {
 		members[n] = x
 	}
 	imports := map[string]*discovery.Import{}
-	for n, i := range c.Imports {
+	for n, i := range c.Imports.All() {
 		x := *i
 		x.From = slices.Clone(i.From)
 		for n := range x.From {
@@ -497,9 +497,9 @@ func TestAHostileMemberIsRefusedAndNamed(t *testing.T) {
 		double.ID, double.Sponsor = strings.Repeat("d", 32), idOf(east)
 		put("members/"+double.ID, double.Bytes())
 		put("members/"+strings.Repeat("e", 32), []byte("not a record"))
-		forged := north.local.Services[payments].Endpoints[0] // an ID of another trust domain, under a service of its own
+		forged := north.local.Services.Get(payments).Endpoints[0] // an ID of another trust domain, under a service of its own
 		svc := &discovery.Service{Name: payments, Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}}, Export: &discovery.Export{Created: time.UnixMilli(1)}, Endpoints: []*discovery.Endpoint{forged}}
-		ex, faults := federation.Encode(&discovery.Snapshot{Self: north.self, Services: map[discovery.Name]*discovery.Service{payments: svc}}, nil, time.Now())
+		ex, faults := federation.Encode(&discovery.Snapshot{Self: north.self, Services: discovery.NewByName(map[discovery.Name]*discovery.Service{payments: svc})}, nil, time.Now())
 		if len(faults) > 0 {
 			t.Fatal(faults)
 		}
@@ -534,12 +534,12 @@ func TestAHostileMemberIsRefusedAndNamed(t *testing.T) {
 			}
 		}
 		cs := west.mesh.Load().Clusterset()
-		for _, f := range cs.Imports[payments].From {
+		for _, f := range cs.Imports.Get(payments).From {
 			if f.Member == "east" && len(f.Endpoints) > 0 {
 				t.Errorf("endpoints came in from east: %+v", f.Endpoints[0])
 			}
 		}
-		if cs.Imports[payments].From[0].Member == "east" {
+		if cs.Imports.Get(payments).From[0].Member == "east" {
 			t.Error("an export time before its admission made east the oldest")
 		}
 		if got := west.source.Bundles()[spiffeid.RequireTrustDomainFromString("north.demo")]; !got.X509Authorities()[0].Equal(north.ca.root) {
@@ -568,7 +568,7 @@ func TestFlatNetwork(t *testing.T) {
 		if p := probe(); !p.Known || p.OK || !strings.Contains(p.Error, "10.0.0.") {
 			t.Fatalf("nobody listens, and the probe says %+v", p)
 		}
-		for _, ep := range west.local.Services[payments].Endpoints {
+		for _, ep := range west.local.Services.Get(payments).Endpoints {
 			address := ep.DialAddress("http").String()
 			w.answer(w.network.listen(address, "west"), west, spiffeid.RequireFromString(ep.SPIFFEID))
 		}

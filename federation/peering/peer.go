@@ -211,7 +211,7 @@ func (m *Mesh) startPeer(ctx context.Context, running *sync.WaitGroup, r *federa
 		p.seen.Store(old.seen.Load())
 		p.judged.Store(old.judged.Load())
 	} else {
-		p.part.Store(&federation.Part{Exports: map[discovery.Name]*federation.Export{}})
+		p.part.Store(&federation.Part{})
 	}
 	if old != nil && old.term == t {
 		old.mu.Lock()
@@ -488,7 +488,7 @@ func (m *Mesh) targets(p *peer) []target {
 	}
 	var hops []*discovery.Endpoint
 	part := p.part.Load()
-	for _, e := range part.Exports {
+	for _, e := range part.Exports.All() {
 		for _, ep := range e.Endpoints {
 			if ep.Ready && ep.Transport == discovery.Hop && ep.Network == m.cfg.Self.Network {
 				hops = append(hops, ep)

@@ -140,7 +140,7 @@ func TestReplicas(t *testing.T) {
 		first.start()
 		first.mesh.Load().SetAddresses([]string{first.address, second.address})
 		settle(30 * time.Second)
-		if got := len(second.mesh.Load().Clusterset().Imports[payments].From); got != 2 {
+		if got := len(second.mesh.Load().Clusterset().Imports.Get(payments).From); got != 2 {
 			t.Fatalf("the follower imports from %d clusters, want itself and east", got)
 		}
 		equalViews(t, "after the join", first, second)
@@ -154,7 +154,7 @@ func TestReplicas(t *testing.T) {
 		// A change at a peer reaches both.
 		east.export(payments, 31)
 		settle(5 * time.Second)
-		if got := len(second.mesh.Load().Clusterset().Imports[payments].From[1].Endpoints); got != 31 {
+		if got := len(second.mesh.Load().Clusterset().Imports.Get(payments).From[1].Endpoints); got != 31 {
 			t.Errorf("the follower sees %d endpoints of east, want 31", got)
 		}
 		equalViews(t, "after a change", first, second)
@@ -221,14 +221,14 @@ func TestReplicas(t *testing.T) {
 
 		// One alone goes on, as leader and as follower.
 		second.stop()
-		if got := len(first.mesh.Load().Clusterset().Imports[payments].From); got != 2 {
+		if got := len(first.mesh.Load().Clusterset().Imports.Get(payments).From); got != 2 {
 			t.Errorf("without a leader the follower imports from %d clusters, want 2", got)
 		}
 		seats[0].lead(t)
 		settle(20 * time.Second)
 		east.export(payments, 33)
 		settle(10 * time.Second)
-		if got := len(first.mesh.Load().Clusterset().Imports[payments].From[1].Endpoints); got != 33 {
+		if got := len(first.mesh.Load().Clusterset().Imports.Get(payments).From[1].Endpoints); got != 33 {
 			t.Errorf("the last replica sees %d endpoints of east, want 33", got)
 		}
 	})

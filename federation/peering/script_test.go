@@ -216,7 +216,7 @@ func (c *cluster) state() []byte {
 	for name, member := range cs.Members {
 		out.Routed[name] = string(member.State)
 	}
-	for name, imp := range cs.Imports {
+	for name, imp := range cs.Imports.All() {
 		from := map[string]int{}
 		for _, f := range imp.From {
 			from[f.Member] = len(f.Endpoints)

@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math/big"
 	"net"
 	"net/netip"
@@ -104,7 +103,7 @@ func (w *world) make(name string, n byte) *cluster {
 	c.fault = &faulty{Store: c.own}
 	c.bundles = &bundles{source: c.source, all: map[spiffeid.TrustDomain]*spiffebundle.Bundle{td: c.ca.bundle()}}
 	c.source.Set(c.ca.svid(identity.ControlPlaneID(td)), c.bundles.all)
-	c.local = &discovery.Snapshot{Self: c.self, Complete: true, Services: map[discovery.Name]*discovery.Service{}}
+	c.local = &discovery.Snapshot{Self: c.self, Complete: true}
 	w.clusters[name] = c
 	w.network.listen(c.address, name)
 	w.network.listen(c.self.Gateways[0].String(), name)
@@ -173,12 +172,11 @@ func (w *world) join(joiner, issuer string) error {
 // export gives a cluster a service with that many endpoints; 0 takes it away.
 func (c *cluster) export(name discovery.Name, endpoints int, audience ...string) {
 	next := *c.local
-	next.Services = maps.Clone(c.local.Services)
 	svc := &discovery.Service{
 		Name: name, Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}},
 		Export: &discovery.Export{Created: time.Now().UTC().Truncate(time.Second), Audience: audience},
 	}
-	if old := next.Services[name]; old != nil {
+	if old := next.Services.Get(name); old != nil {
 		svc.Export.Created = old.Export.Created
 	}
 	for i := range endpoints {
@@ -189,9 +187,9 @@ func (c *cluster) export(name discovery.Name, endpoints int, audience ...string)
 			Ready:   true,
 		})
 	}
-	next.Services[name] = svc
+	next.Services = next.Services.Put(name, svc)
 	if endpoints == 0 {
-		delete(next.Services, name)
+		next.Services = next.Services.Delete(name)
 	}
 	c.setLocal(&next)
 }

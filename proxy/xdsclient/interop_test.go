@@ -142,20 +142,20 @@ func mesh(routes []*discovery.Route, local ...*discovery.Endpoint) *discovery.Cl
 	return &discovery.Clusterset{
 		Local: &discovery.Snapshot{
 			Self: discovery.Self{Cluster: "west", TrustDomain: "west.test", Network: "west", Region: "eu"}, Complete: true, Routes: routes,
-			Services: map[discovery.Name]*discovery.Service{
+			Services: discovery.NewByName(map[discovery.Name]*discovery.Service{
 				payments: service,
 				ledger: {Name: ledger, Ports: []discovery.Port{{Name: "tcp", Number: 5432, Protocol: discovery.TCP}},
 					Endpoints: []*discovery.Endpoint{endpoint(50, "west", "a", "10.0.0.50")}},
-			},
+			}),
 			Access: []*discovery.AccessPolicy{{
 				Name: payments, Services: []discovery.Name{payments},
 				Rules: []discovery.AccessRule{{From: []string{"spiffe://east.test/ns/shop/sa/*"}, Methods: []string{"GET"}}},
 			}},
 		},
-		Imports: map[discovery.Name]*discovery.Import{payments: {Name: payments, Ports: ports, From: []discovery.ImportedFrom{
+		Imports: discovery.NewByName(map[discovery.Name]*discovery.Import{payments: {Name: payments, Ports: ports, From: []discovery.ImportedFrom{
 			{Member: "west", Ports: ports, Exported: exported, Endpoints: local},
 			{Member: "east", Ports: ports, Exported: exported, Endpoints: []*discovery.Endpoint{endpoint(100, "east", "x", "10.9.0.1")}},
-		}}},
+		}}}),
 		Members: map[string]*discovery.Member{"east": {
 			ID: "m-east", Name: "east", TrustDomain: "east.test", Network: "east", Region: "eu", State: discovery.Fresh,
 			Gateways: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:15443")},
@@ -352,8 +352,8 @@ func BenchmarkFirstResolve(b *testing.B) {
 	const services = 4000
 	for i := range services {
 		n := discovery.Name{Namespace: "shop", Name: fmt.Sprint("s", i)}
-		set.Local.Services[n] = &discovery.Service{Name: n, Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}},
-			Endpoints: []*discovery.Endpoint{endpoint(1000+i, "west", "a", "10.1.0.1")}}
+		set.Local.Services = set.Local.Services.Put(n, &discovery.Service{Name: n, Ports: []discovery.Port{{Name: "http", Number: 80, Protocol: discovery.HTTP}},
+			Endpoints: []*discovery.Endpoint{endpoint(1000+i, "west", "a", "10.1.0.1")}})
 	}
 	h.SetView(set)
 	c := h.follow(b, "/ns/shop/sa/frontend", "sidecar", nil)

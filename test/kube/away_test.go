@@ -106,7 +106,7 @@ func TestWatchExpires(t *testing.T) {
 	src := sourceOf(t, &rest.Config{Host: "https://" + w.Addr().String(), BearerToken: "admintoken", TLSClientConfig: s.config.TLSClientConfig})
 	port := func(name string) int {
 		snap, _ := snapshot(t, src.Set())
-		for n, svc := range snap.Services {
+		for n, svc := range snap.Services.All() {
 			if n.Name == name {
 				return int(svc.Ports[0].Number)
 			}

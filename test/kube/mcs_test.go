@@ -3,7 +3,6 @@ package kube
 import (
 	"context"
 	"fmt"
-	"maps"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -56,7 +55,7 @@ func newClusterset(t *testing.T, flags ...string) *clusterset {
 			sources := []federation.Source{{ID: "west", Name: "west", Part: federation.LocalPart(snap, nil, nil)}}
 			members := map[string]*discovery.Member{}
 			for name, exports := range c.others {
-				sources = append(sources, federation.Source{ID: name, Name: name, Part: &federation.Part{Exports: maps.Clone(exports)}})
+				sources = append(sources, federation.Source{ID: name, Name: name, Part: &federation.Part{Exports: discovery.NewByName(exports)}})
 				members[name] = &discovery.Member{Name: name, State: discovery.Fresh}
 				if st, ok := c.states[name]; ok {
 					members[name].State = st

@@ -58,7 +58,7 @@ func TestRouteStatus(t *testing.T) {
 	follow := func(ctx context.Context) error { // as hansed does: what is read becomes the view
 		for {
 			snap, _ := snapshot(t, src.Set())
-			m.show(&discovery.Clusterset{Local: snap, Imports: map[discovery.Name]*discovery.Import{}})
+			m.show(&discovery.Clusterset{Local: snap, Imports: discovery.NewByName(map[discovery.Name]*discovery.Import{})})
 			select {
 			case <-ctx.Done():
 				return nil
@@ -148,7 +148,7 @@ spec:
 	}
 	before := wrote()
 	s.apply([]byte("apiVersion: v1\nkind: Service\nmetadata: {name: another, namespace: shop}\nspec: {ports: [{name: http, port: 80}]}\n"))
-	until(t, "it is seen", func() bool { snap, _ := snapshot(t, src.Set()); return len(snap.Services) >= 3 })
+	until(t, "it is seen", func() bool { snap, _ := snapshot(t, src.Set()); return snap.Services.Len() >= 3 })
 	time.Sleep(300 * time.Millisecond)
 	if after := wrote(); after != before {
 		t.Errorf("%v statuses were written for a Service that no route names", after-before)

@@ -154,7 +154,7 @@ func readOnly() {
 	r.Read = time.Since(began).Seconds()
 	snap, _, _ := objects.Build(objects.Input{Self: self, Set: src.Set(), Now: time.Now(), Complete: true})
 	r.Built = time.Since(began).Seconds()
-	for _, s := range snap.Services {
+	for _, s := range snap.Services.All() {
 		r.Endpoints += len(s.Endpoints)
 	}
 	r.Peak, _ = memory("self")

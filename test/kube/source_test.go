@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -155,6 +156,9 @@ func TestSameSnapshotAsFromFiles(t *testing.T) {
 	}
 	got, gotFaults := snapshot(t, set)
 	ignore := []cmp.Option{
+		cmp.Transformer("", func(b discovery.ByName[*discovery.Service]) map[discovery.Name]*discovery.Service {
+			return maps.Collect(b.All())
+		}),
 		cmpopts.IgnoreTypes(time.Time{}), cmpopts.EquateEmpty(),
 		cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}),
 		cmpopts.IgnoreFields(discovery.Service{}, "ClusterIPs"), // the server gives them
@@ -231,7 +235,7 @@ spec: {serviceAccountName: %s, containers: [{name: app, image: app}]}
 }
 
 func endpoint(s *discovery.Snapshot, address string) *discovery.Endpoint {
-	svc := s.Services[discovery.Name{Namespace: "shop", Name: "payments"}]
+	svc := s.Services.Get(discovery.Name{Namespace: "shop", Name: "payments"})
 	if svc == nil {
 		return nil
 	}
@@ -358,7 +362,7 @@ func TestInvalidKeepsLastGood(t *testing.T) {
 		t.Errorf("fault: %v", f)
 	}
 	snap, _ := snapshot(t, src.Set())
-	if p := snap.Services[discovery.Name{Namespace: "shop", Name: "payments"}].Ports[0].Number; p != 8080 {
+	if p := snap.Services.Get(discovery.Name{Namespace: "shop", Name: "payments"}).Ports[0].Number; p != 8080 {
 		t.Errorf("port %d is in force, want the last good 8080", p)
 	}
 	if err := s.patch(services, "shop", "payments", `{"metadata":{"annotations":{"hanse.mesh/clusterset":"true"}}}`); err != nil {
@@ -366,6 +370,6 @@ func TestInvalidKeepsLastGood(t *testing.T) {
 	}
 	until(t, "the corrected object is in force", func() bool {
 		snap, _ := snapshot(t, src.Set())
-		return len(src.Faults()) == 0 && snap.Services[discovery.Name{Namespace: "shop", Name: "payments"}].Ports[0].Number == 9999
+		return len(src.Faults()) == 0 && snap.Services.Get(discovery.Name{Namespace: "shop", Name: "payments"}).Ports[0].Number == 9999
 	})
 }

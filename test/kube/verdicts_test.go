@@ -166,8 +166,8 @@ func TestBadObjectsHarmNobody(t *testing.T) {
 		})
 	}
 	after, _ := snapshot(t, src.Set())
-	for n, svc := range before.Services {
-		if now := after.Services[n]; now == nil || len(now.Endpoints) != len(svc.Endpoints) || fmt.Sprint(now.Ports) != fmt.Sprint(svc.Ports) {
+	for n, svc := range before.Services.All() {
+		if now := after.Services.Get(n); now == nil || len(now.Endpoints) != len(svc.Endpoints) || fmt.Sprint(now.Ports) != fmt.Sprint(svc.Ports) {
 			t.Errorf("Service %s is %+v, before %+v", n, now, svc)
 		}
 	}

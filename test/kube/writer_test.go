@@ -36,9 +36,9 @@ func (m *mesh) View() (*discovery.Clusterset, <-chan struct{}) {
 }
 
 func (m *mesh) set(local *discovery.Snapshot, imports ...*discovery.Import) {
-	v := &discovery.Clusterset{Local: local, Imports: map[discovery.Name]*discovery.Import{}}
+	v := &discovery.Clusterset{Local: local}
 	for _, i := range imports {
-		v.Imports[i.Name] = i
+		v.Imports = v.Imports.Put(i.Name, i)
 	}
 	m.show(v)
 }

@@ -35,14 +35,14 @@ func mesh(east discovery.PeerState) *discovery.Clusterset {
 	local := []*discovery.Endpoint{endpoint("a1", "west", "eu-1a", "127.0.1.11"), endpoint("b1", "west", "eu-1b", "127.0.1.12")}
 	ledger := discovery.Name{Namespace: "shop", Name: "ledger"}
 	return &discovery.Clusterset{
-		Local: &discovery.Snapshot{Self: discovery.Self{Cluster: "west"}, Services: map[discovery.Name]*discovery.Service{
+		Local: &discovery.Snapshot{Self: discovery.Self{Cluster: "west"}, Services: discovery.NewByName(map[discovery.Name]*discovery.Service{
 			payments: {Name: payments, Endpoints: local},
 			ledger:   {Name: ledger, Endpoints: []*discovery.Endpoint{endpoint("l1", "west", "eu-1a", "127.0.1.13")}},
-		}},
-		Imports: map[discovery.Name]*discovery.Import{payments: {Name: payments, From: []discovery.ImportedFrom{
+		})},
+		Imports: discovery.NewByName(map[discovery.Name]*discovery.Import{payments: {Name: payments, From: []discovery.ImportedFrom{
 			{Member: "west", Endpoints: local},
 			{Member: "east", Endpoints: []*discovery.Endpoint{endpoint("e1", "east", "eu-1a", "127.0.2.11")}},
-		}}},
+		}}}),
 		Members: map[string]*discovery.Member{"east": {Name: "east", State: east}},
 	}
 }
@@ -397,7 +397,7 @@ func TestDistrustRoot(t *testing.T) {
 		store := &memory{values: map[string][]byte{}}
 		e := engine(store)
 		set := e.cfg.View()
-		set.Imports[payments].From[1].Endpoints[0].SPIFFEID = "spiffe://east.demo/ns/shop/sa/payments"
+		set.Imports.Get(payments).From[1].Endpoints[0].SPIFFEID = "spiffe://east.demo/ns/shop/sa/payments"
 		e.cfg.View = func() *discovery.Clusterset { return set }
 		var wg sync.WaitGroup
 		wg.Go(func() { _ = e.Run(ctx) })

@@ -418,7 +418,7 @@ func whole(s admin.DrillScope) bool {
 
 // aim finds out what is hit.
 func (r *run) aim(spec admin.DrillSpec, cs *discovery.Clusterset) {
-	for name, svc := range cs.Local.Services {
+	for name, svc := range cs.Local.Services.All() {
 		for _, ep := range svc.Endpoints {
 			if !Hits(spec, name, ep) {
 				continue

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"fmt"
 	"hash/fnv"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -137,13 +136,8 @@ func Plan(spec admin.DrillSpec, cs *discovery.Clusterset) admin.DrillPlan {
 			spec.Scope.Cluster, seconds(spec.For))
 		return plan
 	}
-	names := make([]discovery.Name, 0, len(cs.Local.Services))
-	for name := range cs.Local.Services {
-		names = append(names, name)
-	}
-	slices.SortFunc(names, discovery.Name.Compare)
-	for _, name := range names {
-		if c := cover(spec, cs, cs.Local.Services[name]); c.Hit > 0 {
+	for _, name := range cs.Local.Services.Names() {
+		if c := cover(spec, cs, cs.Local.Services.Get(name)); c.Hit > 0 {
 			plan.Endpoints += c.Hit
 			plan.Covered = plan.Covered && c.Covered
 			plan.Services = append(plan.Services, c)
@@ -163,9 +157,9 @@ func planDistrust(plan admin.DrillPlan, cs *discovery.Clusterset) admin.DrillPla
 	for id := range resting(plan.Spec, cs) {
 		hit[id] = true
 	}
-	for _, name := range slices.SortedFunc(maps.Keys(cs.Imports), discovery.Name.Compare) {
+	for _, name := range cs.Imports.Names() {
 		c := admin.DrillCovered{Service: name.String()}
-		for _, from := range cs.Imports[name].From {
+		for _, from := range cs.Imports.Get(name).From {
 			left := 0
 			for _, e := range from.Endpoints {
 				switch {
@@ -199,7 +193,7 @@ func planDistrust(plan admin.DrillPlan, cs *discovery.Clusterset) admin.DrillPla
 func resting(spec admin.DrillSpec, cs *discovery.Clusterset) map[string]discovery.Name {
 	td, _, _ := strings.Cut(spec.Root, "/")
 	out := map[string]discovery.Name{}
-	for name, imp := range cs.Imports {
+	for name, imp := range cs.Imports.All() {
 		for _, from := range imp.From {
 			for _, e := range from.Endpoints {
 				if strings.HasPrefix(e.SPIFFEID, "spiffe://"+td+"/") {
@@ -226,7 +220,7 @@ func cover(spec admin.DrillSpec, cs *discovery.Clusterset, svc *discovery.Servic
 	for _, where := range sortedKeys(byZone) {
 		c.Takers = append(c.Takers, fmt.Sprintf("%s (%d healthy)", where, byZone[where]))
 	}
-	if imp := cs.Imports[svc.Name]; imp != nil {
+	if imp := cs.Imports.Get(svc.Name); imp != nil {
 		for _, from := range imp.From {
 			if from.Member == cs.Local.Self.Cluster {
 				continue

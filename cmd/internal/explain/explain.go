@@ -110,7 +110,7 @@ func findCaller(in Input) (*Caller, error) {
 		// No sidecar of that name is connected: explain for a workload at an unknown place of this cluster, as far as it can be done.
 		self := in.View.Set.Local.Self
 		if ns == "" {
-			for n := range in.View.Set.Local.Services {
+			for n := range in.View.Set.Local.Services.All() {
 				if n.Name == name {
 					spaces[n.Namespace] = true
 				}
@@ -153,12 +153,12 @@ func (e *explainer) name() error {
 	}
 	if !strings.Contains(host, ".") {
 		spaces := map[string]bool{}
-		for n := range set.Imports {
+		for n := range set.Imports.All() {
 			if n.Name == host {
 				spaces[n.Namespace] = true
 			}
 		}
-		for n := range set.Local.Services {
+		for n := range set.Local.Services.All() {
 			if n.Name == host {
 				spaces[n.Namespace] = true
 			}
@@ -178,7 +178,7 @@ func (e *explainer) name() error {
 	}
 	e.out.To = name.Authority(number)
 	var ports []discovery.Port
-	imp, svc := set.Imports[name], set.Local.Services[name]
+	imp, svc := set.Imports.Get(name), set.Local.Services.Get(name)
 	var from []string
 	switch {
 	case imp != nil && !local:

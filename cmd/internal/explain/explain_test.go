@@ -29,11 +29,11 @@ func mesh() *discovery.Clusterset {
 		Endpoints: []*discovery.Endpoint{endpoint("a1", "west", "eu-1a", "127.0.1.11"), endpoint("b1", "west", "eu-1b", "127.0.1.12")}}
 	return &discovery.Clusterset{
 		Local: &discovery.Snapshot{Self: discovery.Self{Cluster: "west", TrustDomain: "west.demo", Network: "west", Region: "eu-1"},
-			Services: map[discovery.Name]*discovery.Service{payments: west}},
-		Imports: map[discovery.Name]*discovery.Import{payments: {Name: payments, Ports: port, From: []discovery.ImportedFrom{
+			Services: discovery.NewByName(map[discovery.Name]*discovery.Service{payments: west})},
+		Imports: discovery.NewByName(map[discovery.Name]*discovery.Import{payments: {Name: payments, Ports: port, From: []discovery.ImportedFrom{
 			{Member: "west", Ports: port, Endpoints: west.Endpoints},
 			{Member: "east", Ports: port, Endpoints: []*discovery.Endpoint{endpoint("e1", "east", "eu-1a", "127.0.2.11")}},
-		}}},
+		}}}),
 		Members: map[string]*discovery.Member{"east": {Name: "east", TrustDomain: "east.demo", Network: "east", Region: "eu-1", State: discovery.Fresh,
 			Gateways: []netip.AddrPort{netip.MustParseAddrPort("127.0.2.9:15443")}}},
 		Trusted: map[string]uint64{"west.demo": 1, "east.demo": 4},
@@ -74,8 +74,8 @@ func TestExplain(t *testing.T) {
 		{name: "no such port", req: admin.ExplainRequest{From: "shop/frontend", To: "payments.shop:9"}, want: "has no port 9"},
 		{name: "untrusted", req: call, change: func(s *discovery.Clusterset) {
 			delete(s.Trusted, "east.demo")
-			delete(s.Local.Services, payments)
-			s.Imports[payments].From = s.Imports[payments].From[1:]
+			s.Local.Services = s.Local.Services.Delete(payments)
+			s.Imports.Get(payments).From = s.Imports.Get(payments).From[1:]
 		}, want: "trust domain east.demo is not trusted here"},
 		{name: "refused", req: call, change: func(s *discovery.Clusterset) {
 			s.Local.Access = []*discovery.AccessPolicy{{Name: payments, Services: []discovery.Name{payments},

@@ -545,7 +545,7 @@ func TestMCS(t *testing.T) {
 		c.ready("order")
 		c.elsewhere("east", "order", nil)
 		c.gone("order")
-		until(t, "all has been seen", func() bool { return len(seen()) >= 6 })
+		until(t, "all has been seen", func() bool { return len(seen()) >= 7 }) // of three kinds added and gone, and one callable
 		got := strings.Join(seen(), ", ")
 		for _, want := range [][2]string{{"Service added", "EndpointSlice added"}, {"EndpointSlice added", "ServiceImport callable"}, {"ServiceImport gone", "EndpointSlice gone"}, {"EndpointSlice gone", "Service gone"}} {
 			if a, b := slices.Index(seen(), want[0]), slices.Index(seen(), want[1]); a < 0 || b < 0 || a > b {

@@ -1,6 +1,7 @@
 package docs
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -17,7 +18,7 @@ func TestPromisesAreTested(t *testing.T) {
 	}
 	have := map[string]bool{}
 	declared := regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`)
-	err = filepath.WalkDir("../federation", func(path string, _ fs.DirEntry, err error) error {
+	look := func(path string, _ fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 			return err
@@ -33,8 +34,8 @@ func TestPromisesAreTested(t *testing.T) {
 			}
 		}
 		return nil
-	})
-	if err != nil {
+	}
+	if err := errors.Join(filepath.WalkDir("../federation", look), filepath.WalkDir("../identity/agent", look)); err != nil {
 		t.Fatal(err)
 	}
 	names := regexp.MustCompile(`\b(?:\w+\.)?(?:Test|Fuzz)[A-Z]\w+|\b[a-z-]+\.txtar\b`).FindAllString(string(page), -1)

@@ -195,13 +195,16 @@ func (a *Agent) runServer(ctx context.Context) error {
 		default:
 			backoff = 0
 		}
-		timer := time.NewTimer(jitter(due))
+		timer, nudge := time.NewTimer(jitter(due)), a.nudge
+		if err != nil {
+			nudge = nil // it comes with each new connection, which each failure ends
+		}
 		select {
 		case <-ctx.Done():
 			timer.Stop()
 			return nil
 		case <-timer.C:
-		case <-a.nudge:
+		case <-nudge:
 			timer.Stop()
 		}
 	}

@@ -15,13 +15,18 @@ import (
 // followServer has the server tell of changes of this agent's entries, so that they need not wait for the next sync, until ctx ends.
 // Without it, and at servers that tell nothing, the syncs go on as ever.
 func (a *Agent) followServer(ctx context.Context) error {
+	first := max(min(a.cfg.SyncInterval/5, time.Second), 10*time.Millisecond)
+	pause := first
 	for {
-		err := a.followOnce(ctx)
-		pause := min(a.cfg.SyncInterval/5, time.Second)
-		if errors.Is(err, errStock) {
+		told, err := a.followOnce(ctx)
+		switch {
+		case errors.Is(err, errStock):
 			pause = 10 * time.Minute
+		case told, errors.Is(err, errNotAttested):
+			pause = first
 		}
-		timer := time.NewTimer(jitter(max(pause, 10*time.Millisecond)))
+		timer := time.NewTimer(jitter(pause))
+		pause = min(2*pause, max(a.cfg.SyncInterval, first))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -37,11 +42,12 @@ var (
 	errStock       = errors.New("the server does not tell of changes")
 )
 
-func (a *Agent) followOnce(ctx context.Context) error {
+// followOnce returns when there is nothing more to follow, and whether there was: the server told of something.
+func (a *Agent) followOnce(ctx context.Context) (told bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if err := a.lock(ctx); err != nil {
-		return err
+		return false, err
 	}
 	c, err := a.client, errNotAttested
 	if a.ended { // a client made now would never be closed
@@ -51,23 +57,24 @@ func (a *Agent) followOnce(ctx context.Context) error {
 	}
 	<-a.work
 	if err != nil {
-		return err
+		return false, err
 	}
 	stream, err := c.entries.SyncAuthorizedEntries(metadata.AppendToOutgoingContext(ctx, spiretypes.FollowHeader, "true"))
 	if err != nil {
-		return err
+		return false, err
 	}
 	if err := stream.Send(&entryv1.SyncAuthorizedEntriesRequest{OutputMask: &types.EntryMask{}}); err != nil {
 		_, err = stream.Recv() // which has the reason
-		return err
+		return false, err
 	}
 	for {
 		resp, err := stream.Recv()
 		if err != nil {
-			return err
+			return told, err
 		}
+		told = true
 		if len(resp.Entries)+len(resp.EntryRevisions) > 0 { // ours says only that there is something to ask for
-			return errStock
+			return true, errStock
 		}
 		select {
 		case a.nudge <- struct{}{}:

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -45,31 +46,40 @@ type server struct {
 	tokens    *attest.Tokens
 	api       *spireapi.Server
 	agentLife time.Duration
+	now       func() time.Time                 // nil: time.Now
 	withdrawn atomic.Pointer[x509.Certificate] // a root that is left out of the trust domain's bundle
 
 	mu   sync.Mutex
 	lis  *bufconn.Listener // guarded by mu; nil: the server is dead
 	grpc *grpc.Server      // guarded by mu
+	ends []context.CancelFunc
 }
 
 type options struct {
 	ca ca.Config
 	// agentLife of agents' SVIDs.
 	agentLife time.Duration
+	// now is the server's clock; nil: time.Now.
+	now func() time.Time
 }
 
 func newServer(t *testing.T, td string, opts options) *server {
 	t.Helper()
 	s := &server{t: t, td: spiffeid.RequireTrustDomainFromString(td), dir: t.TempDir(), kv: attest.NewMemory()}
-	opts.ca.Dir, opts.ca.TrustDomain = filepath.Join(s.dir, "ca"), s.td
+	s.open(opts)
+	return s
+}
+
+func (s *server) open(opts options) {
+	s.t.Helper()
+	opts.ca.Dir, opts.ca.TrustDomain, opts.ca.Now = filepath.Join(s.dir, "ca"), s.td, opts.now
 	var err error
 	s.authority, err = ca.Open(opts.ca)
-	check(t, err)
-	s.agentLife = opts.agentLife
-	s.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(s.dir, "bundles"), TrustDomain: s.td})
-	check(t, err)
-	s.tokens = attest.New(s.td, s.kv, nil)
-	return s
+	check(s.t, err)
+	s.agentLife, s.now = opts.agentLife, opts.now
+	s.bundles, err = bundle.Open(bundle.Config{Dir: filepath.Join(s.dir, "bundles"), TrustDomain: s.td, Now: opts.now})
+	check(s.t, err)
+	s.tokens = attest.New(s.td, s.kv, opts.now)
 }
 
 // start runs the server, as after a restart, until the test ends, or until stop.
@@ -77,17 +87,28 @@ func (s *server) start() {
 	s.t.Helper()
 	var err error
 	s.api, err = spireapi.New(s.t.Context(), spireapi.Config{Authority: s.authority, Bundles: s.bundles, Tokens: s.tokens, KV: s.kv,
-		OwnBundle: s.ownBundle, AgentLife: s.agentLife, AttestBurst: 2000, Log: testLog(s.t)})
+		OwnBundle: s.ownBundle, AgentLife: s.agentLife, AttestBurst: 2000, Now: s.now, Log: testLog(s.t)})
 	check(s.t, err)
-	run(s.t, s.api.Run, nil)
-	run(s.t, s.authority.Run, nil)
+	s.ends = []context.CancelFunc{run(s.t, s.api.Run, nil), run(s.t, s.authority.Run, nil)}
 	lis := bufconn.Listen(1 << 20)
 	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(s.api.TLSConfig())), grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second}))
 	s.api.RegisterAgent(g)
 	s.mu.Lock()
 	s.lis, s.grpc = lis, g
 	s.mu.Unlock()
-	run(s.t, func(context.Context) error { return g.Serve(lis) }, g.Stop)
+	s.ends = append(s.ends, run(s.t, func(context.Context) error { return g.Serve(lis) }, g.Stop))
+}
+
+// restart ends the server and starts it with what it has on disk, after the given time.
+func (s *server) restart(opts options, after time.Duration) {
+	s.t.Helper()
+	s.stop()
+	for _, end := range slices.Backward(s.ends) {
+		end()
+	}
+	time.Sleep(after)
+	s.open(opts)
+	s.start()
 }
 
 func (s *server) ownBundle() *spiffebundle.Bundle {

@@ -1,0 +1,450 @@
+package agent_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+
+	"github.com/hanse-mesh/hanse/identity"
+	"github.com/hanse-mesh/hanse/identity/agent"
+	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/hanse-mesh/hanse/identity/ca"
+)
+
+// world is two clusters with a workload each, whose clocks and links fail as they are told.
+type world struct {
+	t          *testing.T
+	west, east *side
+	cut        atomic.Bool // between the clusters: bundles and acknowledgements; calls go on
+
+	restarting atomic.Bool  // somebody is, and nothing is carried
+	carried    atomic.Int64 // times that bundles and acknowledgements were, or were not since the link was cut
+
+	mu      sync.Mutex
+	refused []refusal // guarded by mu
+	calls   int       // guarded by mu
+}
+
+// side is a cluster: the identity side of a hansed, and a workload with its agent.
+type side struct {
+	*server
+	name, other       string
+	rootLife          time.Duration
+	clock, agentClock atomic.Int64 // nanoseconds that the hansed's and the agent's clock are ahead of the true time
+	cut               atomic.Bool  // between the agent and its hansed
+	agent             *agent.Agent
+	acked             atomic.Uint64 // of this trust domain's bundle, the sequence that the other cluster has said to have loaded
+}
+
+type refusal struct {
+	at     time.Duration // since the start
+	caller string        // the cluster of the one that was refused
+	err    error
+}
+
+func (s *side) now() time.Time      { return time.Now().Add(time.Duration(s.clock.Load())) }
+func (s *side) agentNow() time.Time { return time.Now().Add(time.Duration(s.agentClock.Load())) }
+
+// loaded is the sequence of td's bundle that the hansed and the workload of s have.
+func (s *side) loaded(td spiffeid.TrustDomain) uint64 {
+	var seq uint64
+	if b, ok := s.agent.Source().Bundles()[td]; ok {
+		seq, _ = b.SequenceNumber()
+	}
+	if td != s.td {
+		seq = min(seq, s.bundles.Sequences()[td])
+	}
+	return seq
+}
+
+// newWorld starts two clusters of which each has to acknowledge the other's roots. skew sets clocks before anything happens; may be nil.
+func newWorld(t *testing.T, rootLife time.Duration, skew func(west, east *side)) *world {
+	t.Helper()
+	w := &world{t: t, west: &side{}, east: &side{}}
+	if skew != nil {
+		skew(w.west, w.east)
+	}
+	for _, s := range []*side{w.west, w.east} {
+		s.name, s.rootLife = "west", rootLife
+		s.other = "east"
+		if s == w.east {
+			s.name, s.other = s.other, s.name
+		}
+		s.server = newServer(t, s.name+".demo", s.options())
+		s.start()
+	}
+	for _, p := range [][2]*side{{w.west, w.east}, {w.east, w.west}} {
+		from, to := p[0], p[1]
+		check(t, to.bundles.Relate(bundle.Relation{TrustDomain: from.td}))
+		check(t, to.bundles.SetVouched(from.td, from.authority.Bundle(), "join"))
+		from.acked.Store(from.authority.Sequence())
+	}
+	for _, s := range []*side{w.west, w.east} {
+		cfg := s.agentConfig(s.token("spiffe://" + s.td.Name() + "/ns/shop/sa/app"))
+		cfg.Now, cfg.SyncInterval = s.agentNow, syncInterval
+		dial := cfg.Dial
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			if s.cut.Load() {
+				return nil, errors.New("no route to host")
+			}
+			return dial(ctx, addr)
+		}
+		s.agent, _ = runAgent(t, cfg)
+		wait(t, s.agent.Source())
+	}
+	start := time.Now()
+	run(t, func(ctx context.Context) error { return w.live(ctx, start) }, nil)
+	return w
+}
+
+func (s *side) options() options {
+	return options{now: s.now, ca: ca.Config{RootLife: s.rootLife, Acked: s.acknowledged}}
+}
+
+// acknowledged is what a hansed asks before its next root signs: the other cluster, stock agents and its own workload.
+func (s *side) acknowledged(seq uint64) (bool, []string) {
+	missing := s.api.Missing(s.td, seq)
+	if s.acked.Load() < seq {
+		missing = append(missing, "cluster "+s.other)
+	}
+	if s.loaded(s.td) < seq {
+		missing = append(missing, "own workload")
+	}
+	return len(missing) == 0, missing
+}
+
+const (
+	// pace is how often bundles and acknowledgements travel while the link stands. Workloads call each other every third time.
+	pace = 10 * time.Second
+	// syncInterval of agents is longer here than the default of 5 s, and no sidecar's xDS tells of new bundles before it is over.
+	syncInterval = 3 * time.Minute
+)
+
+// live carries bundles and acknowledgements, and lets the workloads call each other, until ctx ends.
+func (w *world) live(ctx context.Context, start time.Time) error {
+	tick := time.NewTicker(pace)
+	defer tick.Stop()
+	for i := 0; ; i++ {
+		for _, p := range [][2]*side{{w.west, w.east}, {w.east, w.west}} {
+			from, to := p[0], p[1]
+			if !w.cut.Load() && !w.restarting.Load() {
+				err := to.bundles.SetVouched(from.td, from.authority.Bundle(), "federation")
+				if err != nil && !errors.Is(err, bundle.ErrStale) {
+					return err
+				}
+				from.acked.Store(to.loaded(from.td))
+			}
+			if i%3 == 0 {
+				w.call(start, from, to)
+			}
+		}
+		w.carried.Add(1)
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// call has to verify the SVID that from presents now, as its sidecar does, by its own clock.
+func (w *world) call(start time.Time, from, to *side) {
+	svid, err := from.agent.Source().GetX509SVID()
+	if err == nil {
+		_, err = identity.Verify(svid.Certificates, to.agent.Source(), to.agentNow())
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.calls++
+	if err != nil {
+		w.refused = append(w.refused, refusal{time.Since(start).Round(time.Second), from.name, err})
+	}
+}
+
+// sofar returns what was refused since the last time that it was asked.
+func (w *world) sofar() []refusal {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	r := w.refused
+	w.refused = nil
+	return r
+}
+
+// restart kills the hansed of s and starts it again from its disk.
+func (w *world) restart(s *side) {
+	w.t.Helper()
+	w.restarting.Store(true)
+	for was := w.carried.Load(); w.carried.Load() == was; {
+		time.Sleep(pace)
+	}
+	s.restart(s.options(), time.Minute)
+	w.restarting.Store(false)
+}
+
+func (w *world) none(during string) {
+	w.t.Helper()
+	if r := w.sofar(); len(r) > 0 {
+		w.t.Errorf("%s: %d calls refused, the first %v after the start, of %s: %v; the last after %v", during, len(r), r[0].at, r[0].caller, r[0].err, r[len(r)-1].at)
+	}
+}
+
+// sleepCut lets time go by with a link cut.
+func sleepCut(link *atomic.Bool, d time.Duration) {
+	link.Store(true)
+	time.Sleep(d)
+	link.Store(false)
+}
+
+func (s *side) activeRoot() string {
+	for _, r := range s.authority.Roots() {
+		if r.Phase == "active" {
+			return r.KeyID
+		}
+	}
+	return ""
+}
+
+// TestPartition cuts two clusters off from each other for 12 hours, in the midst of which both want another root. Neither root signs before
+// the other cluster knows it, so no call between them is refused; nor is one after that.
+func TestPartition(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 48*time.Hour, nil) // roots live 7 days by default, and then there is more time
+		west, east := w.west.activeRoot(), w.east.activeRoot()
+		time.Sleep(23 * time.Hour)
+		w.none("before")
+		sleepCut(&w.cut, 12*time.Hour)
+		w.none("12 hours of partition, with a root announced on each side")
+		if len(w.west.authority.Roots()) != 2 || w.west.activeRoot() != west || w.east.activeRoot() != east {
+			t.Errorf("a root signs that the other cluster cannot know: %+v, %+v", w.west.authority.Roots(), w.east.authority.Roots())
+		}
+		time.Sleep(pace + 2*syncInterval)
+		if w.west.activeRoot() == west || w.east.activeRoot() == east {
+			t.Error("the new roots do not sign although they are known")
+		}
+		time.Sleep(25 * time.Hour) // agents' SVIDs live a day
+		w.none("after the partition")
+		if slices.ContainsFunc(w.west.authority.Roots(), func(r ca.Root) bool { return r.KeyID == west }) {
+			t.Error("the old root is still there")
+		}
+	})
+}
+
+// TestPartitionLongerThanPatience: when a quarter of the old root's life remains the next one signs, known or not. From then on, and not
+// before, the other cluster refuses what it signed; the end of the partition ends that.
+func TestPartitionLongerThanPatience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 48*time.Hour, nil)
+		time.Sleep(23 * time.Hour)
+		sleepCut(&w.cut, 14*time.Hour)
+		time.Sleep(pace + syncInterval)
+		refused := w.sofar()
+		if len(refused) == 0 {
+			t.Fatal("nothing was refused: the roots did not move on")
+		}
+		if at := refused[0].at; at < 36*time.Hour {
+			t.Errorf("refused after %v, before the time to wait is over: %v", at, refused[0].err)
+		}
+		time.Sleep(time.Hour)
+		w.none("after the partition")
+	})
+}
+
+// TestAgentWithoutControlPlane cuts a workload off from its hansed for 12 hours. It is accepted as long as its SVID is valid, half of its life
+// at the least, and again as soon as the link stands, without a new token.
+func TestAgentWithoutControlPlane(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 7*24*time.Hour, nil)
+		time.Sleep(2 * time.Hour)
+		svid, err := w.west.agent.Source().GetX509SVID()
+		check(t, err)
+		left := time.Until(svid.Certificates[0].NotAfter)
+		if left < 27*time.Minute { // half of an hour, less a tenth of that
+			t.Errorf("an SVID with %v left was not renewed", left)
+		}
+		w.none("before")
+		sleepCut(&w.west.cut, 12*time.Hour)
+		refused := w.sofar()
+		if len(refused) == 0 || refused[0].caller != "west" {
+			t.Fatalf("what was refused: %+v", refused)
+		}
+		if at := refused[0].at; at < 2*time.Hour+left-time.Second {
+			t.Errorf("refused after %v, with a valid SVID: %v", at, refused[0].err)
+		}
+		for _, r := range refused {
+			if r.caller != "west" || !strings.Contains(r.err.Error(), "expired") {
+				t.Fatalf("refused: %+v", r)
+			}
+		}
+		time.Sleep(pace + syncInterval)
+		w.sofar()
+		time.Sleep(2 * time.Hour)
+		w.none("after the partition")
+	})
+}
+
+// TestClockSkew lets clocks be ten minutes wrong while the roots of both clusters rotate, and hansed restarts in the midst of it: no call is
+// refused.
+func TestClockSkew(t *testing.T) {
+	const ten = int64(10 * time.Minute)
+	for name, skew := range map[string]func(west, east *side){
+		"hansed ahead":                    func(west, _ *side) { west.clock.Store(ten) },
+		"hansed behind":                   func(west, _ *side) { west.clock.Store(-ten) },
+		"workload ahead":                  func(west, _ *side) { west.agentClock.Store(ten) },
+		"workload behind":                 func(west, _ *side) { west.agentClock.Store(-ten) },
+		"cluster ahead":                   func(west, _ *side) { west.clock.Store(ten); west.agentClock.Store(ten) },
+		"cluster behind":                  func(west, _ *side) { west.clock.Store(-ten); west.agentClock.Store(-ten) },
+		"hansed ahead, other one behind":  func(west, east *side) { west.clock.Store(ten / 2); east.clock.Store(-ten / 2) },
+		"hansed ahead, its agents behind": func(west, _ *side) { west.clock.Store(ten / 2); west.agentClock.Store(-ten / 2) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, 8*time.Hour, skew)
+				west, east := w.west.activeRoot(), w.east.activeRoot()
+				time.Sleep(4*time.Hour - 5*time.Minute) // about now the next roots are announced
+				w.restart(w.west)
+				w.cut.Store(true)
+				time.Sleep(20 * time.Minute)
+				w.restart(w.east)
+				w.cut.Store(false)
+				time.Sleep(5 * time.Hour)
+				w.none("with wrong clocks")
+				if w.west.activeRoot() == west || w.east.activeRoot() == east {
+					t.Error("no root was rotated")
+				}
+			})
+		})
+	}
+	t.Run("a clock put right", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, 8*time.Hour, func(west, _ *side) { west.clock.Store(ten) })
+			time.Sleep(3 * time.Hour)
+			w.west.clock.Store(0)
+			time.Sleep(time.Hour + time.Minute) // with the next root just made
+			w.west.clock.Store(-ten)
+			time.Sleep(3 * time.Hour)
+			w.west.clock.Store(0)
+			time.Sleep(time.Hour)
+			w.none("while a clock jumped")
+		})
+	})
+}
+
+// TestClockSkewBound: an SVID is 15 minutes old when it is made, and has half of its life left, less a tenth of that, when it is renewed. Up
+// to that a verifier's clock may be wrong, behind and ahead; beyond it, calls are refused for a time.
+func TestClockSkewBound(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		skew time.Duration
+		ok   bool
+	}{
+		{"14 minutes behind", -14 * time.Minute, true},
+		{"16 minutes behind", -16 * time.Minute, false},
+		{"25 minutes ahead", 25 * time.Minute, true},
+		{"40 minutes ahead", 40 * time.Minute, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, 7*24*time.Hour, nil)
+				time.Sleep(time.Hour) // an authority that has just been made has SVIDs that are no older than it is
+				w.none("before")
+				w.east.agentClock.Store(int64(c.skew))
+				time.Sleep(3 * time.Hour)
+				if refused := w.sofar(); (len(refused) == 0) != c.ok {
+					t.Errorf("%d of %d calls refused: %+v", len(refused), w.calls, slices.Compact(refused[:min(len(refused), 1)]))
+				}
+			})
+		})
+	}
+}
+
+// TestJWTClockSkew: a JWT-SVID is good for a minute longer at either end, by the verifier's clock.
+func TestJWTClockSkew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ahead atomic.Int64 // of the issuer
+		s := newServer(t, "west.demo", options{now: func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }})
+		id := spiffeid.RequireFromString(frontend)
+		bundles := jwtbundle.NewSet(s.authority.Bundle().JWTBundle())
+		verify := func(token string) error {
+			_, err := jwtsvid.ParseAndValidate(token, bundles, []string{"db"})
+			return err
+		}
+		for _, c := range []struct {
+			issuer, later time.Duration
+			ok            bool
+		}{
+			{59 * time.Second, 0, true}, {62 * time.Second, 0, false}, // the verifier is behind
+			{0, 5*time.Minute + 59*time.Second, true}, {0, 5*time.Minute + 62*time.Second, false}, // it is ahead, or the token is old
+		} {
+			ahead.Store(int64(c.issuer))
+			svid, err := s.authority.SignJWT(t.Context(), id, []string{"db"}, 0)
+			check(t, err)
+			time.Sleep(c.later)
+			if err := verify(svid.Token); (err == nil) != c.ok {
+				t.Errorf("issuer %v ahead, %v later: %v", c.issuer, c.later, err)
+			}
+		}
+	})
+}
+
+// TestDistrustOutlives: what is distrusted stays so through a partition, through new roots of that trust domain, a restart and wrong clocks.
+func TestDistrustOutlives(t *testing.T) {
+	for name, skew := range map[string]func(west, east *side){
+		"right clocks":   nil,
+		"refuser ahead":  func(_, east *side) { east.clock.Store(int64(10 * time.Minute)) },
+		"refuser behind": func(_, east *side) { east.clock.Store(-int64(10 * time.Minute)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, 8*time.Hour, skew)
+				time.Sleep(time.Hour)
+				w.none("before")
+				check(t, w.east.bundles.Distrust(w.west.td, ""))
+				time.Sleep(pace + syncInterval)
+				w.sofar()
+				all := func(d time.Duration, during string) {
+					t.Helper()
+					w.mu.Lock()
+					before := w.calls
+					w.mu.Unlock()
+					time.Sleep(d)
+					w.mu.Lock()
+					calls := w.calls - before
+					w.mu.Unlock()
+					refused := 0
+					for _, r := range w.sofar() {
+						if r.caller == "west" {
+							refused++
+						}
+					}
+					if refused < calls/2-1 || calls == 0 {
+						t.Errorf("%s: of %d calls, half of them west's, %d were refused", during, calls, refused)
+					}
+				}
+				all(time.Hour, "distrusted")
+				w.restart(w.east)
+				all(time.Hour, "after a restart")
+				w.cut.Store(true)
+				all(3*time.Hour, "cut off, with a new root of west")
+				w.cut.Store(false)
+				all(3*time.Hour, "with west's new bundle")
+				_, err := w.east.bundles.Trust(w.west.td, "")
+				check(t, err)
+				time.Sleep(pace + syncInterval)
+				w.sofar()
+				time.Sleep(time.Hour)
+				w.none("trusted again")
+			})
+		})
+	}
+}

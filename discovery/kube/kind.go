@@ -43,6 +43,18 @@ type item struct {
 	value   any
 }
 
+// kept is an item as reflectors hold it while a list comes: there may be a million.
+type kept struct {
+	metav1.Object // nil: nobody asks for more than this
+	name          types.NamespacedName
+	item
+}
+
+// GetNamespace implements metav1.Object, as do the others.
+func (k *kept) GetNamespace() string       { return k.name.Namespace }
+func (k *kept) GetName() string            { return k.name.Name }
+func (k *kept) GetResourceVersion() string { return k.version }
+
 // crd is the name of the kind's CustomResourceDefinition.
 func (k *kind) crd() string { return k.resource + "." + k.groups[0].Group }
 
@@ -100,11 +112,9 @@ type broken struct {
 	err error
 }
 
-// transform makes of what the server sent what is kept: typed, trimmed. It may be called again on its own result.
+// transform makes of what the server sent what is kept: typed, trimmed.
 func (k *kind) transform(o any) (any, error) {
 	switch o := o.(type) {
-	case *objects.Packed:
-		return o, nil
 	case *unstructured.Unstructured:
 		v := k.object()
 		if !k.written {
@@ -126,7 +136,7 @@ func (k *kind) transform(o any) (any, error) {
 			k.trim(o)
 		}
 		if s, ok := o.(*discoveryv1.EndpointSlice); ok && !k.written {
-			return objects.Pack(s)
+			return objects.Pack(s), nil
 		}
 		return o, nil
 	}

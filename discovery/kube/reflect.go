@@ -141,11 +141,36 @@ type store struct {
 }
 
 // Transformer implements cache.TransformingStore: lists that are streamed are trimmed as they come.
-func (s *store) Transformer() cache.TransformFunc { return s.kind.transform }
+func (s *store) Transformer() cache.TransformFunc {
+	return func(o any) (any, error) { return s.trimmed(o) }
+}
+
+// trimmed returns what is kept of an object; of one that has not changed, what is kept already, so that another list of all costs no memory.
+// It may be called again on its own result.
+func (s *store) trimmed(o any) (*kept, error) {
+	if k, ok := o.(*kept); ok {
+		return k, nil
+	}
+	m, name := accessor(o)
+	name.Namespace = intern(name.Namespace)
+	k := &kept{name: name}
+	if k.item = s.source.item(s.kind, name); k.version != "" && k.version == m.GetResourceVersion() {
+		return k, nil
+	}
+	v, err := s.kind.transform(o)
+	if err != nil {
+		return nil, err
+	}
+	if s.kind.condense != nil {
+		v = s.kind.condense(v.(metav1.Object))
+	}
+	k.item = item{version: m.GetResourceVersion(), value: v}
+	return k, nil
+}
 
 // Add implements cache.ReflectorStore, as do the others.
 func (s *store) Add(o any) error {
-	t, err := s.kind.transform(o)
+	t, err := s.trimmed(o)
 	if err == nil {
 		s.source.take(s.kind, t)
 	}
@@ -163,14 +188,15 @@ func (s *store) Delete(o any) error {
 }
 
 func (s *store) Replace(list []any, _ string) error {
+	all := make([]*kept, len(list))
 	for i, o := range list {
-		t, err := s.kind.transform(o)
+		t, err := s.trimmed(o)
 		if err != nil {
 			return err
 		}
-		list[i] = t
+		all[i] = t
 	}
-	s.source.replace(s.kind, list)
+	s.source.replace(s.kind, all)
 	return nil
 }
 
@@ -182,7 +208,7 @@ func (s *store) Bookmark(string) error {
 	return nil
 }
 
-// accessor returns an object's metadata and name. Everything that transform yields has both.
+// accessor returns an object's metadata and name. Everything that a reflector hands over has both.
 func accessor(o any) (metav1.Object, types.NamespacedName) {
 	m := o.(metav1.Object)
 	return m, types.NamespacedName{Namespace: m.GetNamespace(), Name: m.GetName()}

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unique"
 
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
@@ -221,29 +222,30 @@ func (s *Source) followCRDs(ctx context.Context) {
 }
 
 // take keeps what a reflector saw of one object.
-func (s *Source) take(k *kind, o any) {
+func (s *Source) take(k *kind, o *kept) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.keep(k, o)
 	s.signal()
 }
 
-// keep is take, with mu held. It returns the object's name.
-func (s *Source) keep(k *kind, o any) types.NamespacedName {
-	m, name := accessor(o)
-	was, known := k.items[name]
-	if known && was.version == m.GetResourceVersion() && was.version != "" {
-		return name
+// item returns what is kept of an object.
+func (s *Source) item(k *kind, name types.NamespacedName) item {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return k.items[name]
+}
+
+// keep is take, with mu held.
+func (s *Source) keep(k *kind, o *kept) {
+	was, known := k.items[o.name]
+	if known && was.version == o.version && was.version != "" {
+		return
 	}
-	is := item{version: m.GetResourceVersion(), value: o}
-	if k.condense != nil {
-		is.value = k.condense(m)
+	k.items[o.name] = o.item
+	if !known || k.condense == nil || was.value != o.value { // most changes of a Pod or Node change nothing here
+		s.note(k, o.name, o.value)
 	}
-	k.items[name] = is
-	if !known || k.condense == nil || was.value != is.value { // most changes of a Pod or Node change nothing here
-		s.note(k, name, is.value)
-	}
-	return name
 }
 
 // forget drops one object.
@@ -256,12 +258,13 @@ func (s *Source) forget(k *kind, o any) {
 }
 
 // replace takes a completed list: what is not in it is gone.
-func (s *Source) replace(k *kind, list []any) {
+func (s *Source) replace(k *kind, list []*kept) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	seen := make(map[types.NamespacedName]struct{}, len(list))
 	for _, o := range list {
-		seen[s.keep(k, o)] = struct{}{}
+		s.keep(k, o)
+		seen[o.name] = struct{}{}
 	}
 	for name := range k.items {
 		if _, ok := seen[name]; !ok {
@@ -358,7 +361,7 @@ func (s *Source) spread() map[ref]struct{} {
 	slicesOf := s.kind("EndpointSlice")
 	for name, it := range slicesOf.items {
 		p, ok := it.value.(*objects.Packed)
-		if ok && (len(nodes) > 0 && p.On(nodes) || mentions(p, pods[name.Namespace])) {
+		if ok && (len(nodes) > 0 && p.On(nodes) || len(pods[name.Namespace]) > 0 && p.OfAny(pods[name.Namespace])) {
 			changed[ref{slicesOf, name}] = struct{}{}
 		}
 	}
@@ -371,22 +374,6 @@ func (s *Source) spread() map[ref]struct{} {
 		}
 	}
 	return changed
-}
-
-// fewPods are looked for one by one in the bytes of a slice, which for more is unpacked.
-const fewPods = 8
-
-// mentions reports whether an endpoint of p may be one of pods, all of p's namespace.
-func mentions(p *objects.Packed, pods map[string]bool) bool {
-	if len(pods) > fewPods {
-		return slices.ContainsFunc(p.Unpack().Endpoints, func(e discoveryv1.Endpoint) bool { return e.TargetRef != nil && pods[e.TargetRef.Name] })
-	}
-	for name := range pods {
-		if p.Mentions(name) {
-			return true
-		}
-	}
-	return false
 }
 
 // objectsOf returns what comes into the Set for r, and what leaves it. An object with faults keeps its last valid state. With mu held,
@@ -444,8 +431,11 @@ func (s *Source) objectsOf(r ref) (put []objects.Object, gone []objects.Key) {
 func (s *Source) place(o objects.Object, kept any, v *discoveryv1.EndpointSlice) []objects.Object {
 	pods, nodes := s.kind("Pod").items, s.kind("Node").items
 	parts := split(v, func(name string) (pod, bool) {
-		p, ok := pods[types.NamespacedName{Namespace: v.Namespace, Name: name}].value.(pod)
-		return p, ok
+		h, ok := pods[types.NamespacedName{Namespace: v.Namespace, Name: name}].value.(unique.Handle[pod])
+		if !ok {
+			return pod{}, false
+		}
+		return h.Value(), true
 	}, func(name string) (node, bool) {
 		n, ok := nodes[types.NamespacedName{Name: name}].value.(node)
 		return n, ok
@@ -453,11 +443,10 @@ func (s *Source) place(o objects.Object, kept any, v *discoveryv1.EndpointSlice)
 	out := make([]objects.Object, len(parts))
 	for i, p := range parts {
 		out[i] = o
-		out[i].Value = p
 		if whole, ok := kept.(*objects.Packed); ok && len(parts) == 1 {
 			out[i].Value = whole.With(p.Annotations)
-		} else if packed, err := objects.Pack(p); err == nil {
-			out[i].Value = packed
+		} else {
+			out[i].Value = objects.Pack(p)
 		}
 	}
 	return out

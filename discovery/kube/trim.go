@@ -53,7 +53,7 @@ func trimWritten(o runtime.Object) {
 // SidecarAnnotation on a Pod says that it has a sidecar; its value is the sidecar's version. The injector sets it.
 const SidecarAnnotation = "hanse.mesh/sidecar"
 
-// pod is what is kept of a Pod.
+// pod is what is kept of a Pod; as a unique.Handle, since most are like many others.
 type pod struct {
 	account   string
 	transport string // as AnnotationTransport
@@ -81,7 +81,7 @@ func condensePod(o metav1.Object) any {
 	case a[SidecarAnnotation] != "":
 		out.transport = "hop"
 	}
-	return out
+	return unique.Make(out)
 }
 
 // node is what is kept of a Node.

@@ -21,13 +21,13 @@ func TestPackedIsWhatItWasMadeOf(t *testing.T) {
 				TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: "p1"}},
 			{Addresses: []string{"10.1.0.3"}, NodeName: text("n2"), Zone: text("z1"), TargetRef: &corev1.ObjectReference{Kind: "VM", Name: "v"}},
 			{Addresses: []string{"10.1.0.4"}},
+			{Addresses: []string{"fd00::1"}, Conditions: discoveryv1.EndpointConditions{Terminating: &yes, Serving: &yes}, TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: "p"}},
+			{Addresses: []string{"FD00:0::2", "::ffff:10.1.0.5", "fe80::1%eth0", "010.1.0.6", "a.example", ""}, Hostname: text(""), Zone: text(""), TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: "pod-2"}},
+			{Conditions: discoveryv1.EndpointConditions{Ready: &no, Terminating: &no}},
 		},
 	}
 	want := s.DeepCopy()
-	p, err := Pack(s)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := Pack(s)
 	if d := cmp.Diff(want, s); d != "" {
 		t.Errorf("Pack changed what it was given:\n%s", d)
 	}
@@ -35,9 +35,9 @@ func TestPackedIsWhatItWasMadeOf(t *testing.T) {
 	if d := cmp.Diff(want, p.Unpack()); d != "" {
 		t.Errorf("-want +got:\n%s", d)
 	}
-	for name, mentioned := range map[string]bool{"p1": true, "n2": true, "p9": false, "v": false} {
-		if p.Mentions(name) != mentioned {
-			t.Errorf("mentions %s: %v", name, !mentioned)
+	for name, is := range map[string]bool{"p1": true, "p": true, "pod-2": true, "n2": false, "p9": false, "v": false, "": false} {
+		if p.OfAny(map[string]bool{name: true}) != is {
+			t.Errorf("is of %q: %v", name, !is)
 		}
 	}
 	if !p.On(map[string]bool{"n1": true}) || p.On(map[string]bool{"p1": true}) {

@@ -33,7 +33,7 @@ type cacheKey struct{ typeURL, name, class string }
 
 // entry is one resource, made once.
 type entry struct {
-	seq     uint64 // of the View that it is made of
+	seq     uint64 // of the View that it is made of, or of a later one in which it is the same; guarded by cache.mu
 	service discovery.Name
 	host    netip.Addr
 	used    time.Time // guarded by cache.mu
@@ -138,7 +138,8 @@ func (c *cache) valid(e *entry) bool {
 	return e.seq >= c.host[e.host] && e.seq >= c.access
 }
 
-// sweep drops what nobody has asked for in a while.
+// sweep drops what nobody has asked for in a while. What is left holds for the current View, so that of earlier changes nothing need be
+// remembered: otherwise they would be as many as all addresses that ever were, after a while.
 func (c *cache) sweep(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -147,4 +148,9 @@ func (c *cache) sweep(now time.Time) {
 			delete(c.entries, k)
 		}
 	}
+	for _, e := range c.entries {
+		e.seq = c.seq
+	}
+	clear(c.service)
+	clear(c.host)
 }

@@ -563,6 +563,20 @@ func TestCacheKeepsWhatDidNotChange(t *testing.T) {
 	if get(xdsgen.EndpointType, name("b")) == b {
 		t.Error("kept over a change")
 	}
+	stale := get(xdsgen.EndpointType, name("b"))
+	c.apply(first, nil, now)
+	c.sweep(now) // what changed is forgotten, and what is stale by it
+	if len(c.service)+len(c.host) != 0 {
+		t.Errorf("%d changes of services and %d of addresses are remembered for nobody", len(c.service), len(c.host))
+	}
+	if get(xdsgen.EndpointType, name("a")) != a || get(xdsgen.ListenerType, xdsgen.InboundPrefix+"10.0.0.1") != in {
+		t.Error("made again after a sweep")
+	}
+	again := get(xdsgen.EndpointType, name("b"))
+	c.apply(&second, nil, now)
+	if again == stale || get(xdsgen.EndpointType, name("b")) == again {
+		t.Error("kept over a change before or after a sweep")
+	}
 	if _, _, _, complete := c.since(0); !complete {
 		t.Error("two changes are not remembered")
 	}

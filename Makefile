@@ -143,6 +143,7 @@ crds: bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION) ## Regenerate deploy/cr
 .PHONY: manifests
 manifests: ## Render deploy/manifests/hanse.yaml from the chart
 	cp deploy/crd/*.yaml deploy/chart/hanse/crds/
+	cp deploy/crd/optional/*.yaml deploy/chart/hanse/files/spire/
 	$(GO) test -count=1 -run TestManifestsAreTheCharts ./cmd/internal/chart -update
 
 bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION):

@@ -316,7 +316,8 @@ func (c *cli) uninstallCommand() *cobra.Command {
 		Use:   "uninstall",
 		Short: "Take Hanse out of a Kubernetes cluster, and leave nothing",
 		Long: `Take Hanse out of a Kubernetes cluster: webhooks first, so that Pods can be made without it; then hansed and gateways; then all that hansed wrote (ServiceImports, the Services and EndpointSlices
-behind them, ConfigMaps hanse-root, conditions of ServiceExports), labels hanse.mesh/inject of namespaces, definitions, and the namespace. Those of MCS go only if "hanse install" brought them. Pods with sidecars go on
+behind them, ConfigMaps hanse-root, conditions of ServiceExports, entries in status.parents of routes), labels hanse.mesh/inject of namespaces, definitions, and the namespace. Those of MCS and SPIRE go only if
+"hanse install" brought them. Pods with sidecars go on
 running; it says which.
 
 A cluster that is in a mesh leaves it first (hanse leave), or the others wait for it in vain; --force goes on regardless.`,

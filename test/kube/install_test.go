@@ -148,6 +148,28 @@ func TestInstall(t *testing.T) {
 	s.namespaces("shop")
 	s.crds(filepath.Join(module(t, "sigs.k8s.io/mcs-api"), "config/crd"), "serviceexports")
 	s.apply([]byte("apiVersion: multicluster.x-k8s.io/v1alpha1\nkind: ServiceExport\nmetadata: {name: payments, namespace: shop}\n"))
+	// And routes, of which another controller has said something, too.
+	s.crds(filepath.Join(module(t, "sigs.k8s.io/gateway-api"), "config/crd/standard"), "httproutes", "tcproutes")
+	s.apply([]byte(`
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: r, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: payments}, {name: ingress}]
+  rules: [{backendRefs: [{name: payments, port: 80}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TCPRoute
+metadata: {name: r, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: payments}]
+  rules: [{backendRefs: [{name: payments, port: 80}]}]
+`))
+	if _, err := s.client.Resource(gatewayResource("httproutes")).Namespace("shop").Patch(t.Context(), "r", "application/merge-patch+json",
+		[]byte(`{"status":{"parents":[{"controllerName":"example.com/ingress","parentRef":{"name":"ingress"},"conditions":[{"type":"Accepted","status":"True","reason":"Accepted","message":"","lastTransitionTime":"2026-01-01T00:00:00Z"}]}]}}`),
+		metav1.PatchOptions{}, "status"); err != nil {
+		t.Fatal(err)
+	}
 	before := everything(t, s)
 	values := []string{"--set", "cluster=west", "--set", "trustDomain=west.example", "--set", "hansed.persistence.enabled=false"}
 	install := func(context string, more ...string) []string {
@@ -164,7 +186,7 @@ func TestInstall(t *testing.T) {
 		t.Fatal("what was refused or a trial has changed something")
 	}
 
-	c.expect(0, []string{"✓ API server", "v1.36.3", "! Gateway API", "+ namespace/hanse-system", "· customresourcedefinition/serviceexports.multicluster.x-k8s.io: installed by somebody else", "+ mutatingwebhookconfiguration/hanse-inject", "Applied."}, install("west")...)
+	c.expect(0, []string{"✓ API server", "v1.36.3", "✓ Gateway API", "+ customresourcedefinition/clusterfederatedtrustdomains.spire.spiffe.io", "+ namespace/hanse-system", "· customresourcedefinition/serviceexports.multicluster.x-k8s.io: installed by somebody else", "+ mutatingwebhookconfiguration/hanse-inject", "Applied."}, install("west")...)
 	for kind, name := range map[schema.GroupVersionResource]string{
 		{Group: "apps", Version: "v1", Resource: "statefulsets"}: "hansed", {Group: "apps", Version: "v1", Resource: "deployments"}: "hanse-gateway", {Version: "v1", Resource: "services"}: "hanse-federation",
 	} {
@@ -216,9 +238,10 @@ endpoints: [{addresses: [10.1.2.3]}]
 		[]byte(`{"status":{"conditions":[{"type":"Valid","status":"True","reason":"Valid","lastTransitionTime":"2026-01-01T00:00:00Z","message":""}]}}`), metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
 	}
+	s.apply([]byte("apiVersion: spire.spiffe.io/v1alpha1\nkind: ClusterFederatedTrustDomain\nmetadata: {name: partner}\nspec: {trustDomain: partner.example, bundleEndpointURL: \"https://partner.example/bundle\", bundleEndpointProfile: {type: https_web}}\n"))
 	s.apply([]byte("apiVersion: hanse.mesh/v1alpha1\nkind: AccessPolicy\nmetadata: {name: payments, namespace: shop}\nspec: {targetRefs: [{kind: Service, name: payments}], rules: [{from: [\"spiffe://*/ns/shop/sa/frontend\"]}]}\n"))
 
-	c.expect(0, []string{"1 objects of Hanse's kinds go with theirs", "removed statefulset/hansed", "removed 1 ServiceImports", "ConfigMaps hanse-root", "removed the conditions of 1 ServiceExports", "removed namespace/hanse-system", "Gone"},
+	c.expect(0, []string{"1 objects of Hanse's kinds go with theirs", "1 ClusterFederatedTrustDomains go with their definition", "removed statefulset/hansed", "removed 1 ServiceImports", "removed what was said of 1 httproutes", "removed what was said of 1 tcproutes", "ConfigMaps hanse-root", "removed the conditions of 1 ServiceExports", "removed namespace/hanse-system", "Gone"},
 		"uninstall", "--context", "west", "--yes", "--timeout", "1m")
 	if now := everything(t, s); !equal(t, before, now) {
 		t.Error("something is left, or missing")
@@ -298,6 +321,17 @@ admin: {listen: %q}
 	wait("CA bundles of both webhooks", func() bool {
 		out, _ := c.run("check", "--context", "west")
 		return strings.Contains(out, "✓ webhook hanse-inject") && strings.Contains(out, "✓ webhook hanse-validate")
+	})
+	wait("what it says of routes", func() bool {
+		ours := 0
+		for _, kind := range []string{"httproutes", "tcproutes"} {
+			for _, p := range parents(s.get(gatewayResource(kind), "shop", "r")) {
+				if strings.HasPrefix(p, "hanse.mesh/controller payments:") {
+					ours++
+				}
+			}
+		}
+		return ours == 2
 	})
 	wait("addresses", func() bool {
 		out, _ := c.run("--socket", filepath.Join(dir, "s"), "clusters", "-o", "json")

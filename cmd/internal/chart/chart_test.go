@@ -83,7 +83,7 @@ func TestManifestsAreTheCharts(t *testing.T) {
 var variants = map[string][]string{
 	"default":   nil,
 	"webhooks":  {"webhooks.enabled=true"},
-	"bare":      {"webhooks.enabled=false", "gateway.enabled=false", "networkPolicy.enabled=false", "mcs.crds=false", "podDisruptionBudget.enabled=false", "hansed.persistence.enabled=false"},
+	"bare":      {"webhooks.enabled=false", "gateway.enabled=false", "networkPolicy.enabled=false", "mcs.crds=false", "spire.crds=false", "podDisruptionBudget.enabled=false", "hansed.persistence.enabled=false"},
 	"replicas":  {"hansed.replicas=3", "etcd.endpoints={https://etcd-0:2379,https://etcd-1:2379}", "etcd.tlsSecret=etcd"},
 	"addresses": {"federation.advertise={west.example:7443}", "federation.service.type=ClusterIP", "gateway.addresses={gw.example:15443}", "gateway.service.type=ClusterIP", "gateway.hostPort=15443", "region=eu-1", "network=flat", "labels.tier=gold"},
 	"ports":     {"federation.service.type=NodePort", "federation.service.nodePort=30743", "gateway.service.type=NodePort", "gateway.service.nodePort=30443", "gateway.replicas=1"},
@@ -252,6 +252,14 @@ func TestCopiesAreEqual(t *testing.T) {
 		if b, err := os.ReadFile(top + "deploy/chart/hanse/crds/" + filepath.Base(f)); err != nil || !bytes.Equal(a, b) {
 			t.Errorf("%s: the chart has another one (%v): run make crds", f, err)
 		}
+	}
+	const trust = "spire.spiffe.io_clusterfederatedtrustdomains.yaml"
+	a, err := os.ReadFile(top + "deploy/crd/optional/" + trust)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(top + "deploy/chart/hanse/files/spire/" + trust); err != nil || !bytes.Equal(a, b) {
+		t.Errorf("%s: the chart has another one (%v): run make manifests", trust, err)
 	}
 	mcs := map[string]string{"serviceexports": string(crd.ServiceExportCRD), "serviceimports": string(crd.ServiceImportCRD)}
 	for name, want := range mcs {

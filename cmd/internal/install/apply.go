@@ -171,6 +171,11 @@ func ours(o *unstructured.Unstructured) bool {
 	})
 }
 
+// shared says that somebody else has applied or changed it, too; the API server writes its status itself.
+func shared(o *unstructured.Unstructured) bool {
+	return slices.ContainsFunc(o.GetManagedFields(), func(m metav1.ManagedFieldsEntry) bool { return m.Manager != manager && m.Subresource == "" })
+}
+
 // volatile are fields that the API server itself writes.
 var volatile = []string{"metadata.managedFields", "metadata.resourceVersion", "metadata.generation", "metadata.creationTimestamp", "metadata.uid", "status"}
 

@@ -15,6 +15,8 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/hanse-mesh/hanse/discovery/objects"
 )
 
 const (
@@ -33,6 +35,7 @@ type Leftovers struct {
 	Pods       map[string]int // with a sidecar, by namespace: they run on, and lose their control plane
 	Exports    int            // ServiceExports that go with their definition
 	Objects    int            // of Hanse's own kinds that people wrote, likewise
+	Trust      int            // ClusterFederatedTrustDomains, likewise
 	Claims     []string       // PersistentVolumeClaims with keys and etcd
 	Namespaces []string       // that ask for sidecars
 }
@@ -62,6 +65,8 @@ func (c *Cluster) Look(ctx context.Context) (Leftovers, error) {
 		switch {
 		case d.resource.Group == "hanse.mesh":
 			out.Objects += n
+		case d.resource.Group == "spire.spiffe.io":
+			out.Trust = n
 		case d.resource.Resource == "serviceexports":
 			out.Exports = n
 		}
@@ -85,13 +90,19 @@ type definition struct {
 	resource schema.GroupVersionResource
 }
 
-// definitions are those of Hanse's kinds, and those of MCS that this program installed.
+// definitions are those of Hanse's kinds, and those of MCS and SPIRE that this program installed and nobody else has applied since.
 func (c *Cluster) definitions(ctx context.Context) ([]definition, error) {
 	var out []definition
 	err := c.list(ctx, kinds["CustomResourceDefinition"].GroupVersionResource, "", "", func(o *unstructured.Unstructured) error {
 		group, _, _ := unstructured.NestedString(o.Object, "spec", "group")
 		plural, _, _ := unstructured.NestedString(o.Object, "spec", "names", "plural")
-		if group != "hanse.mesh" && (group != "multicluster.x-k8s.io" || !ours(o)) {
+		switch group {
+		case "hanse.mesh":
+		case "multicluster.x-k8s.io", "spire.spiffe.io":
+			if !ours(o) || shared(o) {
+				return nil
+			}
+		default:
 			return nil
 		}
 		if version := stored(o); version != "" {
@@ -202,6 +213,22 @@ func (c *Cluster) Uninstall(ctx context.Context, keepData bool, tell func(string
 		return err
 	} else if n > 0 {
 		tell(fmt.Sprintf("removed the conditions of %d ServiceExports", n))
+	}
+	for _, kind := range []string{"httproutes", "grpcroutes", "tlsroutes", "tcproutes"} {
+		version, err := c.served(ctx, kind+".gateway.networking.k8s.io")
+		if err != nil {
+			return err
+		}
+		if version == "" {
+			continue
+		}
+		n, err := c.disown(ctx, gvr("gateway.networking.k8s.io", version, kind))
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			tell(fmt.Sprintf("removed what was said of %d %s", n, kind))
+		}
 	}
 	n := 0
 	if err := c.list(ctx, kinds["Namespace"].GroupVersionResource, "", injectLabel, func(o *unstructured.Unstructured) error {
@@ -315,6 +342,43 @@ func (c *Cluster) served(ctx context.Context, name string) (string, error) {
 	return stored(o), nil
 }
 
+// disown takes hansed's entries out of status.parents of routes; those of other controllers stay.
+func (c *Cluster) disown(ctx context.Context, r schema.GroupVersionResource) (int, error) {
+	n := 0
+	err := c.list(ctx, r, "", "", func(o *unstructured.Unstructured) error {
+		l, _, _ := unstructured.NestedSlice(o.Object, "status", "parents")
+		rest := slices.DeleteFunc(slices.Clone(l), func(x any) bool {
+			m, _ := x.(map[string]any)
+			return m["controllerName"] == string(objects.ControllerName)
+		})
+		if len(rest) == len(l) {
+			return nil
+		}
+		n++
+		status := map[string]any{"parents": rest}
+		if len(rest) == 0 {
+			status = nil // as a route has it that nobody has looked at
+		}
+		return c.patchStatus(ctx, r, o, status)
+	})
+	return n, err
+}
+
+// patchStatus merges status into that of an object, if it is still what was read. One that is gone is no error.
+func (c *Cluster) patchStatus(ctx context.Context, r schema.GroupVersionResource, o *unstructured.Unstructured, status map[string]any) error {
+	b, err := json.Marshal(map[string]any{"metadata": map[string]any{"resourceVersion": o.GetResourceVersion()}, "status": status})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	_, err = c.client.Resource(r).Namespace(o.GetNamespace()).Patch(ctx, o.GetName(), types.MergePatchType, b, metav1.PatchOptions{FieldManager: manager}, "status")
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
 // hansedConditions are those that hansed writes into ServiceExports.
 var hansedConditions = []string{"Valid", "Ready", "Conflict"}
 
@@ -332,17 +396,7 @@ func (c *Cluster) clean(ctx context.Context, r schema.GroupVersionResource) (int
 			return nil
 		}
 		n++
-		b, err := json.Marshal(map[string]any{"metadata": map[string]any{"resourceVersion": o.GetResourceVersion()}, "status": map[string]any{"conditions": rest}})
-		if err != nil {
-			return err
-		}
-		asked, cancel := context.WithTimeout(ctx, callTimeout)
-		defer cancel()
-		_, err = c.client.Resource(r).Namespace(o.GetNamespace()).Patch(asked, o.GetName(), types.MergePatchType, b, metav1.PatchOptions{FieldManager: manager}, "status")
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		return err
+		return c.patchStatus(ctx, r, o, map[string]any{"conditions": rest})
 	})
 	return n, err
 }
@@ -364,6 +418,9 @@ func (l Leftovers) String() string {
 	}
 	if l.Objects > 0 {
 		lines = append(lines, fmt.Sprintf("%d objects of Hanse's kinds go with theirs", l.Objects))
+	}
+	if l.Trust > 0 {
+		lines = append(lines, fmt.Sprintf("%d ClusterFederatedTrustDomains go with their definition", l.Trust))
 	}
 	if len(l.Claims) > 0 {
 		lines = append(lines, fmt.Sprintf("the claims %s go, with this cluster's keys and state (--keep-data keeps them)", strings.Join(l.Claims, ", ")))

@@ -93,7 +93,7 @@ func kinds() []*kind {
 		&kind{name: writtenService, resource: "services", written: true, groups: []schema.GroupVersion{core}, typed: &corev1.Service{}, trim: trimWritten,
 			selector: labelManagedBy + "=" + ManagedBy},
 		&kind{name: writtenSlice, resource: "endpointslices", written: true, groups: []schema.GroupVersion{discoveryv1.SchemeGroupVersion},
-			typed: &discoveryv1.EndpointSlice{}, trim: trimWritten, selector: discoveryv1.LabelManagedBy + "=" + ManagedBy})
+			typed: &discoveryv1.EndpointSlice{}, trim: trimWritten, condense: condenseWritten, selector: discoveryv1.LabelManagedBy + "=" + ManagedBy})
 	for _, k := range all {
 		k.items = map[types.NamespacedName]item{}
 	}

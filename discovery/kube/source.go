@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -51,9 +52,10 @@ type Source struct {
 	crdsIn  bool                                  // guarded by mu: their list has been completed
 	dirty   bool                                  // guarded by mu: something else changed
 
-	imports  map[discovery.Name]struct{}                              // guarded by mu: of takeRewritten
-	slices   map[discovery.Name]map[string]*discoveryv1.EndpointSlice // guarded by mu: those written for imports, by the import's name and their own
-	versions map[*kind]schema.GroupVersion                            // guarded by mu: of kinds of CustomResourceDefinitions that are read
+	imports  map[discovery.Name]struct{}                     // guarded by mu: of takeRewritten
+	slices   map[discovery.Name]map[string]*writtenEndpoints // guarded by mu: those written for imports, by the import's name and their own
+	ips      map[netip.Addr]discovery.Name                   // guarded by mu; never changed in place. Nil: to be made anew
+	versions map[*kind]schema.GroupVersion                   // guarded by mu: of kinds of CustomResourceDefinitions that are read
 
 	parts    map[types.NamespacedName][]objects.Key // owned by Run: an EndpointSlice's keys in the Set, where not just its own
 	set      *objects.Set                           // owned by Run
@@ -93,7 +95,7 @@ func New(cfg Config) (*Source, error) {
 	}
 	s := &Source{
 		cfg: cfg, kinds: kinds(), updated: make(chan struct{}, 1), wake: make(chan struct{}, 1), rewritten: make(chan struct{}, 1),
-		imports: map[discovery.Name]struct{}{}, slices: map[discovery.Name]map[string]*discoveryv1.EndpointSlice{}, versions: map[*kind]schema.GroupVersion{},
+		imports: map[discovery.Name]struct{}{}, slices: map[discovery.Name]map[string]*writtenEndpoints{}, versions: map[*kind]schema.GroupVersion{},
 		changed: map[ref]struct{}{}, crds: map[string]*unstructured.Unstructured{},
 		parts: map[types.NamespacedName][]objects.Key{}, set: objects.NewSet(), faults: map[objects.Key][]*objects.Fault{}, watching: map[*kind]watching{},
 		objectCount: prometheus.NewGaugeVec(prometheus.GaugeOpts{

@@ -51,10 +51,22 @@ type Writer struct {
 	cfg    WriterConfig // read-only after NewWriter
 	writes *prometheus.CounterVec
 
-	done      map[discovery.Name]*discovery.Import // owned by Run: what was last written
-	withdrawn map[string]bool                      // owned by Run: members whose endpoints are not written
-	looked    time.Time                            // owned by Run: when the routes' status was last looked at
-	owed      bool                                 // owned by Run: it is to be looked at again
+	// owned by Run
+	seen      seen
+	exports   map[discovery.Name]struct{} // whose ServiceExports' status is to be looked at
+	withdrawn map[string]bool             // members whose endpoints are not written
+	looked    time.Time                   // when the routes' status was last looked at
+	owed      bool                        // it is to be looked at again
+}
+
+// seen is what Writer looked at last, so that it looks next at what differs.
+type seen struct {
+	imports  discovery.ByName[*discovery.Import]
+	exported struct { // what the status of ServiceExports follows from
+		set      *objects.Set
+		imports  discovery.ByName[*discovery.Import]
+		services discovery.ByName[*discovery.Service]
+	}
 }
 
 const (
@@ -81,7 +93,8 @@ func NewWriter(cfg WriterConfig) *Writer {
 
 // Run writes until ctx ends, and returns nil then. What fails is tried again.
 func (w *Writer) Run(ctx context.Context) error {
-	w.done = map[discovery.Name]*discovery.Import{}
+	w.seen, w.exports = seen{}, map[discovery.Name]struct{}{}
+	w.seen.exported.set = objects.NewSet()
 	dirty := w.cfg.Source.writtenNames()
 	for {
 		view, newer := w.cfg.View()
@@ -90,7 +103,7 @@ func (w *Writer) Run(ctx context.Context) error {
 				dirty[n] = struct{}{}
 				continue
 			}
-			for i := range w.done { // a namespace came or went
+			for i := range w.seen.imports.All() { // a namespace came or went
 				if i.Namespace == n.Namespace {
 					dirty[i] = struct{}{}
 				}
@@ -124,18 +137,16 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			withdrawn[name] = true
 		}
 	}
-	moved := !maps.Equal(withdrawn, w.withdrawn)
-	for n, i := range view.Imports.All() {
-		if last, ok := w.done[n]; !ok || last != i || moved && slices.ContainsFunc(i.From, func(f discovery.ImportedFrom) bool { return withdrawn[f.Member] != w.withdrawn[f.Member] }) {
-			dirty[n] = struct{}{}
+	if !maps.Equal(withdrawn, w.withdrawn) {
+		for n, i := range view.Imports.All() {
+			if slices.ContainsFunc(i.From, func(f discovery.ImportedFrom) bool { return withdrawn[f.Member] != w.withdrawn[f.Member] }) {
+				dirty[n] = struct{}{}
+			}
 		}
 	}
 	w.withdrawn = withdrawn
-	for n := range w.done {
-		if view.Imports.Get(n) == nil {
-			dirty[n] = struct{}{}
-		}
-	}
+	discovery.Diff(w.seen.imports, view.Imports, func(n discovery.Name, _, _ *discovery.Import) { dirty[n] = struct{}{} })
+	w.seen.imports = view.Imports
 	var (
 		running sync.WaitGroup
 		slots   = make(chan struct{}, maxWrites)
@@ -166,24 +177,35 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			if ctx.Err() != nil {
 				break
 			}
-			each("ServiceImport "+n.String(), func() error { return w.write(ctx, gv, n, i) }, func() {
-				delete(dirty, n)
-				if w.done[n] = i; i == nil {
-					delete(w.done, n)
-				}
-			})
+			each("ServiceImport "+n.String(), func() error { return w.write(ctx, gv, n, i) }, func() { delete(dirty, n) })
 		}
 	}
 	if gv, ok := w.cfg.Source.defined("ServiceExport"); ok && view.Local != nil {
-		for _, o := range w.cfg.Source.Set().List("ServiceExport", "") {
-			service, _ := w.cfg.Source.Set().Get(objects.Key{Kind: "Service", Namespace: o.Name().Namespace, Name: o.Name().Name})
-			conditions, differ := exportConditions(o, service, view, w.cfg.Self.Cluster, w.cfg.Now())
-			if !differ || ctx.Err() != nil {
+		set := w.cfg.Source.Set()
+		w.exportsToLookAt(set, view)
+		mu.Lock()
+		names := slices.Collect(maps.Keys(w.exports))
+		mu.Unlock()
+		for _, n := range names {
+			if ctx.Err() != nil {
+				break
+			}
+			o, there := set.Get(objects.Key{Kind: "ServiceExport", Namespace: n.Namespace, Name: n.Name})
+			var conditions []metav1.Condition
+			differ := false
+			if there {
+				service, _ := set.Get(objects.Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name})
+				conditions, differ = exportConditions(o, service, view, w.cfg.Self.Cluster, w.cfg.Now())
+			}
+			if !differ {
+				mu.Lock()
+				delete(w.exports, n)
+				mu.Unlock()
 				continue
 			}
 			each("status of "+o.Key().String(), func() error {
-				return w.patchStatus(ctx, gv.WithResource("serviceexports"), o.Name(), map[string]any{"conditions": conditions})
-			}, func() {})
+				return w.patchStatus(ctx, gv.WithResource("serviceexports"), n, map[string]any{"conditions": conditions})
+			}, func() { delete(w.exports, n) })
 		}
 	}
 	if w.owed = time.Since(w.looked) < routesEvery; !w.owed && view.Local != nil {
@@ -208,6 +230,17 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 	}
 	running.Wait()
 	return short(faults)
+}
+
+// exportsToLookAt notes the ServiceExports whose status may be another than when they were looked at last.
+func (w *Writer) exportsToLookAt(set *objects.Set, view *discovery.Clusterset) {
+	mark := func(n discovery.Name) { w.exports[n] = struct{}{} }
+	was := &w.seen.exported
+	set.Differ(was.set, "ServiceExport", mark)
+	set.Differ(was.set, "Service", mark)
+	discovery.Diff(was.imports, view.Imports, func(n discovery.Name, _, _ *discovery.Import) { mark(n) })
+	discovery.Diff(was.services, view.Local.Services, func(n discovery.Name, _, _ *discovery.Service) { mark(n) })
+	was.set, was.imports, was.services = set, view.Imports, view.Local.Services
 }
 
 // short makes one error of many that fits a line.
@@ -372,9 +405,9 @@ func sameService(is, want *corev1.Service) bool {
 	return true
 }
 
-func sameSlice(is, want *discoveryv1.EndpointSlice) bool {
+func sameSlice(is *writtenEndpoints, want *discoveryv1.EndpointSlice) bool {
 	return maps.Equal(is.Labels, want.Labels) && slices.Equal(is.OwnerReferences, want.OwnerReferences) && is.AddressType == want.AddressType && equality.Semantic.DeepEqual(is.Ports, want.Ports) &&
-		equality.Semantic.DeepEqual(is.Endpoints, want.Endpoints)
+		is.sum == sumOf(want.Endpoints)
 }
 
 func sameImport(is, want *mcsv1beta1.ServiceImport) bool {

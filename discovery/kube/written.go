@@ -1,11 +1,13 @@
 package kube
 
 import (
+	"crypto/sha256"
 	"maps"
 	"net/netip"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	mcsv1beta1 "sigs.k8s.io/mcs-api/pkg/apis/v1beta1"
@@ -15,19 +17,40 @@ import (
 
 // writtenObjects is what the API server holds for one import. It must not be changed.
 type writtenObjects struct {
-	namespace bool                                  // whether it exists
-	imported  *mcsv1beta1.ServiceImport             // somebody else's, if it has not Hanse's label; nil if there is none
-	service   *corev1.Service                       // nil if there is none
-	slices    map[string]*discoveryv1.EndpointSlice // by name
+	namespace bool                         // whether it exists
+	imported  *mcsv1beta1.ServiceImport    // somebody else's, if it has not Hanse's label; nil if there is none
+	service   *corev1.Service              // nil if there is none
+	slices    map[string]*writtenEndpoints // by name
+}
+
+// writtenEndpoints is what is kept of an EndpointSlice that Hanse has written: of its endpoints, whether they are those that it would write.
+type writtenEndpoints struct {
+	discoveryv1.EndpointSlice // Endpoints is nil
+	sum                       [sha256.Size]byte
+}
+
+func condenseWritten(o metav1.Object) any {
+	w := &writtenEndpoints{EndpointSlice: *o.(*discoveryv1.EndpointSlice)}
+	w.sum, w.Endpoints = sumOf(w.Endpoints), nil
+	return w
+}
+
+// sumOf tells endpoints apart.
+func sumOf(endpoints []discoveryv1.Endpoint) [sha256.Size]byte {
+	b, err := (&discoveryv1.EndpointSlice{Endpoints: endpoints}).Marshal()
+	if err != nil {
+		return [sha256.Size]byte{} // cannot be: it writes into memory
+	}
+	return sha256.Sum256(b)
 }
 
 // note remembers that an object is new or changed. With mu held.
 func (s *Source) note(k *kind, name types.NamespacedName, value any) {
 	s.changed[ref{k, name}] = struct{}{}
-	if slice, ok := value.(*discoveryv1.EndpointSlice); ok && k.name == writtenSlice {
+	if slice, ok := value.(*writtenEndpoints); ok {
 		n := discovery.Name{Namespace: name.Namespace, Name: slice.Labels[mcsv1beta1.LabelServiceName]}
 		if s.slices[n] == nil {
-			s.slices[n] = map[string]*discoveryv1.EndpointSlice{}
+			s.slices[n] = map[string]*writtenEndpoints{}
 		}
 		s.slices[n][name.Name] = slice
 	}
@@ -39,7 +62,7 @@ func (s *Source) drop(k *kind, name types.NamespacedName) {
 	value := k.items[name].value
 	delete(k.items, name)
 	s.changed[ref{k, name}] = struct{}{}
-	if slice, ok := value.(*discoveryv1.EndpointSlice); ok && k.name == writtenSlice {
+	if slice, ok := value.(*writtenEndpoints); ok {
 		n := discovery.Name{Namespace: name.Namespace, Name: slice.Labels[mcsv1beta1.LabelServiceName]}
 		delete(s.slices[n], name.Name)
 		if len(s.slices[n]) == 0 {
@@ -51,6 +74,9 @@ func (s *Source) drop(k *kind, name types.NamespacedName) {
 
 // rewrite tells Writer which import an object belongs to. With mu held.
 func (s *Source) rewrite(k *kind, name types.NamespacedName, value any) {
+	if k.name == "ServiceImport" {
+		s.ips = nil
+	}
 	n := discovery.Name{Namespace: name.Namespace, Name: name.Name}
 	switch v := value.(type) {
 	case *corev1.Service:
@@ -58,10 +84,7 @@ func (s *Source) rewrite(k *kind, name types.NamespacedName, value any) {
 			return
 		}
 		n.Name = v.Labels[labelImport]
-	case *discoveryv1.EndpointSlice:
-		if k.name != writtenSlice {
-			return
-		}
+	case *writtenEndpoints:
 		n.Name = v.Labels[mcsv1beta1.LabelServiceName]
 	case namespace:
 		n = discovery.Name{Namespace: name.Name} // all imports of it
@@ -144,10 +167,13 @@ func (s *Source) defined(name string) (schema.GroupVersion, bool) {
 	return gv, ok
 }
 
-// ClustersetIPs returns the IPs that ServiceImports give to services of the clusterset, whoever wrote them.
+// ClustersetIPs returns the IPs that ServiceImports give to services of the clusterset, whoever wrote them. It must not be changed.
 func (s *Source) ClustersetIPs() map[netip.Addr]discovery.Name {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.ips != nil {
+		return s.ips
+	}
 	out := map[netip.Addr]discovery.Name{}
 	for name, it := range s.kind("ServiceImport").items {
 		if v, ok := it.value.(*mcsv1beta1.ServiceImport); ok {
@@ -158,5 +184,6 @@ func (s *Source) ClustersetIPs() map[netip.Addr]discovery.Name {
 			}
 		}
 	}
+	s.ips = out
 	return out
 }

@@ -150,29 +150,26 @@ func (b *builder) created(o Object) time.Time {
 
 // services builds those whose objects changed since the Build before, and takes the others from it.
 func (b *builder) services() discovery.ByName[*discovery.Service] {
-	exports := make(map[discovery.Name]Object, b.Set.kinds["ServiceExport"].Len())
-	created := make(map[discovery.Name]time.Time, len(exports))
-	all(b, "ServiceExport", func(o Object, _ *mcsv1alpha1.ServiceExport) {
-		exports[o.Name()], created[o.Name()] = o, b.created(o)
-	})
+	exports := b.Set.kinds["ServiceExport"]
 	was := b.State.index
 	if !b.Complete || b.State.self != b.next.self {
 		was = nil
 	}
 	is, changed := b.follow(was)
-	if was != nil {
-		for n, t := range created {
-			if s := b.State.services.Get(n); s != nil && s.inputs.export != nil && !s.inputs.export.Created.Equal(t) {
-				changed[n] = struct{}{}
-			}
+	for n := range is.untimed { // they are as old as State says
+		t := b.created(exports.Get(n))
+		if s := b.State.services.Get(n); s != nil && s.inputs.export != nil && !s.inputs.export.Created.Equal(t) {
+			changed[n] = struct{}{}
 		}
+	}
+	if was != nil {
 		b.next.known = b.State.known
 		b.next.services = b.State.services
 		if len(changed) > 0 {
-			is.faulty, is.orphans = maps.Clone(was.faulty), maps.Clone(was.orphans)
+			is.faulty, is.orphans, is.alone = maps.Clone(was.faulty), maps.Clone(was.orphans), maps.Clone(was.alone)
 		}
 	} else {
-		is.faulty, is.orphans = map[discovery.Name]struct{}{}, map[discovery.Name]struct{}{}
+		is.faulty, is.orphans, is.alone = map[discovery.Name]struct{}{}, map[discovery.Name]struct{}{}, map[discovery.Name]struct{}{}
 	}
 	states, results := b.next.services.Edit(), is.services.Edit()
 	for n := range changed {
@@ -183,10 +180,15 @@ func (b *builder) services() discovery.ByName[*discovery.Service] {
 		results.Delete(n)
 		delete(is.faulty, n)
 		delete(is.orphans, n)
+		delete(is.alone, n)
 		o, s := b.plainService(n)
+		export, exported := exports.Lookup(n)
 		if s == nil {
 			if len(is.slices.Get(n)) > 0 {
 				is.orphans[n] = struct{}{}
+			}
+			if exported {
+				is.alone[n] = struct{}{}
 			}
 			continue
 		}
@@ -194,10 +196,10 @@ func (b *builder) services() discovery.ByName[*discovery.Service] {
 		for _, so := range is.slices.Get(n) {
 			in.slices = append(in.slices, so.Value)
 		}
-		if export, ok := exports[n]; ok {
+		if exported {
 			spec := &export.Value.(*mcsv1alpha1.ServiceExport).Spec
 			in.export = &discovery.Export{
-				Created: created[n], Audience: audience(export.Value.GetAnnotations()[AnnotationAudience]),
+				Created: b.created(export), Audience: audience(export.Value.GetAnnotations()[AnnotationAudience]),
 				Labels: spec.ExportedLabels, Annotations: spec.ExportedAnnotations,
 			}
 		}
@@ -227,10 +229,8 @@ func (b *builder) services() discovery.ByName[*discovery.Service] {
 			b.pending(o, "metadata.labels["+discoveryv1.LabelServiceName+"]", n.Name, "there is no Service %s; its endpoints are not used", n)
 		}
 	}
-	for n, o := range exports {
-		if is.services.Get(n) != nil {
-			continue
-		}
+	for n := range is.alone {
+		o := exports.Get(n)
 		if _, ok := b.Set.Get(Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name}); ok {
 			b.fault(o, "metadata.name", n.Name, "Service %s is an ExternalName, which cannot be exported (MCS InvalidServiceType)", n)
 		} else {
@@ -263,6 +263,8 @@ type index struct {
 	services discovery.ByName[*discovery.Service]
 	faulty   map[discovery.Name]struct{} // those with faults
 	orphans  map[discovery.Name]struct{} // names in slices that are no Service with endpoints
+	alone    map[discovery.Name]struct{} // ServiceExports without such a Service
+	untimed  map[discovery.Name]struct{} // ServiceExports without a creationTimestamp
 }
 
 // follow indexes the Set, and names the Services of which an object changed; after nothing, all.
@@ -276,9 +278,28 @@ func (b *builder) follow(was *index) (*index, map[discovery.Name]struct{}) {
 	if before == nil {
 		before = &index{set: &Set{}}
 	}
-	is := &index{set: b.Set, services: before.services, faulty: before.faulty, orphans: before.orphans}
-	for _, kind := range []string{"Service", "ServiceExport"} {
-		discovery.Diff(before.set.kinds[kind], b.Set.kinds[kind], func(n discovery.Name, _, _ Object) { changed[n] = struct{}{} })
+	is := &index{set: b.Set, services: before.services, faulty: before.faulty, orphans: before.orphans, alone: before.alone, untimed: before.untimed}
+	discovery.Diff(before.set.kinds["Service"], b.Set.kinds["Service"], func(n discovery.Name, _, _ Object) { changed[n] = struct{}{} })
+	untimed := map[discovery.Name]bool{}
+	discovery.Diff(before.set.kinds["ServiceExport"], b.Set.kinds["ServiceExport"], func(n discovery.Name, _, now Object) {
+		changed[n] = struct{}{}
+		if now.Value != nil {
+			t := now.Value.GetCreationTimestamp()
+			untimed[n] = t.IsZero()
+		} else {
+			untimed[n] = false
+		}
+	})
+	if len(untimed) > 0 {
+		is.untimed = maps.Clone(before.untimed)
+		if is.untimed == nil {
+			is.untimed = map[discovery.Name]struct{}{}
+		}
+		for n, so := range untimed {
+			if delete(is.untimed, n); so {
+				is.untimed[n] = struct{}{}
+			}
+		}
 	}
 	of := before.slices.Edit()
 	discovery.Diff(before.set.kinds["EndpointSlice"], b.Set.kinds["EndpointSlice"], func(_ discovery.Name, old, now Object) {

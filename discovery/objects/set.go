@@ -56,6 +56,11 @@ func (s *Set) edit(change func(of func(kind string) *discovery.Edit[Object])) *S
 // Get returns the object of key.
 func (s *Set) Get(key Key) (Object, bool) { return s.kinds[key.Kind].Lookup(key.name()) }
 
+// Differ calls f for each name of a kind with another object than before.
+func (s *Set) Differ(before *Set, kind string, f func(discovery.Name)) {
+	discovery.Diff(before.kinds[kind], s.kinds[kind], func(n discovery.Name, _, _ Object) { f(n) })
+}
+
 // Len counts the objects.
 func (s *Set) Len() int {
 	n := 0

@@ -341,11 +341,12 @@ func (h *hansed) change(t testing.TB, s *server, stream discoveryv3.AggregatedDi
 	return time.Since(began)
 }
 
-// settle waits until hansed does next to nothing.
+// settle waits until hansed does next to nothing, but no longer than a minute: ServiceImports and statuses of 10,000 exports are written for
+// longer than that.
 func (h *hansed) settle(t testing.TB) {
 	t.Helper()
 	pid := strconv.Itoa(h.cmd.Process.Pid)
-	for quiet := 0; quiet < 3; {
+	for quiet, deadline := 0, time.Now().Add(time.Minute); quiet < 3 && time.Now().Before(deadline); {
 		before := ticks(pid)
 		time.Sleep(time.Second)
 		if quiet++; ticks(pid)-before > 5 {

@@ -173,15 +173,10 @@ func TestTwoClusters(t *testing.T) {
 	})
 	s.step("leave", func() {
 		s.hanse("--context", "east", "leave", "--yes")
-		s.until(30*time.Second, func() error {
-			m, err := s.member(west, "east")
-			if err == nil && m.State != "left" && m.State != "unknown" {
-				err = fmt.Errorf("west sees east: %s", m.State)
-			}
-			return err
-		})
+		s.until(30*time.Second, func() error { return s.hasLeft("west", "east") })
 		west.mustFail("frontend", "http://"+catalog+":8080/", "")
 	})
+	s.mixed(west, s.machine(s.metal))
 	s.step("uninstall", func() {
 		for _, c := range s.both() {
 			c.kubectl("delete", "namespace", "shop", "--wait=false")

@@ -27,6 +27,7 @@ type scene struct {
 	t          *testing.T
 	ctx        context.Context
 	west, east *cluster
+	metal      *lab.Host // beside them, without Kubernetes
 }
 
 // cluster fails the test where it cannot do what it is asked for.
@@ -43,13 +44,13 @@ func up(t *testing.T) *scene {
 		images = append(images, filepath.Join(bin, "images", name+".tar"))
 	}
 	began := time.Now()
-	l, err := lab.Up(t.Context(), lab.Config{Clusters: []string{"west", "east"}, Tools: filepath.Join(bin, "tools"), Images: images, Pause: "hanse.mesh/pause:" + version, Dir: filepath.Join(os.Getenv(stateDir), "lab"), Log: t.Output()})
+	l, err := lab.Up(t.Context(), lab.Config{Clusters: []string{"west", "east"}, Hosts: []string{"metal"}, Tools: filepath.Join(bin, "tools"), Images: images, Pause: "hanse.mesh/pause:" + version, Dir: filepath.Join(os.Getenv(stateDir), "lab"), Log: t.Output()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(l.Down)
 	t.Logf("two clusters after %.1f s", time.Since(began).Seconds())
-	s := &scene{t: t, ctx: t.Context()}
+	s := &scene{t: t, ctx: t.Context(), metal: l.Hosts["metal"]}
 	s.west, s.east = &cluster{l.Clusters["west"], s}, &cluster{l.Clusters["east"], s}
 	for _, c := range s.both() {
 		c.volume()
@@ -361,8 +362,8 @@ type member struct {
 	}
 }
 
-func (s *scene) member(c *cluster, name string) (member, error) {
-	out, err := s.tryHanse("--context", c.Name, "clusters", "-o", "json")
+func (s *scene) member(context, name string) (member, error) {
+	out, err := s.tryHanse("--context", context, "clusters", "-o", "json")
 	if err != nil {
 		return member{}, err
 	}
@@ -379,10 +380,21 @@ func (s *scene) member(c *cluster, name string) (member, error) {
 }
 
 // joined: c knows the other as fresh, and a call to its gateway came back.
-func (s *scene) joined(c, other *cluster) error {
-	m, err := s.member(c, other.Name)
+func (s *scene) joined(c, other *cluster) error { return s.sees(c.Name, other.Name) }
+
+func (s *scene) sees(context, other string) error {
+	m, err := s.member(context, other)
 	if err == nil && (m.State != "fresh" || !m.Probe.OK) {
-		err = fmt.Errorf("%s sees %s: %s, probe %+v", c.Name, other.Name, m.State, m.Probe)
+		err = fmt.Errorf("%s sees %s: %s, probe %+v", context, other, m.State, m.Probe)
+	}
+	return err
+}
+
+// hasLeft: a cluster knows that another is gone.
+func (s *scene) hasLeft(context, other string) error {
+	m, err := s.member(context, other)
+	if err == nil && m.State != "left" && m.State != "unknown" {
+		err = fmt.Errorf("%s sees %s: %s", context, other, m.State)
 	}
 	return err
 }

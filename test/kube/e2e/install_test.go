@@ -49,6 +49,9 @@ func (s *scene) hanse(args ...string) string {
 func (s *scene) tryHanse(args ...string) (string, error) {
 	cmd := s.west.Command(s.ctx, filepath.Join(bin, "hanse"), args...)
 	cmd.Env = append(cmd.Env, "KUBECONFIG="+s.west.Kubeconfig+":"+s.east.Kubeconfig)
+	if _, err := os.Stat(s.contexts()); err == nil {
+		cmd.Env = append(cmd.Env, "HANSE_CONFIG="+s.contexts())
+	}
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {

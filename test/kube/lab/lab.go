@@ -25,6 +25,7 @@ import (
 // Config describes a Lab.
 type Config struct {
 	Clusters []string  // names, at most 8; default a and b
+	Hosts    []string  // names of machines beside them, on the same network, with nothing on them; at most 8
 	Tools    string    // directory of etcd, kube-apiserver, …; required
 	Images   []string  // OCI archives that every node has; the pause image must be among them
 	Pause    string    // its name
@@ -36,6 +37,7 @@ type Config struct {
 // Lab is what runs.
 type Lab struct {
 	Clusters map[string]*Cluster
+	Hosts    map[string]*Host
 
 	// read-only after Up
 	cfg Config
@@ -150,8 +152,8 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	if len(cfg.Clusters) == 0 {
 		cfg.Clusters = []string{"a", "b"}
 	}
-	if len(cfg.Clusters) > 8 {
-		return nil, fmt.Errorf("%d clusters: at most 8", len(cfg.Clusters))
+	if len(cfg.Clusters) > 8 || len(cfg.Hosts) > 8 {
+		return nil, fmt.Errorf("%d clusters and %d hosts: at most 8 each", len(cfg.Clusters), len(cfg.Hosts))
 	}
 	if err := Needs(cfg.Tools); err != nil {
 		return nil, err
@@ -161,7 +163,7 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 			return nil, err
 		}
 	}
-	l := &Lab{cfg: cfg, Clusters: map[string]*Cluster{}}
+	l := &Lab{cfg: cfg, Clusters: map[string]*Cluster{}, Hosts: map[string]*Host{}}
 	defer func() {
 		if err != nil {
 			l.Down()
@@ -172,6 +174,9 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	}
 	if err := l.network(ctx); err != nil {
 		return nil, err
+	}
+	for i, name := range cfg.Hosts {
+		l.Hosts[name] = &Host{Name: name, IP: hostIP(i)}
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	for i, name := range cfg.Clusters {
@@ -197,13 +202,19 @@ func (l *Lab) say(format string, args ...any) {
 	}
 }
 
-// network makes a namespace for each node, and a bridge between them.
+// network makes a namespace for each node and host, and a bridge between them.
 func (l *Lab) network(ctx context.Context) error {
 	lines := []string{"netns add fab", "-n fab link set lo up", "-n fab link add fab0 type bridge", "-n fab link set fab0 up"}
-	for i, n := range l.cfg.Clusters {
-		lines = append(lines, "netns add "+n, "-n "+n+" link set lo up", fmt.Sprintf("link add eth0 netns %s type veth peer name v%d netns fab", n, i),
-			fmt.Sprintf("-n fab link set v%d master fab0 up", i), fmt.Sprintf("-n %s addr add %s/24 dev eth0", n, nodeIP(i)), fmt.Sprintf("-n %s link set eth0 up", n),
+	machine := func(n, port, ip string) {
+		lines = append(lines, "netns add "+n, "-n "+n+" link set lo up", fmt.Sprintf("link add eth0 netns %s type veth peer name %s netns fab", n, port),
+			fmt.Sprintf("-n fab link set %s master fab0 up", port), fmt.Sprintf("-n %s addr add %s/24 dev eth0", n, ip), fmt.Sprintf("-n %s link set eth0 up", n),
 			fmt.Sprintf("-n %s route add default via 10.9.0.254", n)) // programs look for the interface of the default route; nothing is behind this one
+	}
+	for i, n := range l.cfg.Clusters {
+		machine(n, fmt.Sprintf("v%d", i), nodeIP(i))
+	}
+	for i, n := range l.cfg.Hosts {
+		machine(n, fmt.Sprintf("h%d", i), hostIP(i))
 	}
 	for _, line := range lines {
 		if _, err := run("", exec.CommandContext(ctx, "ip", strings.Fields(line)...)); err != nil {
@@ -241,6 +252,7 @@ func (l *Lab) Routes(ctx context.Context, flat bool) error {
 }
 
 func nodeIP(i int) string   { return fmt.Sprintf("10.9.0.%d", i+1) }
+func hostIP(i int) string   { return fmt.Sprintf("10.9.0.%d", i+101) }
 func podRange(i int) string { return fmt.Sprintf("10.%d.0.0/16", 244+i) }
 
 // start runs a program until the lab ends; what it says goes to a file.

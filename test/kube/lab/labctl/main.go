@@ -23,13 +23,14 @@ import (
 func main() {
 	flat := flag.Bool("flat", false, "pods of all clusters reach each other")
 	clusters := flag.String("clusters", "a,b", "names, separated by commas")
+	hosts := flag.String("hosts", "", "names of machines without Kubernetes, separated by commas")
 	dir := flag.String("dir", filepath.Join(os.TempDir(), "hanse-clusters"), "state and logs; another lab needs another one")
 	tools := flag.String("tools", "bin/tools", "directory of kube-apiserver and the others")
 	images := flag.String("images", "bin/images", "directory of OCI archives that every node gets")
 	version := flag.String("version", "v0.1.0", "of the images")
 	check := flag.Bool("check", false, "see whether this machine can run clusters at all: start them and a pod in each, and end them")
 	flag.Usage = func() {
-		fmt.Fprintln(flag.CommandLine.Output(), "usage: labctl [flags]                    keep clusters up until interrupted\n       labctl [flags] CLUSTER COMMAND…   run a command in a cluster's network, with its KUBECONFIG\n       labctl [flags] CLUSTER load FILE  give its node the images of an OCI archive")
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: labctl [flags]                    keep clusters up until interrupted\n       labctl [flags] CLUSTER COMMAND…   run a command in the network of a cluster, with its KUBECONFIG, or of a host\n       labctl [flags] CLUSTER load FILE  give its node the images of an OCI archive")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -37,7 +38,7 @@ func main() {
 	if flag.NArg() > 1 {
 		code, err = in(*dir, *tools, flag.Arg(0), flag.Args()[1:])
 	} else {
-		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Tools: *tools, Flat: *flat, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images, *check)
+		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Hosts: strings.FieldsFunc(*hosts, func(r rune) bool { return r == ',' }), Tools: *tools, Flat: *flat, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images, *check)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "labctl:", err)
@@ -75,6 +76,9 @@ func up(cfg lab.Config, images string, check bool) (int, error) {
 	for _, name := range cfg.Clusters {
 		fmt.Fprintf(os.Stderr, "cluster %s: node %s, %s; labctl %s kubectl get pods -A\n", name, l.Clusters[name].IP, l.Clusters[name].Kubeconfig, name)
 	}
+	for _, name := range cfg.Hosts {
+		fmt.Fprintf(os.Stderr, "host %s: %s; labctl %s COMMAND\n", name, l.Hosts[name].IP, name)
+	}
 	fmt.Fprintln(os.Stderr, "Ctrl-C ends them")
 	<-ctx.Done()
 	return 0, nil
@@ -104,7 +108,7 @@ func in(dir, tools, cluster string, command []string) (int, error) {
 		command[0] = filepath.Join(tools, "kubectl")
 		fallthrough
 	default:
-		command = append([]string{"nsenter", "--net=/run/netns/" + cluster, "env", "KUBECONFIG=" + filepath.Join(dir, cluster, "admin.conf")}, command...)
+		command = append([]string{"nsenter", "--net=/run/netns/" + cluster, "env", "KUBECONFIG=" + kubeconfig(dir, cluster)}, command...)
 	case "load":
 		if len(command) != 2 {
 			return 2, errors.New("load takes one file")
@@ -123,4 +127,14 @@ func in(dir, tools, cluster string, command []string) (int, error) {
 		return exit.ExitCode(), nil
 	}
 	return 0, err
+}
+
+// kubeconfig is a cluster's; a host has those of all clusters.
+func kubeconfig(dir, name string) string {
+	own := filepath.Join(dir, name, "admin.conf")
+	if _, err := os.Stat(own); err == nil {
+		return own
+	}
+	all, _ := filepath.Glob(filepath.Join(dir, "*", "admin.conf"))
+	return strings.Join(all, string(filepath.ListSeparator))
 }

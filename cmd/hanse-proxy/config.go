@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -19,6 +20,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
+	"github.com/hanse-mesh/hanse/identity/agent"
 )
 
 // Config is hanse-proxy's configuration file. Durations are Go's ("1h", "90s"). Paths are relative to the file.
@@ -35,6 +37,8 @@ type Config struct {
 	ControlPlane ControlPlane `json:"controlPlane"`
 	StateDir     string       `json:"stateDir"` // keys, SVID, configuration; 0700, tmpfs in pods
 	Socket       string       `json:"socket"`   // where the Workload API is served; default: stateDir/workload.sock, "none" for not at all
+	// SocketUsers may use it, beside root and the proxy's own user: user IDs, or "any" where nobody reaches the socket who may not.
+	SocketUsers SocketUsers `json:"socketUsers"`
 
 	Outbound  Outbound   `json:"outbound"`  // sidecar
 	Listeners []Local    `json:"listeners"` // sidecar: one service each
@@ -51,6 +55,21 @@ type Config struct {
 	Log          Log      `json:"log"`
 	DrainTimeout Duration `json:"drainTimeout"` // default 30s
 	Timers       Timers   `json:"timers"`       // shortened by tests; production leaves them alone
+}
+
+// SocketUsers is a list of user IDs, or "any".
+type SocketUsers agent.SocketUsers
+
+// UnmarshalJSON takes [1000, 1001] or "any".
+func (u *SocketUsers) UnmarshalJSON(b []byte) error {
+	if string(b) == `"any"` {
+		u.Any = true
+		return nil
+	}
+	if err := json.Unmarshal(b, &u.IDs); err != nil {
+		return fmt.Errorf("socketUsers: %s is neither a list of user IDs, such as [1000], nor any", b)
+	}
+	return nil
 }
 
 // ControlPlane says where hansed is, and how this proxy proves who it is the first time.
@@ -74,6 +93,8 @@ type Listen struct {
 // Outbound is the explicit proxy for the application.
 type Outbound struct {
 	Listen string `json:"listen"` // loopback; default 127.0.0.1:15001, "none" for not at all
+	// SocketUsers may use it, beside root and the proxy's own user: user IDs, or "any" where nobody reaches the socket who may not.
+	SocketUsers SocketUsers `json:"socketUsers"`
 }
 
 // Local leads a loopback address to one service.
@@ -368,6 +389,14 @@ func (c *Config) validateControlPlane(bad report) {
 			bad("socket", "with another agent's Workload API none is served here")
 		}
 		return
+	}
+	if c.SocketUsers.Any || len(c.SocketUsers.IDs) > 0 {
+		switch dir, err := filepath.Rel(c.StateDir, c.Socket); {
+		case c.Socket == none:
+			bad("socketUsers", "there is no socket: remove it, or give socket a path")
+		case err == nil && filepath.IsLocal(dir):
+			bad("socketUsers", "socket is %s, and nobody else gets into stateDir; give socket a path outside of it, such as /run/hanse/workload.sock", c.Socket)
+		}
 	}
 	if len(cp.Identity) == 0 {
 		bad("controlPlane.identity", "missing: the addresses of hansed's port 7444, or workloadAPI")

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -56,6 +57,27 @@ func write(t *testing.T, content string) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+func TestSocketUsers(t *testing.T) {
+	with := func(lines string) (*Config, error) { return LoadConfig(write(t, sample+"\n"+lines+"\n"), "", "") }
+	c, err := with("socket: /run/hanse/workload.sock\nsocketUsers: [1000, 1001]")
+	if err != nil || c.SocketUsers.Any || !slices.Equal(c.SocketUsers.IDs, []uint32{1000, 1001}) {
+		t.Errorf("%v %v", c, err)
+	}
+	if c, err = with("socket: /run/hanse/workload.sock\nsocketUsers: any"); err != nil || !c.SocketUsers.Any {
+		t.Errorf("%v %v", c, err)
+	}
+	for lines, want := range map[string]string{
+		"socketUsers: [1000]":                                  "outside of it",
+		"socket: none\nsocketUsers: any":                       "there is no socket",
+		"socket: /run/hanse/workload.sock\nsocketUsers: alice": "list of user IDs",
+		"socket: /run/hanse/workload.sock\nsocketUsers: [-1]":  "list of user IDs",
+	} {
+		if _, err := with(lines); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "socketUsers") {
+			t.Errorf("%s: %v", lines, err)
+		}
+	}
 }
 
 func TestLoadConfig(t *testing.T) {

@@ -225,6 +225,7 @@ func httpServer(h http.Handler, log *slog.Logger) *http.Server {
 func streaming(h http.Handler, log *slog.Logger) *http.Server {
 	s := httpServer(h, log)
 	s.WriteTimeout, s.ReadTimeout = 0, 0
+	s.ConnContext = admin.WithCaller
 	return s
 }
 

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -41,8 +42,9 @@ type Config struct {
 	// WorkloadAPI is the address of another agent's Workload API (unix:///…), which then is the source of everything.
 	WorkloadAPI string
 
-	SocketPath string // Unix socket on which to serve the Workload API; empty: not served
-	FilesDir   string // folder to write SVID, key and bundle files into, for proxyless gRPC; empty: none
+	SocketPath  string // Unix socket on which to serve the Workload API; empty: not served
+	SocketUsers SocketUsers
+	FilesDir    string // folder to write SVID, key and bundle files into, for proxyless gRPC; empty: none
 
 	SyncInterval time.Duration // default 5 s
 	// Dial connects to a server, by default with a net.Dialer.
@@ -94,6 +96,8 @@ type Agent struct {
 	ended  bool     // runServer has closed the last client
 
 	jwts *jwtCache // has its own lock
+
+	strangerLogged atomic.Int64 // Unix nanoseconds until which refused callers are only counted
 }
 
 // New builds an Agent.
@@ -142,7 +146,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	var lis net.Listener
 	if a.cfg.SocketPath != "" {
 		var err error
-		if lis, err = listenUnix(a.cfg.SocketPath); err != nil {
+		if lis, err = a.listenUnix(); err != nil {
 			return fmt.Errorf("identity agent: %w", err)
 		}
 	}
@@ -285,6 +289,8 @@ func (a *Agent) behind(want map[spiffeid.TrustDomain]uint64) []string {
 type metrics struct {
 	renewals *prometheus.CounterVec
 	failures *prometheus.CounterVec
+
+	strangers prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer, src *identity.Source) (*metrics, error) {
@@ -293,11 +299,13 @@ func newMetrics(reg prometheus.Registerer, src *identity.Source) (*metrics, erro
 			Name: "hanse_svid_renewals_total", Help: "SVIDs fetched, by kind (agent, x509, jwt)."}, []string{"kind"}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_svid_failures_total", Help: "Failures that are tried again, by what failed (sync, files, workload_api)."}, []string{"what"}),
+		strangers: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "hanse_workload_api_refused_total", Help: "Callers of the Workload API who are not among its users."}),
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.renewals, m.failures,
+	for _, c := range []prometheus.Collector{m.renewals, m.failures, m.strangers,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "hanse_svid_expiry_timestamp_seconds", Help: "When the workload's X509-SVID expires, in Unix seconds; 0 without one."},
 			func() float64 {

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hanse-mesh/hanse/identity/peercred"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -28,9 +29,14 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// listenUnix opens a socket that only its owner may use. A socket that a dead process left is replaced.
-func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+// listenUnix opens the socket of the Workload API. A socket that a dead process left is replaced. Others than its owner can only reach it where
+// the configuration has users.
+func (a *Agent) listenUnix() (net.Listener, error) {
+	path, dir, mode := a.cfg.SocketPath, fs.FileMode(0o700), fs.FileMode(0o600)
+	if a.cfg.SocketUsers.others() {
+		dir, mode = 0o755, 0o666
+	}
+	if err := os.MkdirAll(filepath.Dir(path), dir); err != nil {
 		return nil, fmt.Errorf("workload API socket: %w", err)
 	}
 	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket != 0 {
@@ -46,10 +52,59 @@ func listenUnix(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("workload API socket: %w", err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	if err := os.Chmod(path, mode); err != nil {
 		return nil, errors.Join(fmt.Errorf("workload API socket: %w", err), lis.Close())
 	}
-	return lis, nil
+	return &admitted{Listener: lis, agent: a}, nil
+}
+
+// SocketUsers are those who may use the Workload API's socket, beside root and the user of this process.
+type SocketUsers struct {
+	Any bool // whoever reaches the socket
+	IDs []uint32
+}
+
+func (u SocketUsers) others() bool { return u.Any || len(u.IDs) > 0 }
+
+// admit asks the kernel who called.
+func (u SocketUsers) admit(c net.Conn) (peercred.Caller, error) {
+	caller, err := peercred.Of(c)
+	switch {
+	case u.Any:
+		return caller, nil
+	case errors.Is(err, errors.ErrUnsupported) && len(u.IDs) == 0: // the socket's mode lets only its owner in
+		return caller, nil
+	case err != nil:
+		return caller, err
+	case caller.UID == 0, caller.UID == uint32(os.Geteuid()), slices.Contains(u.IDs, caller.UID):
+		return caller, nil
+	}
+	return caller, fmt.Errorf("uid %d is not among the users of the socket", caller.UID)
+}
+
+// admitted turns away who may not call, before a byte is read.
+type admitted struct {
+	net.Listener
+	agent *Agent
+}
+
+func (l *admitted) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		caller, err := l.agent.cfg.SocketUsers.admit(c)
+		if err == nil {
+			l.agent.log.Debug("Workload API called", "by", caller.String())
+			return c, nil
+		}
+		_ = c.Close()
+		l.agent.metrics.strangers.Inc()
+		if now, next := time.Now(), l.agent.strangerLogged.Load(); now.UnixNano() >= next && l.agent.strangerLogged.CompareAndSwap(next, now.Add(10*time.Second).UnixNano()) {
+			l.agent.log.Warn("caller of the Workload API refused; more of them in the next 10 s are only counted", "by", caller.String(), "error", err)
+		}
+	}
 }
 
 // ServeWorkloadAPI serves the SPIFFE Workload API on lis until ctx ends. Whoever can connect gets the workload's

@@ -1,9 +1,11 @@
 package admin_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -205,5 +207,29 @@ func TestDrillStopEndsItsStream(t *testing.T) {
 	})
 	if err != nil || d.State != "stopped" {
 		t.Errorf("stopped drill: %+v, %v", d, err)
+	}
+}
+
+// TestCallersAreNoted: what is done over the socket is logged with who did it.
+func TestCallersAreNoted(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	srv := &http.Server{Handler: admin.Handler(admintest.New(time.Now), slog.New(slog.NewTextHandler(&log, nil))), ReadHeaderTimeout: time.Second, ConnContext: admin.WithCaller}
+	done := make(chan struct{})
+	go func() { defer close(done); srv.Serve(l) }()
+	c, err := admin.New(admin.Config{Socket: socket})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.CreateToken(t.Context(), admin.TokenRequest{For: "east"})
+	c.Close()
+	srv.Close()
+	<-done
+	if want := fmt.Sprintf("local socket, uid %d pid %d", os.Geteuid(), os.Getpid()); err != nil || !strings.Contains(log.String(), want) {
+		t.Errorf("%v; the log lacks %q:\n%s", err, want, &log)
 	}
 }

@@ -8,9 +8,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"strconv"
 	"time"
+
+	"github.com/hanse-mesh/hanse/identity/peercred"
 )
 
 const (
@@ -234,12 +237,26 @@ func (h *handler) apply(ctx context.Context, r *http.Request) (any, error) {
 	return list(h.b.Apply(ctx, b, dryRun))
 }
 
+// callerKey is of the context of a connection: who called, as the kernel has it.
+type callerKey struct{}
+
+// WithCaller is the ConnContext of an http.Server on a Unix socket: what is done is noted with the user and the process that did it.
+func WithCaller(ctx context.Context, c net.Conn) context.Context {
+	if caller, err := peercred.Of(c); err == nil {
+		return context.WithValue(ctx, callerKey{}, caller)
+	}
+	return ctx
+}
+
 func (h *handler) audit(r *http.Request) {
 	level := slog.LevelInfo
 	if r.Method == http.MethodGet {
 		level = slog.LevelDebug
 	}
 	peer := "local socket"
+	if caller, ok := r.Context().Value(callerKey{}).(peercred.Caller); ok {
+		peer += ", " + caller.String()
+	}
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 && len(r.TLS.PeerCertificates[0].URIs) > 0 {
 		peer = r.TLS.PeerCertificates[0].URIs[0].String()
 	}

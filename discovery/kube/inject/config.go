@@ -18,6 +18,7 @@ type (
 		ControlPlane controlPlane `json:"controlPlane"`
 		StateDir     string       `json:"stateDir"`
 		Socket       string       `json:"socket"`
+		SocketUsers  string       `json:"socketUsers,omitempty"`
 		Workloads    []workload   `json:"workloads"`
 		Capture      capturing    `json:"capture"`
 		Health       health       `json:"health"`
@@ -74,7 +75,7 @@ func (v *Values) config(s *settings, checks map[string]probe.Check) (string, err
 		c.Capture.Inbound.Mode = "permissive"
 	}
 	if s.workloadAPI {
-		c.Socket = apiDir + "/workload.sock"
+		c.Socket, c.SocketUsers = apiDir+"/workload.sock", "any" // the volume is this Pod's, whose containers have users of their own
 	}
 	if s.logLevel != "" {
 		c.Log.Level = s.logLevel

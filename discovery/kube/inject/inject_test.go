@@ -144,7 +144,7 @@ func TestSettings(t *testing.T) {
 		t.Errorf("resources %+v, image %s", proxy.Resources, proxy.Image)
 	}
 	config := meta.Annotations[annotationConfig]
-	for _, want := range []string{"mode: permissive", "- 9100\n", "- 9000-9100", `- "3306"`, `- "22"`, `- "7000"`, "10.9.0.0/16", "level: debug", "socket: /run/hanse-workload-api/workload.sock"} {
+	for _, want := range []string{"mode: permissive", "- 9100\n", "- 9000-9100", `- "3306"`, `- "22"`, `- "7000"`, "10.9.0.0/16", "level: debug", "socket: /run/hanse-workload-api/workload.sock", "socketUsers: any"} {
 		if !strings.Contains(config, want) {
 			t.Errorf("the configuration lacks %q:\n%s", want, config)
 		}

@@ -1,0 +1,7 @@
+//go:build !linux && !darwin
+
+package peercred
+
+import "errors"
+
+func of(int) (Caller, error) { return Caller{}, errors.ErrUnsupported }

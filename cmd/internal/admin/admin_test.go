@@ -225,7 +225,7 @@ func TestCallersAreNoted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = c.CreateToken(t.Context(), admin.TokenRequest{For: "north"})
+	_, err = c.CreateToken(t.Context(), admin.TokenRequest{Workload: "shop/frontend"})
 	c.Close()
 	srv.Close()
 	<-done

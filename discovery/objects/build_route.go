@@ -98,6 +98,9 @@ func (r *routeBuilder) parent(i int, p gatewayv1.ParentReference) (discovery.Rou
 		ref.Port = svc.Ports[i].Number
 	}
 	switch {
+	case svc != nil && svc.Headless: // GEP-1294 "Allowed service types"
+		r.pending(r.object, field, ref.Service, "is headless, and has no address of its own that callers could mean; routes are for Services with a cluster IP")
+		return ref, false
 	case svc == nil: // it may be another cluster's, and so may the port
 	case ref.Port != 0 && svc.Port(ref.Port) == nil:
 		r.pending(r.object, field+".port", ref.Port, "Service %s has no such port here; it has %s", ref.Service, portNames(svc.Ports))

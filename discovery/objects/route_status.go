@@ -126,9 +126,43 @@ func (s *routeStatus) parentAt(i int, p gatewayv1.ParentReference, invalid []*Fa
 		no(gatewayv1.RouteReasonNoMatchingParent, fmt.Sprintf("spec.parentRefs[%d].name: no cluster exports a Service %s", i, ref.Service))
 	case len(s.faults) > 0:
 		no(gatewayv1.RouteReasonNoMatchingParent, say(s.faults))
+	case s.hiddenBy(ref, service, imported) != nil:
+		no(reasonConflicted, fmt.Sprintf("spec.parentRefs[%d]: GRPCRoute %s is for the same ports of %s, and hides every HTTPRoute there", i, s.hiddenBy(ref, service, imported).Name, ref.Service))
 	default:
 		s.accepted = append(s.accepted, acceptance{p, condition(gatewayv1.RouteConditionAccepted, metav1.ConditionTrue, gatewayv1.RouteReasonAccepted, "the route is in force")})
 	}
+}
+
+// reasonConflicted is GEP-1294's, which the API has no constant for.
+const reasonConflicted gatewayv1.RouteConditionReason = "Conflicted"
+
+// hiddenBy returns a GRPCRoute of the same namespace that leaves no port of a parent to the HTTPRoute at hand (GEP-1294 "Route types"; xdsgen obeys the same).
+func (s *routeStatus) hiddenBy(ref discovery.RouteRef, own *discovery.Service, imported *discovery.Import) *discovery.Route {
+	if s.object.Kind != "HTTPRoute" {
+		return nil
+	}
+	var ports []discovery.Port
+	if own != nil && !ref.Import {
+		ports = own.Ports
+	} else if imported != nil {
+		ports = imported.Ports
+	}
+	var by *discovery.Route
+	for _, p := range ports {
+		if !p.Protocol.IsHTTP() || ref.Port != 0 && ref.Port != p.Number {
+			continue
+		}
+		i := slices.IndexFunc(s.view.Local.Routes, func(r *discovery.Route) bool {
+			return r.Kind == "GRPCRoute" && r.Namespace == s.object.Value.GetNamespace() && slices.ContainsFunc(r.Parents, func(g discovery.RouteRef) bool {
+				return g.Service == ref.Service && (g.Port == 0 || g.Port == p.Number) && (!g.Import || ref.Import)
+			})
+		})
+		if i < 0 {
+			return nil
+		}
+		by = s.view.Local.Routes[i]
+	}
+	return by
 }
 
 // find returns what a name means here and in the clusterset.

@@ -27,6 +27,23 @@ spec: {type: ExternalName, externalName: example.com}
 ---
 apiVersion: v1
 kind: Service
+metadata: {name: pods, namespace: shop}
+spec: {clusterIP: None, ports: [{name: http, port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: calls, namespace: shop}
+spec: {ports: [{name: grpc, port: 80}, {name: http, port: 81}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {name: first, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: calls, port: 80}]
+  rules: [{backendRefs: [{name: calls, port: 80}]}]
+---
+apiVersion: v1
+kind: Service
 metadata: {name: ledger, namespace: books}
 spec: {ports: [{name: http, port: 80}]}
 ---
@@ -88,6 +105,10 @@ func TestRouteParents(t *testing.T) {
 		{"only other controllers' parents", "HTTPRoute", `parentRefs: [{name: gw}],` + good, nil, ""},
 		{"no such Service", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: gone}],` + good, []string{"Accepted=False/NoMatchingParent " + resolved}, "spec.parentRefs[0].name: there is no Service shop/gone"},
 		{"ExternalName", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: outside}],` + good, []string{"Accepted=False/NoMatchingParent " + resolved}, "there is no Service shop/outside"},
+		{"a headless Service", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: pods}],` + good, []string{"Accepted=False/NoMatchingParent " + resolved}, "spec.parentRefs[0]: \"shop/pods\": is headless"},
+		{"a GRPCRoute has the port", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: calls, port: 80}],` + good, []string{"Accepted=False/Conflicted " + resolved}, "spec.parentRefs[0]: GRPCRoute shop/first is for the same ports of shop/calls"},
+		{"a GRPCRoute has another port", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: calls}],` + good, []string{accepted + " " + resolved}, ""},
+		{"a GRPCRoute of its kind", "GRPCRoute", `parentRefs: [{group: "", kind: Service, name: calls, port: 80}],` + good, []string{accepted + " " + resolved}, ""},
 		{"no such port", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: payments, port: 81}, {group: "", kind: Service, name: payments}],` + good, []string{"Accepted=False/NoMatchingParent " + resolved, accepted + " " + resolved}, `spec.parentRefs[0].port: "81"`},
 		{"no such sectionName", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: payments, sectionName: web}],` + good, []string{"Accepted=False/NoMatchingParent " + resolved}, "spec.parentRefs[0].sectionName"},
 		{"a TCP port", "HTTPRoute", `parentRefs: [{group: "", kind: Service, name: payments, port: 9000}],` + good, []string{"Accepted=False/NoMatchingParent " + resolved}, "appProtocol"},

@@ -147,6 +147,9 @@ func (c *cli) printManifests(i *installing, values map[string]any) error {
 }
 
 func unreachable(k *install.Cluster, err error) error {
+	if apierrors.IsForbidden(err) {
+		return &admin.Error{Message: fmt.Sprintf("context %s: %s", k.Context, strings.TrimPrefix(err.Error(), "context "+k.Context+": ")), Hint: "ask for the ClusterRole cluster-admin, or let somebody do it who has it"}
+	}
 	return &admin.Error{Message: fmt.Sprintf("the API server of context %s: %v", k.Context, err), Hint: "does `kubectl --context " + k.Context + " get namespaces` answer?"}
 }
 
@@ -474,7 +477,12 @@ func (c *cli) checkHansed(ctx context.Context, k *install.Cluster, say func(admi
 	defer cancel()
 	all, err := b.Clusters(ctx)
 	if err != nil || len(all.Clusters) == 0 {
-		say(admin.Check{Name: "hansed answers", Detail: fmt.Sprint(err), Remedy: "you need pods/exec in " + k.Namespace + " (Role hanse-admin): value admins"})
+		f := admin.Check{Name: "hansed answers", Detail: fmt.Sprint(err), Remedy: "you need pods/exec in " + k.Namespace + " (Role hanse-admin): value admins"}
+		var e *admin.Error
+		if errors.As(err, &e) && e.Hint != "" {
+			f.Remedy = e.Hint
+		}
+		say(f)
 		return
 	}
 	self := all.Clusters[0]

@@ -392,7 +392,12 @@ func (c *Client) unreachable(err error) error {
 			Hint:    "it may be overloaded or stopped: look at its log and at 127.0.0.1:7440/readyz on its machine",
 		}
 	}
-	return &Error{Message: fmt.Sprintf("talk to hansed at %s: %v", c.where, err)}
+	e := &Error{Message: fmt.Sprintf("talk to hansed at %s: %v", c.where, err)}
+	var hinted interface{ Hint() string } // by who dials
+	if errors.As(err, &hinted) {
+		e.Hint = hinted.Hint()
+	}
+	return e
 }
 
 // handshakeError is a connection that did not come about: one side did not accept who the other is.

@@ -295,7 +295,10 @@ func (c *Cluster) Wait(ctx context.Context, tell func(string)) error {
 		if err == nil && waiting == "" {
 			return nil
 		}
-		if err != nil {
+		switch {
+		case err != nil && ctx.Err() != nil: // what was said before is why
+			waiting = last
+		case err != nil:
 			waiting = err.Error()
 		}
 		if waiting != last {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -80,11 +81,16 @@ func (c *Cluster) readyPod(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	pods, err := c.client.Resource(gvr("", "v1", "pods")).Namespace(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: nameLabel + "=" + hansed, Limit: 100})
-	if err != nil {
+	switch {
+	case apierrors.IsForbidden(err):
+		return "", &noPod{fmt.Errorf("pods of hansed in %s: %w", c.Namespace, err), "you need pods and pods/exec in " + c.Namespace + ": Role hanse-admin, which the chart's value admins gives"}
+	case err != nil:
 		return "", fmt.Errorf("pods of hansed in %s: %w", c.Namespace, err)
-	}
-	if len(pods.Items) == 0 {
-		return "", fmt.Errorf("context %s, namespace %s: %w", c.Context, c.Namespace, ErrNotInstalled)
+	case len(pods.Items) == 0:
+		if _, err := c.client.Resource(kinds["StatefulSet"].GroupVersionResource).Namespace(c.Namespace).Get(ctx, hansed, metav1.GetOptions{}); err == nil {
+			return "", &noPod{fmt.Errorf("context %s: hansed has no pod", c.Context), "kubectl --context " + c.Context + " -n " + c.Namespace + " describe statefulset " + hansed + " says why"}
+		}
+		return "", &noPod{fmt.Errorf("context %s, namespace %s: %w", c.Context, c.Namespace, ErrNotInstalled), "hanse install --context " + c.Context + "; or is it in another namespace?"}
 	}
 	for i := range pods.Items {
 		if ready(&pods.Items[i]) {
@@ -96,8 +102,17 @@ func (c *Cluster) readyPod(ctx context.Context) (string, error) {
 			return pods.Items[i].GetName(), nil
 		}
 	}
-	return "", fmt.Errorf("context %s: no pod of hansed runs: %s", c.Context, troubles(pods.Items))
+	return "", &noPod{fmt.Errorf("context %s: no pod of hansed runs: %s", c.Context, troubles(pods.Items)), "hanse check --context " + c.Context + "; kubectl --context " + c.Context + " -n " + c.Namespace + " describe pod " + hansed + "-0"}
 }
+
+// noPod is why there is nobody to ask, and what can be done.
+type noPod struct {
+	error
+	hint string
+}
+
+func (e *noPod) Unwrap() error { return e.error }
+func (e *noPod) Hint() string  { return e.hint }
 
 // limited keeps the beginning of what is written.
 type limited struct {

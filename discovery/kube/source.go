@@ -127,7 +127,7 @@ func (s *Source) Complete() bool { return s.current.Load().complete }
 // Faults returns what is wrong with the objects now, sorted by object.
 func (s *Source) Faults() []*objects.Fault { return s.current.Load().faults }
 
-// Updated is signalled after Set, Complete or Faults changed.
+// Updated is signalled after Set, Complete, Faults or ClustersetIPs changed.
 func (s *Source) Updated() <-chan struct{} { return s.updated }
 
 // Run reads until ctx ends, and returns nil then. A server that cannot be reached is waited for.
@@ -295,12 +295,15 @@ func (s *Source) publish() {
 		put, gone = append(put, p...), append(gone, g...)
 	}
 	complete := s.complete()
+	stale := s.ips == nil // ClustersetIPs are others now, or may be
 	for _, k := range s.kinds {
 		s.objectCount.WithLabelValues(k.name).Set(float64(len(k.items)))
 	}
 	s.mu.Unlock()
 
-	s.set = s.set.Delete(gone...).Put(put...)
+	if len(put)+len(gone) > 0 {
+		s.set = s.set.Delete(gone...).Put(put...)
+	}
 	faults := slices.Concat(slices.Collect(maps.Values(s.faults))...)
 	slices.SortFunc(faults, func(a, b *objects.Fault) int {
 		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Field, b.Field))
@@ -317,6 +320,9 @@ func (s *Source) publish() {
 	s.current.Store(now)
 	if reported { // kinds whose status Writer reads in the Set: not before it is there, or it would write again what it has just written
 		s.kickWriter()
+	}
+	if now.set == before.set && now.complete == before.complete && slices.Equal(now.faults, before.faults) && !stale {
+		return // what Hanse itself has written, mostly
 	}
 	select {
 	case s.updated <- struct{}{}:

@@ -373,7 +373,9 @@ func (m *Mesh) step(ctx context.Context, running *sync.WaitGroup) error {
 		m.applied = basis{}
 	}
 	if from := m.basisNow(); from != m.applied {
-		if leads {
+		others := m.applied
+		others.local = from.local
+		if leads && others != from { // services are not in the own record
 			note(m.refreshOwn(ctx))
 		}
 		note(m.trust(ctx))

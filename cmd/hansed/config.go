@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto/elliptic"
 	"errors"
 	"fmt"
 	"io"
@@ -104,6 +105,7 @@ type Identity struct {
 	X509Life Duration `json:"x509Life"`
 	JWTLife  Duration `json:"jwtLife"`
 	RootLife Duration `json:"rootLife"`
+	Keys     Keys     `json:"keys"` // that sign
 
 	// SPIRE, where a server is given, issues instead of this control plane.
 	SPIRE SPIRE `json:"spire"`
@@ -119,6 +121,20 @@ type Identity struct {
 	// Besides agent tokens, agents may show these.
 	X509Pop    X509Pop    `json:"x509pop"`
 	Kubernetes Kubernetes `json:"kubernetes"`
+}
+
+// Keys says what the signing keys are like. They are PKCS#8 on disk, mode 0600.
+type Keys struct {
+	Curve   string `json:"curve"`   // P-256 (default) or P-384; another one is a rotation
+	Storage string `json:"storage"` // disk (default) or memory, which needs upstream
+}
+
+// elliptic is the curve; validate has seen to it that there is one.
+func (k Keys) elliptic() elliptic.Curve {
+	if k.Curve == "P-384" {
+		return elliptic.P384()
+	}
+	return elliptic.P256()
 }
 
 // SPIRE is a spire-server that was there before, and the spire-agent beside this control plane. listen, rootLife, x509pop and kubernetes
@@ -258,6 +274,7 @@ func (c *Config) fill() {
 	c.Admin.Listen = cmp.Or(c.Admin.Listen, "127.0.0.1:7440")
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
 	def := func(d *Duration, v time.Duration) { d.Duration = cmp.Or(d.Duration, v) }
+	c.Identity.Keys.Curve, c.Identity.Keys.Storage = cmp.Or(c.Identity.Keys.Curve, "P-256"), cmp.Or(c.Identity.Keys.Storage, "disk")
 	def(&c.Identity.X509Life, time.Hour)
 	def(&c.Identity.JWTLife, 5*time.Minute)
 	def(&c.Identity.RootLife, 7*24*time.Hour)
@@ -348,6 +365,14 @@ func (c *Config) Validate() error {
 	}
 	if c.Identity.RootLife.Duration < 4*c.Identity.X509Life.Duration {
 		bad("identity.rootLife", "%s is less than four times x509Life (%s): a root must outlive what it signs by two rotations", c.Identity.RootLife, c.Identity.X509Life)
+	}
+	switch k := c.Identity.Keys; {
+	case k.Curve != "P-256" && k.Curve != "P-384":
+		bad("identity.keys.curve", "%q is not one of P-256, P-384", k.Curve)
+	case k.Storage != "disk" && k.Storage != "memory":
+		bad("identity.keys.storage", "%q is not one of disk, memory", k.Storage)
+	case k.Storage == "memory" && (c.Identity.Upstream == Upstream{}):
+		bad("identity.keys.storage", "memory needs identity.upstream: without one nobody would know the keys of the next start, and all agents were shut out")
 	}
 	if c.Identity.X509Life.Duration < time.Second || c.Identity.JWTLife.Duration < time.Second {
 		bad("identity", "lives under 1s")

@@ -27,6 +27,9 @@ func TestLoadConfigSaysWhatIsWrong(t *testing.T) {
 		{"two upstreams", good + "identity: {upstream: {dir: a, spire: {server: 'h:1', workloadAPI: unix:///a}}}\n", "exclude each other"},
 		{"upstream key", good + "identity: {upstream: {certFile: a}}\n", "certFile and keyFile go together"},
 		{"upstream SPIRE", good + "identity: {upstream: {spire: {server: 'h:1'}}}\n", "identity.upstream.spire.workloadAPI"},
+		{"curve", good + "identity: {keys: {curve: P-521}}\n", `identity.keys.curve: "P-521" is not one of P-256, P-384`},
+		{"storage", good + "identity: {keys: {storage: tpm}}\n", `identity.keys.storage: "tpm"`},
+		{"memory alone", good + "identity: {keys: {storage: memory}}\n", "memory needs identity.upstream"},
 		{"all together", "cluster: ''\ntrustDomain: ''\n", "3 faults"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

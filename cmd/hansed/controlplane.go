@@ -241,7 +241,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 // openAuthority makes hansed its own issuer.
 func (p *controlPlane) openAuthority(ctx context.Context, leader leaderStore, reg prometheus.Registerer) (err error) {
 	cfg := p.cfg
-	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: p.td, RootLife: cfg.Identity.RootLife.Duration,
+	authority := ca.Config{Dir: filepath.Join(cfg.DataDir, "ca"), TrustDomain: p.td, Curve: cfg.Identity.Keys.elliptic(), Memory: cfg.Identity.Keys.Storage == "memory", RootLife: cfg.Identity.RootLife.Duration,
 		X509Life: cfg.Identity.X509Life.Duration, JWTLife: cfg.Identity.JWTLife.Duration, Acked: p.rootAcknowledged, Log: p.log.With("part", "ca"), Registerer: reg}
 	if p.upstream, err = p.openUpstream(); err != nil {
 		return err

@@ -9,8 +9,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math/big"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -46,6 +48,12 @@ type Config struct {
 	Dir         string // mode 0700; holds authority.json, mode 0600
 	TrustDomain spiffeid.TrustDomain
 	Replica     string // named in the subject of the roots, for people
+
+	// Curve of the keys that sign, P-256 (default) or P-384; another one than that of the active root is a rotation.
+	Curve elliptic.Curve
+	// Memory keeps everything in memory: nothing is written, and what Dir still holds is loaded once and removed. After a restart there are other
+	// keys, so that it needs an Upstream, below whose root they are good at once.
+	Memory bool
 
 	RootLife time.Duration // default 7 days
 	X509Life time.Duration // default 1 h: an X509-SVID's life when its TTL is 0
@@ -93,6 +101,12 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Curve == nil {
+		cfg.Curve = elliptic.P256()
+	}
+	if cfg.Memory && cfg.Upstream == nil {
+		return nil, errors.New("open authority: keys in memory need an upstream: without one nobody would know those of the next start")
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -106,6 +120,11 @@ func Open(cfg Config) (*Authority, error) {
 		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)
 	}
 	a.state.Store(st)
+	if cfg.Memory {
+		if err := os.Remove(a.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("open authority of %s: keys are to be in memory only: %w", cfg.TrustDomain, err)
+		}
+	}
 	if err := a.start(cfg.Now()); err != nil {
 		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)
 	}
@@ -292,8 +311,12 @@ func (a *Authority) SignJWT(ctx context.Context, id spiffeid.ID, audience []stri
 		}
 		return j, nil
 	}
+	algorithm := jose.ES256
+	if r.jwtKey.Curve == elliptic.P384() {
+		algorithm = jose.ES384
+	}
 	signer, err := jose.NewSigner(jose.SigningKey{
-		Algorithm: jose.ES256,
+		Algorithm: algorithm,
 		Key:       jose.JSONWebKey{Key: cryptosigner.Opaque(r.jwtKey), KeyID: r.kid},
 	}, new(jose.SignerOptions).WithType("JWT"))
 	if err != nil {

@@ -123,7 +123,7 @@ func (a *Authority) step() (time.Duration, error) {
 	st := a.state.Load()
 	act, next := st.with(active), st.with(prepared)
 	switch {
-	case next == nil && (!now.Before(act.created.Add(act.life()/2)) || a.moved(act)):
+	case next == nil && (!now.Before(act.created.Add(act.life()/2)) || act.key.Curve != a.cfg.Curve || a.moved(act)):
 		return poll, a.Prepare()
 	case next != nil:
 		if age := now.Sub(next.created); age >= 0 && age < soon {

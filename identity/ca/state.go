@@ -3,7 +3,6 @@ package ca
 import (
 	"bytes"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
@@ -120,10 +119,10 @@ func (s *state) bundle(cfg Config) *spiffebundle.Bundle {
 func newRoot(cfg Config, now time.Time) (*root, error) {
 	r := &root{phase: prepared, created: now.UTC()}
 	var err error
-	if r.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+	if r.key, err = ecdsa.GenerateKey(cfg.Curve, rand.Reader); err != nil {
 		return nil, fmt.Errorf("make root key: %w", err)
 	}
-	if r.jwtKey, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+	if r.jwtKey, err = ecdsa.GenerateKey(cfg.Curve, rand.Reader); err != nil {
 		return nil, fmt.Errorf("make JWT key: %w", err)
 	}
 	template, err := caTemplate(cfg, now, now.Add(cfg.RootLife))
@@ -192,7 +191,10 @@ func (a *Authority) change(f func(next *state) (bundle bool)) error {
 		next.changed = make(chan struct{})
 		next.sequence = max(cur.sequence+1, uint64(max(a.cfg.Now().Unix(), 0)))
 	}
-	err := store(a.path, a.cfg.TrustDomain, next)
+	var err error
+	if !a.cfg.Memory {
+		err = store(a.path, a.cfg.TrustDomain, next)
+	}
 	if err == nil || !bundle {
 		a.state.Store(next)
 	}

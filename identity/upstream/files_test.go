@@ -301,3 +301,50 @@ func FuzzFiles(f *testing.F) {
 		}
 	})
 }
+
+// TestKeysInMemory: nothing is written, what was is removed, and what another start signs is verified by the bundle of before.
+func TestKeysInMemory(t *testing.T) {
+	root := caOf(t, "root", nil, 100*24*time.Hour, ecKey(t), nil)
+	dir, state := t.TempDir(), t.TempDir()
+	save(t, dir, root, nil, root)
+	f, err := upstream.OpenFiles(upstream.FilesConfig{Dir: dir, TrustDomain: west})
+	check(t, err)
+	cfg := ca.Config{Dir: state, TrustDomain: west, Upstream: f}
+	start := func() *ca.Authority {
+		a, err := ca.Open(cfg)
+		check(t, err)
+		return a
+	}
+	sign := func(a *ca.Authority) []*x509.Certificate {
+		chain, err := a.SignX509(t.Context(), ca.X509Params{ID: spiffeid.RequireFromPath(west, "/ns/shop/sa/frontend"), PublicKey: ecKey(t).Public()})
+		check(t, err)
+		return chain
+	}
+	disk := start()
+	before := sign(disk)
+	cfg.Memory = true
+	first := start()
+	if disk.Roots()[0].KeyID != first.Roots()[0].KeyID {
+		t.Error("the key of the disk is not used on")
+	}
+	second := start()
+	if first.Roots()[0].KeyID == second.Roots()[0].KeyID {
+		t.Error("the key outlived the process")
+	}
+	if files, err := os.ReadDir(state); err != nil || len(files) > 0 {
+		t.Errorf("there is %v on disk: %v", files, err)
+	}
+	for _, chain := range [][]*x509.Certificate{before, sign(first), sign(second)} {
+		for _, a := range []*ca.Authority{disk, first, second} {
+			_, err := identity.Verify(chain, a.Bundle(), time.Now())
+			check(t, err)
+		}
+	}
+}
+
+func ecKey(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(t, err)
+	return key
+}

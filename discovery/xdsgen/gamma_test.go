@@ -138,7 +138,7 @@ func TestGAMMA(t *testing.T) {
 			[]call{{"shop", clusterLocal, "/cart", onV2}, {"shop", clusterLocal, "/", "public.shop cluster.local:80×1"}}},
 		{"a backend's own routes are not gone through", []string{route("HTTPRoute", "shop", "a", parent("store")+","+v2), route("HTTPRoute", "shop", "b", parent("store-v2")+","+to("{name: public, port: 80}"))},
 			[]call{{"shop", clusterLocal, "/", onV2}, {"shop", "store-v2.shop.svc.cluster.local:80", "/", "public.shop cluster.local:80×1"}}},
-		{"a GRPCRoute goes before an HTTPRoute", []string{route("HTTPRoute", "shop", "h", parent("store")+","+to("{name: public, port: 80}")), route("GRPCRoute", "shop", "g", parent("store", "port: 80")+","+v2)},
+		{"a GRPCRoute goes before an HTTPRoute", []string{route("HTTPRoute", "shop", "a", parent("store")+","+to("{name: public, port: 80}")), route("GRPCRoute", "shop", "g", parent("store", "port: 80")+","+v2)},
 			[]call{{"shop", clusterLocal, "/", onV2}, {"shop", "store.shop.svc.cluster.local:8081", "/", "public.shop cluster.local:80×1"}}},
 		{"backends of the route's and of the parent's namespace need no grant", []string{route("HTTPRoute", "books", "r", parent("store", "namespace: shop")+","+to("{name: ledger, port: 80}", "{name: store-v2, namespace: shop, port: 80}"))},
 			[]call{{"books", clusterLocal, "/", "ledger.books cluster.local:80×1, store-v2.shop cluster.local:80×1"}}},

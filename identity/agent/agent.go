@@ -196,6 +196,9 @@ func (a *Agent) runServer(ctx context.Context) error {
 			a.log.Log(ctx, level, "cannot sync identity; the last one stays in force", "error", err)
 			backoff = min(max(2*backoff, 100*time.Millisecond), a.cfg.SyncInterval)
 			due = backoff
+			if after := retryAfter(err); after > due {
+				due = after + after/10 // not before: others were told other times
+			}
 		default:
 			backoff = 0
 		}

@@ -25,6 +25,7 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -89,6 +90,19 @@ func reason(err error) types.PermissionDeniedDetails_Reason {
 		}
 	}
 	return types.PermissionDeniedDetails_UNKNOWN
+}
+
+// maxRetryAfter bounds what a server may tell an agent to wait.
+const maxRetryAfter = 5 * time.Minute
+
+// retryAfter is when the server said to come back, with too many others before us (google.rpc.RetryInfo); 0: it did not.
+func retryAfter(err error) time.Duration {
+	for _, d := range status.Convert(rootStatus(err)).Details() {
+		if d, ok := d.(*errdetails.RetryInfo); ok {
+			return min(max(d.RetryDelay.AsDuration(), 0), maxRetryAfter)
+		}
+	}
+	return 0
 }
 
 // rootStatus unwraps to the gRPC status, whose details wrapping would hide.

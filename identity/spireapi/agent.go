@@ -80,7 +80,7 @@ func (s *agentService) admitAttestation(host string) error {
 	ok, after := s.limit.take(host)
 	if ok {
 		whose = "all addresses together"
-		ok, after = s.all.take("")
+		ok, after = s.all.queue()
 	}
 	if ok {
 		return nil

@@ -13,8 +13,9 @@ type limiter struct {
 	burst float64
 	now   func() time.Time
 
-	mu      sync.Mutex
-	buckets map[string]*bucket // guarded by mu
+	mu       sync.Mutex
+	buckets  map[string]*bucket // guarded by mu
+	promised time.Time          // guarded by mu; the last time that somebody was told to come back at
 }
 
 type bucket struct {
@@ -32,6 +33,27 @@ func newLimiter(rate float64, burst int, now func() time.Time) *limiter {
 func (l *limiter) allow(source string) bool {
 	ok, _ := l.take(source)
 	return ok
+}
+
+// maxPromise bounds how long somebody may be told to wait: who comes no more holds a place all the same.
+const maxPromise = 2 * time.Minute
+
+// queue is take for a bucket that many share: each who is turned away gets a time of his own to come back at, one after the other at the
+// rate of the bucket. Were all told when the next one may come, all would come then, and again, until the answers alone take all of the CPU.
+func (l *limiter) queue() (ok bool, after time.Duration) {
+	ok, after = l.take("")
+	if ok {
+		return true, 0
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.now()
+	if next := now.Add(after); l.promised.Before(next) {
+		l.promised = next
+	} else if next = l.promised.Add(time.Duration(float64(time.Second) / l.rate)); next.Sub(now) <= maxPromise {
+		l.promised = next
+	}
+	return false, l.promised.Sub(now)
 }
 
 // take is allow, and says after what time the source may try again.

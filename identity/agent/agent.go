@@ -46,7 +46,9 @@ type Config struct {
 	SocketUsers SocketUsers
 	FilesDir    string // folder to write SVID, key and bundle files into, for proxyless gRPC; empty: none
 
-	SyncInterval time.Duration // default 5 s
+	// SyncInterval is how often the server is asked for changes, default 5 s. While it tells of them by itself, as hansed does, it
+	// is asked once a minute at the most.
+	SyncInterval time.Duration
 	// Dial connects to a server, by default with a net.Dialer.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 
@@ -86,7 +88,8 @@ type Agent struct {
 	src     *identity.Source
 	metrics *metrics
 
-	nudge chan struct{} // size 1: entries have changed at the server
+	nudge chan struct{} // size 1: entries or bundles have changed at the server
+	told  atomic.Bool   // by a stream that stands, of such changes
 
 	work chan struct{} // held while state, client or the schedule are in use; it admits one
 	// guarded by work
@@ -180,7 +183,7 @@ func (a *Agent) runServer(ctx context.Context) error {
 			return nil
 		}
 		err := a.step(ctx)
-		due := a.state.due(a.cfg.Now(), a.cfg.SyncInterval)
+		due := a.state.due(a.cfg.Now(), a.syncInterval())
 		<-a.work
 		switch {
 		case ctx.Err() != nil:
@@ -215,6 +218,16 @@ func (a *Agent) runServer(ctx context.Context) error {
 			timer.Stop()
 		}
 	}
+}
+
+// toldInterval is how often a server is asked that tells of changes by itself.
+const toldInterval = time.Minute
+
+func (a *Agent) syncInterval() time.Duration {
+	if a.told.Load() {
+		return max(a.cfg.SyncInterval, toldInterval)
+	}
+	return a.cfg.SyncInterval
 }
 
 // serves reports whether the Source has an SVID that is valid now.

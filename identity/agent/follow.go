@@ -12,7 +12,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity/spiretypes"
 )
 
-// followServer has the server tell of changes of this agent's entries, so that they need not wait for the next sync, until ctx ends.
+// followServer has the server tell of changes of this agent's entries and bundles, so that they need not wait for the next sync, until ctx ends.
 // Without it, and at servers that tell nothing, the syncs go on as ever.
 func (a *Agent) followServer(ctx context.Context) error {
 	first := max(min(a.cfg.SyncInterval/5, time.Second), 10*time.Millisecond)
@@ -67,15 +67,17 @@ func (a *Agent) followOnce(ctx context.Context) (told bool, err error) {
 		_, err = stream.Recv() // which has the reason
 		return false, err
 	}
+	defer a.told.Store(false)
 	for {
 		resp, err := stream.Recv()
 		if err != nil {
 			return told, err
 		}
-		told = true
 		if len(resp.Entries)+len(resp.EntryRevisions) > 0 { // ours says only that there is something to ask for
 			return true, errStock
 		}
+		told = true
+		a.told.Store(true)
 		select {
 		case a.nudge <- struct{}{}:
 		default:

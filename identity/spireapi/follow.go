@@ -2,9 +2,11 @@ package spireapi
 
 import (
 	"context"
+	"math/rand/v2"
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -22,22 +24,83 @@ func following(ctx context.Context) bool {
 	return slices.Equal(md.Get(spiretypes.FollowHeader), []string{"true"})
 }
 
-// follow sends an agent an empty response now and whenever its entries have changed: it then asks for them as ever. An agent has one such
-// stream, its newest.
+// follower is a stream on which an agent is told of changes.
+type follower struct {
+	*watcher
+	cancel context.CancelFunc
+}
+
+// Of a new bundle agents hear over a time that grows with their number, so that they do not all come at once.
+const (
+	bundlePoll   = 2 * time.Second // how often other replicas' roots are looked for
+	bundleSpread = 3 * time.Second // at most
+	bundleRate   = 2000            // a second hear of it
+)
+
+// tellOfBundles wakes the followers when a bundle has changed, until ctx ends.
+func (s *Server) tellOfBundles(ctx context.Context) {
+	tick := time.NewTicker(bundlePoll)
+	defer tick.Stop()
+	type version struct {
+		own     uint64
+		foreign int64
+	}
+	var last version
+	for {
+		roots, foreign := s.cfg.Authority.Changed(), s.cfg.Bundles.Changed() // before looking
+		own, _ := s.cfg.OwnBundle().SequenceNumber()
+		now := version{own, s.cfg.Bundles.Revision()}
+		if now != last {
+			last = now
+			s.mu.Lock()
+			spread := min(time.Duration(len(s.followed))*time.Second/bundleRate, bundleSpread)
+			for _, f := range s.followed {
+				time.AfterFunc(rand.N(spread+1), f.signal)
+			}
+			s.mu.Unlock()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-roots:
+		case <-foreign:
+		case <-tick.C:
+		}
+	}
+}
+
+// sequences are those of the bundles that the entries' workloads get, the own one first.
+func (s *entryService) sequences(entries []*entryRecord) []uint64 {
+	own, _ := s.cfg.OwnBundle().SequenceNumber()
+	out := []uint64{own}
+	have := s.cfg.Bundles.Sequences()
+	for _, e := range entries {
+		for _, name := range s.federatesWith(e) {
+			if td, err := spiffeid.TrustDomainFromString(name); err == nil {
+				out = append(out, have[td])
+			}
+		}
+	}
+	return out
+}
+
+// follow sends an agent an empty response now and whenever its entries, or bundles that they need, have changed: it then asks for them as
+// ever. An agent has one such stream, its newest.
 func (s *entryService) follow(stream entryv1.Entry_SyncAuthorizedEntriesServer, id string) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	s.mu.Lock()
 	if older := s.followed[id]; older != nil {
-		(*older)()
+		older.cancel()
 	}
-	s.followed[id] = &cancel
-	s.mu.Unlock()
 	w := newWatcher()
+	self := &follower{w, cancel}
+	s.followed[id] = self
+	s.mu.Unlock()
 	defer func() {
 		cancel()
 		s.reg.watch(w, nil)
 		s.mu.Lock()
-		if s.followed[id] == &cancel {
+		if s.followed[id] == self {
 			delete(s.followed, id)
 		}
 		s.mu.Unlock()
@@ -47,6 +110,7 @@ func (s *entryService) follow(stream entryv1.Entry_SyncAuthorizedEntriesServer, 
 		revision int64
 	}
 	var last []version
+	var lastBundles []uint64
 	for first := true; ; first = false {
 		a, err := s.agent(stream.Context()) // banned, or expired, meanwhile?
 		if err != nil {
@@ -61,11 +125,12 @@ func (s *entryService) follow(stream entryv1.Entry_SyncAuthorizedEntriesServer, 
 		for _, e := range entries {
 			now = append(now, version{e.Id, s.revision(e)})
 		}
-		if first || !slices.Equal(now, last) {
+		bundles := s.sequences(entries)
+		if first || !slices.Equal(now, last) || !slices.Equal(bundles, lastBundles) {
 			if err := stream.Send(&entryv1.SyncAuthorizedEntriesResponse{}); err != nil {
 				return err
 			}
-			last = now
+			last, lastBundles = now, bundles
 		}
 		select {
 		case <-ctx.Done():

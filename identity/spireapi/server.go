@@ -96,8 +96,8 @@ type Server struct {
 	floods, strangers seldom // of their lines in the log
 
 	mu       sync.Mutex
-	seen     map[string]activity            // guarded by mu; by agent ID
-	followed map[string]*context.CancelFunc // guarded by mu; of the stream on which an agent follows its entries
+	seen     map[string]activity  // guarded by mu; by agent ID
+	followed map[string]*follower // guarded by mu; by agent
 }
 
 // activity is what an agent has loaded.
@@ -144,7 +144,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		limit:    newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
 		all:      newLimiter(cfg.AllAttestsPerSecond, 10*cfg.AttestBurst, cfg.Now),
 		seen:     map[string]activity{},
-		followed: map[string]*context.CancelFunc{},
+		followed: map[string]*follower{},
 		started:  cfg.Now(),
 		attest: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, limited, error)."}, []string{"result"}),
@@ -188,6 +188,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() {
 		err = s.cfg.Authority.RunSVID(ctx, identity.SPIREServerID(s.td), 0, s.src)
 	})
+	wg.Go(func() { s.tellOfBundles(ctx) })
 	ticker := time.NewTicker(10 * time.Minute)
 	defer ticker.Stop()
 	for {
@@ -311,7 +312,7 @@ func (s *Server) TLSConfig() *tls.Config {
 
 // Missing names the agents that have not loaded the bundle of td with at least that sequence, or did so less than one sync
 // interval (5 s) ago: what a stock agent fetches it hands on within that time; of our own agents it is 1 s. It asks for agents that were heard of in
-// the last 30 s, and until 30 s after New for all unexpired ones; for a foreign td, for those that federate with it.
+// the last 30 s or follow its changes, and until 30 s after New for all unexpired ones; for a foreign td, for those that federate with it.
 func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
 	now := s.cfg.Now()
 	starting := now.Sub(s.started) < heardOf
@@ -320,6 +321,9 @@ func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
 		s.mu.Lock()
 		act, heard := s.seen[a.ID]
 		l, ok := act.loaded[td]
+		if s.followed[a.ID] != nil { // which asks seldom, and is there
+			act.at = now
+		}
 		s.mu.Unlock()
 		switch {
 		case a.Banned:

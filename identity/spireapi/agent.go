@@ -30,6 +30,11 @@ const (
 	joinToken      = "join_token"
 	attestTimeout  = 10 * time.Second // of each message of an unknown caller
 	examineTimeout = 20 * time.Second
+
+	// So many attestations are worked on at a time, whatever the rate: more only slow each other down until all time out. The others wait
+	// this long.
+	maxAttesting = 64
+	attestWait   = 8 * time.Second
 )
 
 // agentKept is how long an expired agent is remembered.
@@ -50,7 +55,18 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 	if err != nil {
 		return err
 	}
+	if err := s.enterAttestation(ctx); err != nil {
+		return err
+	}
+	inside := true
+	defer func() {
+		if inside {
+			s.leaveAttestation()
+		}
+	}()
 	result, err := s.attestAgent(ctx, req.GetParams(), func(challenge []byte) ([]byte, error) {
+		s.leaveAttestation() // the caller may take its time: it must not be the others'
+		inside = false
 		if err := stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: challenge}}); err != nil {
 			return nil, err
 		}
@@ -58,6 +74,10 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 		if err != nil {
 			return nil, err
 		}
+		if err := s.enterAttestation(ctx); err != nil {
+			return nil, err
+		}
+		inside = true
 		return next.GetChallengeResponse(), nil
 	})
 	if err != nil {
@@ -74,7 +94,23 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{Result: result}})
 }
 
-// admitAttestation limits attestations, per source address and in all, before anything is read of them. It says when to come back.
+// enterAttestation waits until few enough attestations are worked on.
+func (s *agentService) enterAttestation(ctx context.Context) error {
+	timer := time.NewTimer(attestWait)
+	defer timer.Stop()
+	select {
+	case s.attesting <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	case <-timer.C:
+		return s.tooMany(remoteHost(ctx), "all addresses together", s.all.promise(0))
+	}
+}
+
+func (s *agentService) leaveAttestation() { <-s.attesting }
+
+// admitAttestation limits attestations, per source address and in all, before anything is read of them.
 func (s *agentService) admitAttestation(host string) error {
 	whose := host
 	ok, after := s.limit.take(host)
@@ -85,6 +121,11 @@ func (s *agentService) admitAttestation(host string) error {
 	if ok {
 		return nil
 	}
+	return s.tooMany(host, whose, after)
+}
+
+// tooMany counts an attestation that is turned away, and says when to come back.
+func (s *agentService) tooMany(host, whose string, after time.Duration) error {
 	s.attest.WithLabelValues("limited").Inc()
 	reason := "flood"
 	if whose != host {

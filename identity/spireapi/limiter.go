@@ -45,6 +45,11 @@ func (l *limiter) queue() (ok bool, after time.Duration) {
 	if ok {
 		return true, 0
 	}
+	return false, l.promise(after)
+}
+
+// promise is when the next one of those who are turned away may come back, not before the given time.
+func (l *limiter) promise(after time.Duration) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
@@ -53,7 +58,7 @@ func (l *limiter) queue() (ok bool, after time.Duration) {
 	} else if next = l.promised.Add(time.Duration(float64(time.Second) / l.rate)); next.Sub(now) <= maxPromise {
 		l.promised = next
 	}
-	return false, l.promised.Sub(now)
+	return l.promised.Sub(now)
 }
 
 // take is allow, and says after what time the source may try again.

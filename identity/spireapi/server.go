@@ -93,6 +93,8 @@ type Server struct {
 	refusals *prometheus.CounterVec
 	started  time.Time
 
+	attesting chan struct{} // one for each attestation that is worked on
+
 	floods, strangers seldom // of their lines in the log
 
 	mu       sync.Mutex
@@ -137,15 +139,16 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		cfg.OwnBundle = cfg.Authority.Bundle
 	}
 	s := &Server{
-		cfg:      cfg,
-		td:       cfg.Authority.TrustDomain(),
-		log:      cfg.Log,
-		src:      identity.NewSource(),
-		limit:    newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
-		all:      newLimiter(cfg.AllAttestsPerSecond, 10*cfg.AttestBurst, cfg.Now),
-		seen:     map[string]activity{},
-		followed: map[string]*follower{},
-		started:  cfg.Now(),
+		cfg:       cfg,
+		td:        cfg.Authority.TrustDomain(),
+		log:       cfg.Log,
+		src:       identity.NewSource(),
+		limit:     newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
+		all:       newLimiter(cfg.AllAttestsPerSecond, 10*cfg.AttestBurst, cfg.Now),
+		seen:      map[string]activity{},
+		attesting: make(chan struct{}, maxAttesting),
+		followed:  map[string]*follower{},
+		started:   cfg.Now(),
 		attest: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_identity_attestations_total", Help: "Agent attestations, by result (ok, refused, limited, error)."}, []string{"result"}),
 		reasons: prometheus.NewCounterVec(prometheus.CounterOpts{

@@ -144,11 +144,17 @@ func TestManyAgents(t *testing.T) {
 		agents[i] = build(i, token(fmt.Sprintf("shop/app-%d", i)))
 	}
 	begin, before := time.Now(), first(l.usage("west/hansed"))
-	for i, a := range agents {
-		start(i, a)
-	}
-	wait, done := context.WithTimeout(ctx, 10*time.Minute)
+	wait, done := context.WithTimeout(ctx, 20*time.Minute)
 	defer done()
+	for i, a := range agents { // not all at once: their side of the handshakes takes as much CPU as hansed's
+		start(i, a)
+		if ahead := 200; i >= ahead {
+			a, i = agents[i-ahead], i-ahead
+		}
+		if err := a.Source().Wait(wait); err != nil {
+			t.Fatalf("agent %d: %v", i, err)
+		}
+	}
 	for i, a := range agents {
 		if err := a.Source().Wait(wait); err != nil {
 			t.Fatalf("agent %d: %v", i, err)
@@ -224,7 +230,14 @@ func TestManyAgents(t *testing.T) {
 	t.Logf("from a changed entry to the SVID in its workload: p50 %.3fs, p99 %.3fs, of %d", percentile(pushed, 50), percentile(pushed, 99), rounds)
 
 	at := time.Now()
-	r := get[rotation](l, "west", "trust", "rotate")
+	var r rotation
+	l.eventually(5*time.Minute, "the new root is active", func() error { // the command may be broken off: it goes on by itself
+		out, err := l.hanse("west", "", "trust", "rotate", "-o", "json")
+		if err == nil {
+			err = json.Unmarshal([]byte(out), &r)
+		}
+		return err
+	})
 	if r.State != "active" || len(r.Missing) > 0 {
 		t.Errorf("rotation: %+v", r)
 	}

@@ -71,7 +71,10 @@ func TestManyAgents(t *testing.T) {
 		defer resp.Body.Close()
 		var got struct{ Token string }
 		b, err := io.ReadAll(resp.Body)
-		if err := json.Unmarshal(b, &got); err != nil || got.Token == "" {
+		if err == nil {
+			err = json.Unmarshal(b, &got)
+		}
+		if err != nil || got.Token == "" {
 			t.Fatalf("a token of %s: %s %s %v", workload, resp.Status, b, err)
 		}
 		return got.Token

@@ -545,11 +545,18 @@ func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 	if len(missing) == 0 && p.xds.TrustAcked()[p.td.Name()] < sequence {
 		missing = append(missing, "this control plane") // which has not announced it yet
 	}
-	for _, a := range p.agentsMissing(sequence) {
+	agents := p.agentsMissing(sequence)
+	for _, a := range agents[:min(len(agents), maxNamed)] {
 		missing = append(missing, "agent "+a)
+	}
+	if n := len(agents) - maxNamed; n > 0 {
+		missing = append(missing, fmt.Sprintf("%d more agents", n))
 	}
 	return len(missing) == 0, missing
 }
+
+// maxNamed is how many agents are named that have not loaded a bundle; of thousands nobody reads more.
+const maxNamed = 20
 
 // agentsMissing names the stock agents that have not loaded the own bundle of that sequence. On SPIRE they are SPIRE's.
 func (p *controlPlane) agentsMissing(sequence uint64) []string {

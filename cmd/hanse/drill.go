@@ -14,9 +14,11 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/cmd/internal/drill"
+	"github.com/hanse-mesh/hanse/discovery/v1alpha1"
 )
 
 func (c *cli) drillCommand() *cobra.Command {
@@ -51,7 +53,7 @@ rotate (the root of the cluster is replaced, from announcing the next one to dro
 				return err
 			}
 			defer b.Close()
-			spec, err := planned.spec(cmd, b)
+			spec, err := planned.spec(c, cmd, b)
 			if err != nil {
 				return err
 			}
@@ -80,7 +82,7 @@ rotate (the root of the cluster is replaced, from announcing the next one to dro
 		Use: "run --MODE [scope]", Short: "Run a drill and report",
 		Long: `Run a drill: show the plan, ask, start, show progress, and report. Ctrl-C stops it and heals. It also heals by itself when its time is over, when the
 guard trips, and when this command or hansed dies. The exit code is 1 if the drill did not pass.`,
-		Example:           "  hanse drill run --blackhole --service payments --for 60s\n  hanse drill run --drain --zone eu-1a --abort-if 'success<99.9%' --yes -o junit > drill.xml",
+		Example:           "  hanse drill run --blackhole --service payments --for 60s\n  hanse drill run --drain --zone eu-1a --abort-if 'success<99.9%' --yes -o junit > drill.xml\n  hanse drill run -f game-day.yaml",
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			b, err := c.client()
@@ -88,7 +90,7 @@ guard trips, and when this command or hansed dies. The exit code is 1 if the dri
 				return err
 			}
 			defer b.Close()
-			spec, err := ran.spec(cmd, b)
+			spec, err := ran.spec(c, cmd, b)
 			if err != nil {
 				return err
 			}
@@ -198,6 +200,7 @@ guard trips, and when this command or hansed dies. The exit code is 1 if the dri
 
 // drillFlags say what a drill does.
 type drillFlags struct {
+	file    string
 	mode    string
 	modes   map[string]*bool
 	scope   admin.DrillScope
@@ -225,6 +228,8 @@ func (f *drillFlags) add(c *cli, cmd *cobra.Command) {
 	for _, m := range drill.Modes() {
 		f.modes[m] = cmd.Flags().Bool(m, false, texts[m])
 	}
+	cmd.Flags().StringVarP(&f.file, "filename", "f", "", "a `FILE` with a Drill, or - for standard input, instead of the flags that say what it does")
+	must(cmd.MarkFlagFilename("filename", "yaml", "yml", "json"))
 	cmd.Flags().StringVar(&f.mode, "mode", "", "the `MODE`, instead of a flag of its name: "+strings.Join(drill.Modes(), ", "))
 	cmd.MarkFlagsMutuallyExclusive(append(drill.Modes(), "mode")...)
 	cmd.Flags().StringVar(&f.scope.Cluster, "cluster", "", "the `CLUSTER` that is hit; only that of the hansed which runs it")
@@ -242,7 +247,62 @@ func (f *drillFlags) add(c *cli, cmd *cobra.Command) {
 	must(cmd.RegisterFlagCompletionFunc("service", c.completeServices()))
 }
 
-func (f *drillFlags) spec(cmd *cobra.Command, b admin.Backend) (admin.DrillSpec, error) {
+// own are the flags that say what a drill does.
+func (f *drillFlags) own() []string {
+	return append(drill.Modes(), "mode", "cluster", "region", "zone", "service", "share", "for", "abort-if", "latency", "status", "root")
+}
+
+// read takes the drill from its file.
+func (f *drillFlags) read(c *cli, cmd *cobra.Command) (spec admin.DrillSpec, err error) {
+	for _, name := range f.own() {
+		if cmd.Flags().Changed(name) {
+			return spec, usage("change the file, or leave -f out", "--%s and --filename exclude each other", name)
+		}
+	}
+	l, err := c.sources([]string{f.file})
+	if err != nil {
+		return spec, err
+	}
+	objs, err := decodeAll(l)
+	if err != nil {
+		return spec, err
+	}
+	if len(objs) != 1 {
+		return spec, usage("one Drill to a file", "%s has %d objects", f.file, len(objs))
+	}
+	d, ok := objs[0].Value.(*v1alpha1.Drill)
+	if !ok {
+		return spec, usage("hanse apply -f "+f.file, "%s has a %s, not a Drill", f.file, objs[0].Kind)
+	}
+	s := d.Spec
+	spec = admin.DrillSpec{Mode: s.Mode, AbortIf: s.AbortIf, Root: s.Root,
+		Scope: admin.DrillScope{Cluster: s.Scope.Cluster, Region: s.Scope.Region, Zone: s.Scope.Zone, Service: s.Scope.Service, Share: 100}}
+	for _, v := range []struct {
+		from *gatewayv1.Duration
+		to   *float64
+	}{{s.Duration, &spec.For}, {s.Latency, &spec.Latency}} {
+		if v.from == nil {
+			continue
+		}
+		length, err := time.ParseDuration(string(*v.from))
+		if err != nil {
+			return spec, err
+		}
+		*v.to = length.Seconds()
+	}
+	if s.Scope.Percent != nil {
+		spec.Scope.Share = uint32(*s.Scope.Percent)
+	}
+	if s.ErrorCode != nil {
+		spec.Status = int(*s.ErrorCode)
+	}
+	return spec, nil
+}
+
+func (f *drillFlags) spec(c *cli, cmd *cobra.Command, b admin.Backend) (admin.DrillSpec, error) {
+	if f.file != "" {
+		return f.read(c, cmd)
+	}
 	mode := f.mode
 	for name, on := range f.modes {
 		if *on {
@@ -276,7 +336,7 @@ func (f *drillFlags) spec(cmd *cobra.Command, b admin.Backend) (admin.DrillSpec,
 // line is the flags as they were typed.
 func (f *drillFlags) line(cmd *cobra.Command) string {
 	var b strings.Builder
-	for _, name := range append(drill.Modes(), "mode", "cluster", "region", "zone", "service", "share", "for", "abort-if", "latency", "status", "root") {
+	for _, name := range append(f.own(), "filename") {
 		if fl := cmd.Flags().Lookup(name); fl.Changed {
 			b.WriteString(" --" + name)
 			if fl.Value.Type() != "bool" {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/discovery/objects"
+	"github.com/hanse-mesh/hanse/discovery/v1alpha1"
 )
 
 // source is one file of configuration.
@@ -129,7 +130,7 @@ func (c *cli) applyCommand() *cobra.Command {
 		Use:   "apply -f FILE",
 		Short: "Create or change objects: services, routes, policies, peers",
 		Long: `Create or change objects. All files are applied together or not at all. The objects are Kubernetes' own (Service, EndpointSlice,
-ServiceExport, HTTPRoute, GRPCRoute, TLSRoute, TCPRoute, ReferenceGrant), SPIRE's ClusterFederatedTrustDomain, and TrafficPolicy, AccessPolicy, Peer and Drill of
+ServiceExport, HTTPRoute, GRPCRoute, TLSRoute, TCPRoute, ReferenceGrant), SPIRE's ClusterFederatedTrustDomain, and TrafficPolicy, AccessPolicy and Peer of
 hanse.mesh/v1alpha1: docs/configuration.md describes them.`,
 		Example: "  hanse apply -f payments.yaml\n  hanse apply -f ./mesh --dry-run\n  cat route.yaml | hanse apply -f -",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -137,8 +138,14 @@ hanse.mesh/v1alpha1: docs/configuration.md describes them.`,
 			if err != nil {
 				return err
 			}
-			if _, err := decodeAll(l); err != nil {
+			objs, err := decodeAll(l)
+			if err != nil {
 				return err
+			}
+			for _, o := range objs {
+				if _, ok := o.Value.(*v1alpha1.Drill); ok {
+					return usage("hanse drill run -f "+o.File, "%s: a Drill is run once, not applied; nothing was applied", o.Key())
+				}
 			}
 			stream, locate := joinSources(l)
 			b, err := c.client()

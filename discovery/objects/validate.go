@@ -571,8 +571,7 @@ func (c *checker) peer(p *v1alpha1.Peer) {
 
 func (c *checker) drill(d *v1alpha1.Drill) {
 	s := &d.Spec
-	c.oneOf("spec.mode", s.Mode, v1alpha1.DrillDrain, v1alpha1.DrillBlackhole, v1alpha1.DrillSlow, v1alpha1.DrillErrors,
-		v1alpha1.DrillSilenceControlPlane, v1alpha1.DrillCutFederation)
+	c.oneOf("spec.mode", s.Mode, v1alpha1.DrillModes()...)
 	if s.Scope.Cluster == "" {
 		c.add("spec.scope.cluster", nil, "must be given: a drill names the cluster that it happens in")
 	} else {
@@ -587,7 +586,8 @@ func (c *checker) drill(d *v1alpha1.Drill) {
 		}
 	}
 	c.intRange("spec.scope.percent", s.Scope.Percent, 1, 100)
-	if s.Mode == v1alpha1.DrillSilenceControlPlane || s.Mode == v1alpha1.DrillCutFederation {
+	switch s.Mode {
+	case v1alpha1.DrillSilenceControlPlane, v1alpha1.DrillCutFederation, v1alpha1.DrillRotate:
 		for _, f := range []struct {
 			name  string
 			given bool
@@ -611,6 +611,12 @@ func (c *checker) drill(d *v1alpha1.Drill) {
 		c.add("spec.latency", *s.Latency, "has a meaning only in mode slow")
 	case latency > time.Hour:
 		c.add("spec.latency", *s.Latency, "must be at most 1h")
+	}
+	switch {
+	case s.Mode == v1alpha1.DrillDistrustRoot && s.Root == "":
+		c.add("spec.root", nil, "must be given in mode distrust-root: a trust domain, or the beginning of an authority's name")
+	case s.Mode != v1alpha1.DrillDistrustRoot && s.Root != "":
+		c.add("spec.root", s.Root, "has a meaning only in mode distrust-root")
 	}
 	c.intRange("spec.errorCode", s.ErrorCode, 400, 599)
 	if s.ErrorCode != nil && s.Mode != v1alpha1.DrillErrors {

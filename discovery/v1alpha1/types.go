@@ -333,8 +333,8 @@ type AccessRule struct {
 	Ports []int32 `json:"ports,omitempty"`
 }
 
-// Drill is a failure on purpose. It is cluster-scoped, obeyed only in the cluster it was created in, never imported, and
-// ends by itself.
+// Drill is a failure on purpose, in a file: hanse drill run -f starts it, once. It is no configuration: nothing begins to fail because an
+// object exists, or does so again because something restarts.
 type Drill struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
@@ -350,7 +350,15 @@ const (
 	DrillErrors              = "errors"
 	DrillSilenceControlPlane = "silence-control-plane"
 	DrillCutFederation       = "cut-federation"
+	DrillExpireCertificates  = "expire-certificates"
+	DrillDistrustRoot        = "distrust-root"
+	DrillRotate              = "rotate"
 )
+
+// DrillModes lists them.
+func DrillModes() []string {
+	return []string{DrillDrain, DrillBlackhole, DrillSlow, DrillErrors, DrillSilenceControlPlane, DrillCutFederation, DrillExpireCertificates, DrillDistrustRoot, DrillRotate}
+}
 
 // DrillSpec is what fails, where and for how long.
 type DrillSpec struct {
@@ -364,6 +372,8 @@ type DrillSpec struct {
 	Latency *gatewayv1.Duration `json:"latency,omitempty"`
 	// ErrorCode is the HTTP status that mode errors answers with; default 503.
 	ErrorCode *int32 `json:"errorCode,omitempty"`
+	// Root is whom mode distrust-root does not trust, which needs it: a trust domain, or the beginning of an authority's name.
+	Root string `json:"root,omitempty"`
 }
 
 // DrillScope narrows a drill. Fields that are set must all hold.

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"testing"
 	"time"
 )
@@ -43,7 +44,9 @@ func TestDrillModes(t *testing.T) {
 	ld := l.load("west", payments, 4)
 	time.Sleep(6 * time.Second) // a baseline
 
-	if d := drill(append([]string{"--drain"}, zone...)...); over(d) != nil || d.Failed != 0 {
+	l.save(filepath.Join(l.dir, "drain.yaml"), `{apiVersion: hanse.mesh/v1alpha1, kind: Drill, metadata: {name: drain}, spec: {mode: drain, duration: 4s,
+  scope: {cluster: west, service: shop/payments, zone: eu-1a}}}`)
+	if d := drill("-f", filepath.Join(l.dir, "drain.yaml")); over(d) != nil || d.Failed != 0 {
 		t.Errorf("drain: %+v", d)
 	}
 	if d := drill(append([]string{"--slow", "--latency", "200ms"}, zone...)...); over(d) != nil || d.Failed != 0 || d.P50During < d.P50Before {

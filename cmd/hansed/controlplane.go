@@ -45,6 +45,7 @@ type controlPlane struct {
 	td      spiffeid.TrustDomain
 	log     *slog.Logger
 	now     func() time.Time
+	started time.Time
 
 	stores    *stores
 	replicas  *replicas
@@ -90,7 +91,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		return nil, err
 	}
 	source := identity.NewSource()
-	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, board: newSwitchboard(source), source: source,
+	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, started: time.Now(), board: newSwitchboard(source), source: source,
 		health: newHealthBook(time.Now), listening: make(chan struct{}), configured: map[spiffeid.TrustDomain]bool{},
 		initial: map[spiffeid.TrustDomain]string{}}
 	if err := atomicfile.MakeDir(cfg.DataDir); err != nil {
@@ -552,7 +553,39 @@ func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 	if n := len(agents) - maxNamed; n > 0 {
 		missing = append(missing, fmt.Sprintf("%d more agents", n))
 	}
+	if until := p.pollersWaitedFor(); p.now().Before(until) {
+		missing = append(missing, "whoever polls the bundle endpoint (until "+until.UTC().Format("15:04:05Z")+")")
+	}
 	return len(missing) == 0, missing
+}
+
+// Those who poll the bundle endpoint acknowledge nothing. A root that is announced is given so many of the bundle's refresh hints to be fetched
+// before it signs: with https_spiffe the endpoint's own SVID rests on it, and who has not fetched it by then never can again. Who has
+// not polled for so many is waited for no more.
+const (
+	pollsWaited    = 2
+	pollsForgotten = 12
+)
+
+// pollersWaitedFor is until when the announced root waits for them; zero where there is none, or nobody polls.
+func (p *controlPlane) pollersWaitedFor() time.Time {
+	hint, ok := p.ownBundle().RefreshHint()
+	if !ok {
+		return time.Time{}
+	}
+	elsewhere := func(r bundle.Relation) bool { return r.URL != "" } // who is polled polls us, as a rule; after a start it is not known yet
+	switch last := p.bundles.Polled(); {
+	case p.now().Sub(last) < pollsForgotten*hint:
+	case p.now().Sub(p.started) < pollsWaited*hint && slices.ContainsFunc(p.bundles.Relations(), elsewhere):
+	default:
+		return time.Time{}
+	}
+	for _, r := range p.authority.Roots() {
+		if r.Phase == "prepared" {
+			return r.Created.Add(pollsWaited * hint)
+		}
+	}
+	return time.Time{}
 }
 
 // maxNamed is how many agents are named that have not loaded a bundle; of thousands nobody reads more.

@@ -33,8 +33,17 @@ func (s *Store) Handler() http.Handler {
 			http.Error(w, "no bundle yet", http.StatusServiceUnavailable)
 			return
 		}
+		s.polled.Store(s.cfg.Now().UnixNano())
 		s.answer(w, b)
 	})
+}
+
+// Polled is when somebody last fetched this trust domain's bundle from its endpoint; zero if nobody has since the start.
+func (s *Store) Polled() time.Time {
+	if at := s.polled.Load(); at != 0 {
+		return time.Unix(0, at)
+	}
+	return time.Time{}
 }
 
 // Relay answers GET prefix<trust domain> with the bundle of a related trust domain that is in force, for a SPIRE server which this control

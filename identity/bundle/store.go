@@ -89,6 +89,8 @@ type Store struct {
 	state atomic.Pointer[state]
 	mu    sync.Mutex // serialises writers of state
 
+	polled atomic.Int64 // Unix nanoseconds; see Polled
+
 	refusedMu sync.Mutex
 	refusals  map[spiffeid.TrustDomain]Refusal // guarded by refusedMu
 }

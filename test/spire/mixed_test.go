@@ -1,6 +1,7 @@
 package spire
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -44,8 +45,11 @@ type member struct {
 	ip        func(host int) string
 	spireAPI  string // admin socket of who issues: hansed or spire-server
 	agentSock string
-	gateway   bool // it is a network of its own, behind a gateway
-	remote    bool // spire-server is asked by mTLS, with an administrator's SVID, not by its socket
+	gateway   bool   // it is a network of its own, behind a gateway
+	remote    bool   // spire-server is asked by mTLS, with an administrator's SVID, not by its socket
+	federates string // of spire-server's configuration: its bundle endpoint
+	rootLife  string // of hansed's own authority; default 2h
+	web       string // of hansed's: its https_web bundle endpoint
 
 	startServer, stopServer func()
 }
@@ -138,9 +142,9 @@ identity:
   listen: "%s:7444"
 %sfederation: {listen: "%s:7443"}
 xds: {listen: "%s:7445"}
-bundleEndpoint: {listen: "%s:7446"}
+bundleEndpoint: {listen: "%s:7446"%s}
 admin: {listen: "%s:7440"}
-%s`, c.name, c.td, c.network(), c.ip(1), identity, c.ip(1), c.ip(1), c.ip(1), c.ip(1), more))
+%s`, c.name, c.td, c.network(), c.ip(1), identity, c.ip(1), c.ip(1), c.ip(1), c.web, c.ip(1), more))
 }
 
 func (c *member) network() string {
@@ -241,7 +245,7 @@ func (c *member) up(x509Life string) {
 `, server, c.agentSock, c.dir, own, c.dir), more)
 	} else {
 		c.spireAPI = filepath.Join(c.dir, "d/spire-server/api.sock")
-		c.hansedConfig(life+"  rootLife: 2h\n", more)
+		c.hansedConfig(life+"  rootLife: "+cmp.Or(c.rootLife, "2h")+"\n", more)
 	}
 	c.startHansed()
 	c.m.eventually(c.name+"'s hansed is ready", func() error { return ready(c.ip(1) + ":7440") })
@@ -267,13 +271,14 @@ func (c *member) startSPIRE() {
   log_level = "DEBUG"
   ca_key_type = "ec-p256"
   ca_ttl = "24h"
+  %s
 }
 plugins {
   DataStore "sql" { plugin_data { database_type = "sqlite3" connection_string = %q } }
   KeyManager "disk" { plugin_data { keys_path = %q } }
   NodeAttestor "join_token" { plugin_data {} }
 }
-`, host, port, c.spireAPI, c.td, c.dir, filepath.Join(c.dir, "db.sqlite3"), filepath.Join(c.dir, "keys.json")))
+`, host, port, c.spireAPI, c.td, c.dir, c.federates, filepath.Join(c.dir, "db.sqlite3"), filepath.Join(c.dir, "keys.json")))
 	c.startServer = func() {
 		c.stopServer = c.start("spire-server", tools+"tools/spire-server", "run", "-config", conf)
 	}

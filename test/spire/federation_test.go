@@ -60,8 +60,10 @@ func webPKI(t *testing.T, c *member, addresses ...string) (roots string, certs, 
 // TestFederation: hansed and a stock spire-server, which know nothing of each other but their bundle endpoints, federate by either profile; roots
 // that are announced on either side reach the other, and their workloads call each other by mTLS.
 func TestFederation(t *testing.T) {
+	t.Parallel()
 	for _, profile := range []string{"https_spiffe", "https_web"} {
 		t.Run(profile, func(t *testing.T) {
+			t.Parallel()
 			m := newMesh(t, map[string]kind{"west": ownAgents, "east": realSPIRE}, "west", "east")
 			west, east := m.members[0], m.members[1]
 			endpoint := "profile \"https_spiffe\" {}"
@@ -69,7 +71,7 @@ func TestFederation(t *testing.T) {
 			ours := "https://" + west.ip(1) + ":7446"
 			if profile == "https_web" {
 				roots, certs, keys := webPKI(t, west, west.ip(1), east.ip(8))
-				t.Setenv("SSL_CERT_FILE", roots) // where spire-server, too, looks for who vouches for web servers
+				east.serverEnv = []string{"SSL_CERT_FILE=" + roots} // where Go looks for who vouches for web servers
 				ours = "https://" + west.ip(1) + ":8446"
 				west.web = fmt.Sprintf(", webRoots: %q, web: {listen: \"%s:8446\", certFile: %q, keyFile: %q}", roots, west.ip(1), certs[0], keys[0])
 				endpoint = fmt.Sprintf("profile \"https_web\" { serving_cert_file { cert_file_path = %q key_file_path = %q file_sync_interval = \"1h\" } }", certs[1], keys[1])

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,6 +29,12 @@ const (
 	ownAgents  kind = "Hanse's authority, our agent"
 	spireAgent kind = "Hanse's authority, a real spire-agent"
 	realSPIRE  kind = "a real spire-server and its spire-agent"
+)
+
+// Each mesh of a run has a network 127.N.0.0/16 to itself.
+var (
+	firstNet = rand.IntN(128)
+	nets     atomic.Int32
 )
 
 // mesh is several clusters of real processes on loopback, in one flat network.
@@ -45,8 +52,9 @@ type member struct {
 	ip        func(host int) string
 	spireAPI  string // admin socket of who issues: hansed or spire-server
 	agentSock string
-	gateway   bool   // it is a network of its own, behind a gateway
-	remote    bool   // spire-server is asked by mTLS, with an administrator's SVID, not by its socket
+	gateway   bool // it is a network of its own, behind a gateway
+	remote    bool // spire-server is asked by mTLS, with an administrator's SVID, not by its socket
+	serverEnv []string
 	federates string // of spire-server's configuration: its bundle endpoint
 	rootLife  string // of hansed's own authority; default 2h
 	web       string // of hansed's: its https_web bundle endpoint
@@ -65,7 +73,7 @@ func newMesh(t *testing.T, kinds map[string]kind, names ...string) *mesh {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	m := &mesh{lab: &lab{t: t, dir: dir}}
-	net := 64 + rand.IntN(128)
+	net := 64 + (firstNet+int(nets.Add(1)))%128
 	for i, name := range names {
 		c := &member{m: m, kind: kinds[name], name: name, td: name + ".test", dir: filepath.Join(dir, name), ip: func(host int) string { return fmt.Sprintf("127.%d.%d.%d", net, i+1, host) }}
 		if err := os.Mkdir(c.dir, 0o700); err != nil {
@@ -280,7 +288,7 @@ plugins {
 }
 `, host, port, c.spireAPI, c.td, c.dir, c.federates, filepath.Join(c.dir, "db.sqlite3"), filepath.Join(c.dir, "keys.json")))
 	c.startServer = func() {
-		c.stopServer = c.start("spire-server", tools+"tools/spire-server", "run", "-config", conf)
+		c.stopServer = c.start("spire-server", "env", append(slices.Clone(c.serverEnv), tools+"tools/spire-server", "run", "-config", conf)...)
 	}
 	c.startServer()
 	l := *c.m.lab

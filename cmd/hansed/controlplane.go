@@ -45,7 +45,6 @@ type controlPlane struct {
 	td      spiffeid.TrustDomain
 	log     *slog.Logger
 	now     func() time.Time
-	started time.Time
 
 	stores    *stores
 	replicas  *replicas
@@ -91,7 +90,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		return nil, err
 	}
 	source := identity.NewSource()
-	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, started: time.Now(), board: newSwitchboard(source), source: source,
+	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, board: newSwitchboard(source), source: source,
 		health: newHealthBook(time.Now), listening: make(chan struct{}), configured: map[spiffeid.TrustDomain]bool{},
 		initial: map[spiffeid.TrustDomain]string{}}
 	if err := atomicfile.MakeDir(cfg.DataDir); err != nil {
@@ -573,11 +572,9 @@ func (p *controlPlane) pollersWaitedFor() time.Time {
 	if !ok {
 		return time.Time{}
 	}
-	elsewhere := func(r bundle.Relation) bool { return r.URL != "" } // who is polled polls us, as a rule; after a start it is not known yet
-	switch last := p.bundles.Polled(); {
-	case p.now().Sub(last) < pollsForgotten*hint:
-	case p.now().Sub(p.started) < pollsWaited*hint && slices.ContainsFunc(p.bundles.Relations(), elsewhere):
-	default:
+	polled := p.now().Sub(p.bundles.Polled()) < pollsForgotten*hint
+	// Whose endpoint is polled polls ours, as a rule, be it at another replica or before a restart.
+	if !polled && !slices.ContainsFunc(p.bundles.Relations(), func(r bundle.Relation) bool { return r.URL != "" }) {
 		return time.Time{}
 	}
 	for _, r := range p.authority.Roots() {

@@ -111,24 +111,32 @@ func TestFederation(t *testing.T) {
 			})
 			defer app.Close()
 
-			// call is a connection of east's workload to west's sidecar, in which each verifies the other.
-			call := func() error {
+			// call is a connection of east's workload to west's sidecar, in which each verifies the other. It returns the authorities of both.
+			call := func() (rest [2]string, err error) {
 				pay := spiffeid.RequireFromString("spiffe://" + west.td + "/ns/shop/sa/pay")
 				config := tlsconfig.MTLSClientConfig(app, app, tlsconfig.AuthorizeID(pay))
 				config.NextProtos = []string{"h2"}
 				conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", west.ip(3)+":15008")
 				if err != nil {
-					return err
+					return rest, err
 				}
 				defer conn.Close()
 				if _, err := conn.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")); err != nil {
-					return err
+					return rest, err
 				}
 				_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
-				_, err = conn.Read(make([]byte, 9)) // who refuses our SVID says so here
-				return err
+				if _, err = conn.Read(make([]byte, 9)); err != nil { // who refuses our SVID says so here
+					return rest, err
+				}
+				own, err := app.GetX509SVID()
+				if err != nil {
+					return rest, err
+				}
+				theirs := conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
+				return [2]string{fmt.Sprintf("%x", own.Certificates[0].AuthorityKeyId), fmt.Sprintf("%x", theirs.AuthorityKeyId)}, nil
 			}
-			m.eventually("east's workload and west's sidecar accept each other", call)
+			var before [2]string
+			m.eventually("east's workload and west's sidecar accept each other", func() (err error) { before, err = call(); return err })
 
 			authorities := func() (n int, err error) {
 				out, err := west.hanse("", "trust", "show", east.td, "-o", "json")
@@ -147,6 +155,7 @@ func TestFederation(t *testing.T) {
 				return err
 			})
 			east.spire("localauthority x509 activate -authorityID "+next, next)
+			east.spire("localauthority x509 taint -authorityID "+before[0], before[0]) // agents renew what rests on it
 
 			// hansed's next root waits until spire-server must have fetched it: it could not reach an endpoint that rests on one that it does not know.
 			if out := west.must("", "trust", "rotate"); !strings.Contains(out, "everybody had loaded it") {
@@ -168,7 +177,13 @@ func TestFederation(t *testing.T) {
 				}
 				return err
 			})
-			m.eventually("they accept each other after both have rotated", call)
+			m.eventually("they accept each other on the new roots of both", func() error {
+				now, err := call()
+				if err == nil && (now[0] != next || now[1] == before[1]) {
+					err = fmt.Errorf("east's SVID rests on %s and west's on %s; before it was %v", now[0], now[1], before)
+				}
+				return err
+			})
 		})
 	}
 }

@@ -2,6 +2,8 @@ package spireapi_test
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -195,6 +197,9 @@ func TestAttacks(t *testing.T) {
 	used := token()
 	check(t, join(used, csr(t, newKey(t))))
 	rsa1024 := weakCSR(t)
+	shortKey, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	check(t, err)
+	p224 := csr(t, shortKey)
 
 	for _, a := range []struct {
 		name string
@@ -218,6 +223,7 @@ func TestAttacks(t *testing.T) {
 		}, "DNS names"},
 		{"attestation with a CSR for a CA", func() error { return join(token(), csrWith(t, askForCA)) }, "certificate of a CA"},
 		{"attestation with a weak key", func() error { return join(token(), rsa1024) }, "1024 bits"},
+		{"attestation with a key on a short curve", func() error { return join(token(), p224) }, "P-224"},
 		{"a CSR for another ID", func() error { return sign(mine, csr(t, newKey(t), "spiffe://west.demo/ns/bank/sa/vault")) }, "CSR asks for"},
 		{"a CSR for an ID of another trust domain", func() error { return sign(mine, csr(t, newKey(t), "spiffe://east.demo/ns/shop/sa/frontend")) }, "CSR asks for"},
 		{"a CSR with a DNS name", func() error {
@@ -228,6 +234,7 @@ func TestAttacks(t *testing.T) {
 		}, "1.2.3.4"},
 		{"a CSR with the CA bit", func() error { return sign(mine, csrWith(t, askForCA)) }, "certificate of a CA"},
 		{"a CSR with a weak key", func() error { return sign(mine, rsa1024) }, "1024 bits"},
+		{"a CSR with a key on a short curve", func() error { return sign(mine, p224) }, "P-224"},
 		{"an entry of another agent", func() error { return sign(theirs, csr(t, newKey(t))) }, "not authorized"},
 		{"a JWT-SVID of another agent's entry", func() error {
 			_, err := me.NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: theirs, Audience: []string{"bank"}})
@@ -295,7 +302,8 @@ var attestationReasons = map[string]string{
 	"a forged token": "unknown token", "a tampered token": "damaged token", "a replayed token": "used token", "another cluster's token": "unknown token",
 	"an expired token": "expired token", "a pod token of another cluster": "evidence", "a forged pod token": "evidence",
 	"attestation with a CSR that has DNS names": "CSR or request", "attestation with a CSR for a CA": "CSR or request", "attestation with a weak key": "CSR or request",
-	"a flood of attestations": "flood",
+	"attestation with a key on a short curve": "CSR or request",
+	"a flood of attestations":                 "flood",
 }
 
 func flip(s string) string {

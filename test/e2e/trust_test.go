@@ -110,6 +110,52 @@ func (l *lab) known(clusters ...string) {
 	}
 }
 
+// TestAllow: of a member only the IDs that spec.allow names may serve a service here. What is withheld is said, and comes back when it is allowed.
+func TestAllow(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, shortTimers, "west", "east")
+	l.up()
+	l.kill("west/pay-a", "west/pay-a-app", "west/pay-b", "west/pay-b-app")
+	client := l.client("west", "frontend")
+	crosses := func() error {
+		a, err := call(client, payments)
+		if err == nil && a.Cluster != "east" {
+			err = fmt.Errorf("answered by %+v", a)
+		}
+		return err
+	}
+	l.eventually(30*time.Second, "calls cross", crosses)
+	withheld := func(want int) {
+		t.Helper()
+		l.eventually(10*time.Second, fmt.Sprintf("%d endpoints are withheld", want), func() error {
+			if got := get[struct{ Withheld int }](l, "west", "trust", "show", "east.test").Withheld; got != want {
+				return fmt.Errorf("%d are", got)
+			}
+			return nil
+		})
+	}
+	withheld(0)
+	l.must("west", "", "trust", "add", "east.test", "--allow", "shop/payments=/ns/shop/sa/somebody-else")
+	withheld(2)
+	l.eventually(10*time.Second, "nobody calls an ID that is not allowed", func() error {
+		if a, err := call(client, payments); err == nil {
+			return fmt.Errorf("answered by %+v", a)
+		}
+		return nil
+	})
+	if out := l.must("west", "", "trust", "show", "east.test"); !strings.Contains(out, "somebody-else") {
+		t.Errorf("it does not say what is allowed:\n%s", out)
+	}
+	for _, e := range l.state("west") {
+		if e.Cluster == "east" {
+			t.Errorf("still imported: %+v", e)
+		}
+	}
+	l.must("west", "", "trust", "add", "east.test", "--allow", "shop/*=spiffe://east.test/ns/shop/sa/*")
+	withheld(0)
+	l.eventually(10*time.Second, "calls cross again", crosses)
+}
+
 // TestTrustFigures measures how long a new root takes to be visible in all other clusters, and a distrust to close the last connection that
 // rests on it. HANSE_TRUST_ROUNDS (make bench-trust: 20) says how often; a test run only shows that it works.
 func TestTrustFigures(t *testing.T) {

@@ -215,6 +215,7 @@ type FederatedTrustDomain struct {
 	EndpointURL string `json:"bundleEndpointURL,omitempty"`
 	Profile     string `json:"bundleEndpointProfile,omitempty"` // https_spiffe or https_web
 	EndpointID  string `json:"endpointSPIFFEID,omitempty"`
+	WebRoots    string `json:"webRoots,omitempty"`          // PEM: who vouches for an https_web endpoint; empty: the control plane's
 	Bundle      string `json:"trustDomainBundle,omitempty"` // SPIFFE JSON
 
 	Allow []Allow `json:"allow,omitempty"` // what may be imported of it; empty is everything

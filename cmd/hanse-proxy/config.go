@@ -93,8 +93,6 @@ type Listen struct {
 // Outbound is the explicit proxy for the application.
 type Outbound struct {
 	Listen string `json:"listen"` // loopback; default 127.0.0.1:15001, "none" for not at all
-	// SocketUsers may use it, beside root and the proxy's own user: user IDs, or "any" where nobody reaches the socket who may not.
-	SocketUsers SocketUsers `json:"socketUsers"`
 }
 
 // Local leads a loopback address to one service.

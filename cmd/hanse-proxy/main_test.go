@@ -69,6 +69,7 @@ func TestSocketUsers(t *testing.T) {
 		t.Errorf("%v %v", c, err)
 	}
 	for lines, want := range map[string]string{
+		"outbound: {socketUsers: [1000]}":                      "unknown field",
 		"socketUsers: [1000]":                                  "outside of it",
 		"socket: none\nsocketUsers: any":                       "there is no socket",
 		"socket: /run/hanse/workload.sock\nsocketUsers: alice": "list of user IDs",

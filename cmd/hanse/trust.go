@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/x509"
 	"fmt"
 	"io"
 	"os"
@@ -113,7 +114,7 @@ SPIFFE's JSON, for those that need a first trust: a proxy of this cluster, or an
 	c.outputFlag(show, "json", "yaml", "bundle")
 
 	var req admin.TrustAdd
-	var bundle string
+	var bundle, webRoots string
 	var allow []string
 	add := &cobra.Command{
 		Use:   "add TRUSTDOMAIN [--bundle FILE | --endpoint URL]",
@@ -155,6 +156,19 @@ accepts their identity. Once given, it replaces what was allowed before.`,
 					return fmt.Errorf("bundle %s: %w", bundle, err)
 				}
 			}
+			if webRoots != "" {
+				if req.EndpointURL == "" || req.Profile != "https_web" {
+					return usage("--endpoint URL --profile https_web --web-roots "+webRoots, "--web-roots says who vouches for an https_web endpoint")
+				}
+				raw, err := c.readFile(webRoots)
+				if err != nil {
+					return err
+				}
+				if !x509.NewCertPool().AppendCertsFromPEM(raw) {
+					return fmt.Errorf("%s holds no certificate in PEM", webRoots)
+				}
+				req.WebRoots = string(raw)
+			}
 			if req.EndpointURL == "" {
 				req.Profile = ""
 			} else if req.Profile == "https_spiffe" && req.EndpointID == "" {
@@ -181,6 +195,7 @@ accepts their identity. Once given, it replaces what was allowed before.`,
 	add.Flags().StringVar(&req.EndpointURL, "endpoint", "", "the `URL` of its bundle endpoint")
 	add.Flags().StringVar(&req.Profile, "profile", "https_spiffe", "how the endpoint is verified: https_spiffe or https_web")
 	add.Flags().StringVar(&req.EndpointID, "endpoint-id", "", "the endpoint's `SPIFFEID`, with https_spiffe")
+	add.Flags().StringVar(&webRoots, "web-roots", "", "with https_web, a `FILE` (PEM) of who vouches for the endpoint, instead of hansed's or the system's roots; or -")
 	add.Flags().StringArrayVar(&allow, "allow", nil, "`SERVICE[,SERVICE]=ID[,ID]`: these services may be served by these IDs only (may be repeated; patterns with *)")
 	c.outputFlag(add, "json", "yaml")
 

@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
+	"github.com/hanse-mesh/hanse/discovery"
 	"github.com/hanse-mesh/hanse/discovery/v1alpha1"
 	"github.com/hanse-mesh/hanse/identity/bundle"
 )
@@ -147,6 +148,9 @@ func (p *controlPlane) TrustAdd(ctx context.Context, req admin.TrustAdd) (admin.
 	}
 	o.Spec.BundleEndpointProfile.Type = cmp.Or(req.Profile, string(bundle.HTTPSSPIFFE))
 	o.Spec.BundleEndpointProfile.EndpointSPIFFEID = req.EndpointID
+	if req.WebRoots != "" {
+		o.Annotations = map[string]string{v1alpha1.WebRootsAnnotation: req.WebRoots}
+	}
 	for _, a := range req.Allow {
 		o.Spec.Allow = append(o.Spec.Allow, v1alpha1.FederationAllow{Services: a.Services, SPIFFEIDs: a.SPIFFEIDs})
 	}
@@ -157,7 +161,8 @@ func (p *controlPlane) TrustAdd(ctx context.Context, req admin.TrustAdd) (admin.
 	if _, err := p.catalog.Apply(ctx, b, false); err != nil {
 		return admin.TrustDomain{}, err
 	}
-	if err := p.relate(o.Spec.TrustDomain, o.Spec.BundleEndpointURL, o.Spec.BundleEndpointProfile.Type, o.Spec.BundleEndpointProfile.EndpointSPIFFEID, o.Spec.TrustDomainBundle); err != nil {
+	if err := p.relate(&discovery.FederatedTrustDomain{TrustDomain: td.Name(), EndpointURL: req.EndpointURL, Profile: o.Spec.BundleEndpointProfile.Type, EndpointID: req.EndpointID,
+		WebRoots: req.WebRoots, Bundle: string(req.Bundle)}); err != nil {
 		return admin.TrustDomain{}, err
 	}
 	return p.TrustShow(ctx, td.Name())
@@ -184,17 +189,17 @@ func (p *controlPlane) TrustRemove(ctx context.Context, name string) error {
 }
 
 // relate brings one configured relation into force.
-func (p *controlPlane) relate(domain, url, profile, endpointID, bundleJSON string) error {
+func (p *controlPlane) relate(t *discovery.FederatedTrustDomain) error {
 	p.relating.Lock()
 	defer p.relating.Unlock()
-	td, err := spiffeid.TrustDomainFromString(domain)
+	td, err := spiffeid.TrustDomainFromString(t.TrustDomain)
 	if err != nil {
-		return fmt.Errorf("trust domain %q: %w", domain, err)
+		return fmt.Errorf("trust domain %q: %w", t.TrustDomain, err)
 	}
-	r := bundle.Relation{TrustDomain: td, URL: url, Profile: bundle.Profile(profile)}
-	if endpointID != "" {
-		if r.EndpointID, err = spiffeid.FromString(endpointID); err != nil {
-			return fmt.Errorf("endpoint SPIFFE ID %q: %w", endpointID, err)
+	r := bundle.Relation{TrustDomain: td, URL: t.EndpointURL, Profile: bundle.Profile(t.Profile), WebRoots: t.WebRoots}
+	if t.EndpointID != "" {
+		if r.EndpointID, err = spiffeid.FromString(t.EndpointID); err != nil {
+			return fmt.Errorf("endpoint SPIFFE ID %q: %w", t.EndpointID, err)
 		}
 	}
 	if old, ok := p.bundles.Related(td); !ok || old != r {
@@ -202,10 +207,10 @@ func (p *controlPlane) relate(domain, url, profile, endpointID, bundleJSON strin
 			return err
 		}
 	}
-	if bundleJSON == "" || p.initial[td] == bundleJSON {
+	if t.Bundle == "" || p.initial[td] == t.Bundle {
 		return nil // an initial bundle is taken once: what came since is newer
 	}
-	b, err := bundle.Parse(td, []byte(bundleJSON))
+	b, err := bundle.Parse(td, []byte(t.Bundle))
 	if err != nil {
 		return admin.Invalid("it must be the SPIFFE JSON form: hanse trust show -o json, or spire-server bundle show -format spiffe", "bundle of %s: %v", td, err)
 	}
@@ -216,7 +221,7 @@ func (p *controlPlane) relate(domain, url, profile, endpointID, bundleJSON strin
 			return err
 		}
 	}
-	p.initial[td] = bundleJSON
+	p.initial[td] = t.Bundle
 	return nil
 }
 

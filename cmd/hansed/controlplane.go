@@ -629,7 +629,7 @@ func (p *controlPlane) reconcileTrust(s *discovery.Snapshot) {
 		td, err := spiffeid.TrustDomainFromString(t.TrustDomain)
 		if err == nil {
 			next[td] = true
-			err = p.relate(t.TrustDomain, t.EndpointURL, t.Profile, t.EndpointID, t.Bundle)
+			err = p.relate(t)
 		}
 		if err != nil {
 			p.log.Error("configured trust domain is not in force", "object", t.Name, "err", err)

@@ -22,6 +22,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/bundle"
 	"github.com/hanse-mesh/hanse/identity/onspire"
+	"github.com/hanse-mesh/hanse/identity/peercred"
 )
 
 // drainTime bounds how long open calls may take when hansed ends.
@@ -165,7 +166,24 @@ func (p *controlPlane) serveSPIREAPI(tcp func(what, addr string, federation bool
 	*opened = append(*opened, l)
 	admins := grpc.NewServer(limits...)
 	p.spire.RegisterAdmin(admins)
-	return append(servers, serveGRPC(admins, l)), nil
+	return append(servers, serveGRPC(admins, &noting{l, p.log})), nil
+}
+
+// noting logs who connects to a Unix socket, as the kernel has it.
+type noting struct {
+	net.Listener
+	log *slog.Logger
+}
+
+func (n *noting) Accept() (net.Conn, error) {
+	c, err := n.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	if caller, err := peercred.Of(c); err == nil {
+		n.log.Info("an administrator connects to the SPIRE Server API", "socket", n.Addr().String(), "by", caller.String())
+	}
+	return c, nil
 }
 
 // serveGRPC returns a function that serves until ctx ends, then drains.

@@ -737,6 +737,7 @@ func (b *builder) trustDomains() []*discovery.FederatedTrustDomain {
 			EndpointURL: s.BundleEndpointURL,
 			Profile:     s.BundleEndpointProfile.Type,
 			EndpointID:  s.BundleEndpointProfile.EndpointSPIFFEID,
+			WebRoots:    o.Value.GetAnnotations()[v1alpha1.WebRootsAnnotation],
 			Bundle:      s.TrustDomainBundle,
 			Allow:       allow,
 		})

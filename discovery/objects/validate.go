@@ -1,6 +1,7 @@
 package objects
 
 import (
+	"crypto/x509"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -47,7 +48,7 @@ func annotationsOf(kind string) []string {
 	case "ServiceExport":
 		return []string{AnnotationAudience}
 	case "ClusterFederatedTrustDomain":
-		return []string{v1alpha1.AllowAnnotation}
+		return []string{v1alpha1.AllowAnnotation, v1alpha1.WebRootsAnnotation}
 	}
 	return nil
 }
@@ -697,6 +698,15 @@ func (c *checker) federatedTrustDomain(f *v1alpha1.ClusterFederatedTrustDomain) 
 			"must be the SPIFFE ID that the endpoint presents, such as spiffe://%s/spire/server", example)
 	case profile.Type == v1alpha1.ProfileWeb && profile.EndpointSPIFFEID != "":
 		c.add("spec.bundleEndpointProfile.endpointSPIFFEID", profile.EndpointSPIFFEID, "has a meaning only with https_spiffe")
+	}
+	if roots, ok := f.Annotations[v1alpha1.WebRootsAnnotation]; ok {
+		field := "metadata.annotations[" + v1alpha1.WebRootsAnnotation + "]"
+		switch {
+		case profile.Type != v1alpha1.ProfileWeb:
+			c.add(field, nil, "has a meaning only with https_web")
+		case !x509.NewCertPool().AppendCertsFromPEM([]byte(roots)):
+			c.add(field, roots, "must be certificates in PEM, of who vouches for the endpoint")
+		}
 	}
 	if s.TrustDomainBundle != "" {
 		if _, err := spiffebundle.Parse(td, []byte(s.TrustDomainBundle)); err != nil {

@@ -446,6 +446,10 @@ type ClusterFederatedTrustDomainSpec struct {
 // AllowAnnotation is spec.allow where the definition of the kind is SPIRE's own.
 const AllowAnnotation = "hanse.mesh/allow"
 
+// WebRootsAnnotation is who vouches for the bundle endpoint, as PEM, with the profile https_web: these certificates and no others. SPIRE's kind
+// has nothing of the sort.
+const WebRootsAnnotation = "hanse.mesh/web-roots"
+
 // FederationAllow lets IDs of a foreign trust domain serve services.
 type FederationAllow struct {
 	// Services are names, namespace/name, in which "*" stands for any of either; empty is all.

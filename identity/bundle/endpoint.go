@@ -250,7 +250,12 @@ func (p *Puller) fetch(ctx context.Context, r Relation) (*spiffebundle.Bundle, e
 	var verify *tls.Config
 	switch r.Profile {
 	case HTTPSWeb:
-		verify = &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true, RootCAs: p.cfg.WebRoots}
+		roots := p.cfg.WebRoots
+		if r.WebRoots != "" {
+			roots = x509.NewCertPool()
+			roots.AppendCertsFromPEM([]byte(r.WebRoots)) // Relate has seen them
+		}
+		verify = &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true, RootCAs: roots}
 	case HTTPSSPIFFE:
 		verify = p.verifySPIFFE(r.EndpointID)
 	default:

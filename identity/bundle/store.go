@@ -3,6 +3,7 @@ package bundle
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -59,6 +60,7 @@ type Relation struct {
 	URL         string      // of its bundle endpoint; empty: the bundle comes by another way
 	Profile     Profile     // with URL
 	EndpointID  spiffeid.ID // who must answer, with HTTPSSPIFFE
+	WebRoots    string      // PEM: who vouches for the endpoint, and nobody else does, with HTTPSWeb; empty: PullerConfig.WebRoots
 }
 
 func (r Relation) validate() error {
@@ -69,6 +71,10 @@ func (r Relation) validate() error {
 		return fmt.Errorf("bundle endpoint %q: must begin with https://", r.URL)
 	}
 	switch {
+	case r.WebRoots != "" && r.Profile != HTTPSWeb:
+		return errors.New("roots of the web have a meaning only with the profile https_web")
+	case r.WebRoots != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(r.WebRoots)):
+		return errors.New("the roots of the web hold no certificate in PEM")
 	case r.Profile == HTTPSWeb:
 	case r.Profile == HTTPSSPIFFE && !r.EndpointID.IsZero():
 	case r.Profile == HTTPSSPIFFE:
@@ -179,6 +185,7 @@ type fileRelation struct {
 	URL         string  `json:"url,omitempty"`
 	Profile     Profile `json:"profile,omitempty"`
 	EndpointID  string  `json:"endpoint_id,omitempty"`
+	WebRoots    string  `json:"web_roots,omitempty"`
 }
 
 func (s *Store) loadRelations(st *state) error {
@@ -198,7 +205,7 @@ func (s *Store) loadRelations(st *state) error {
 	}
 	st.revision, st.distrusted = f.Revision, f.Distrusted
 	for _, fr := range f.Relations {
-		r := Relation{URL: fr.URL, Profile: fr.Profile}
+		r := Relation{URL: fr.URL, Profile: fr.Profile, WebRoots: fr.WebRoots}
 		if r.TrustDomain, err = spiffeid.TrustDomainFromString(fr.TrustDomain); err != nil {
 			return fmt.Errorf("%s is damaged, and is left as it is: %w", path, err)
 		}
@@ -218,7 +225,7 @@ func (s *Store) storeRelations(st *state) error {
 	}
 	f := fileRelations{Revision: st.revision, Relations: []fileRelation{}, Distrusted: st.distrusted}
 	for _, r := range sorted(st.relations) {
-		fr := fileRelation{TrustDomain: r.TrustDomain.Name(), URL: r.URL, Profile: r.Profile}
+		fr := fileRelation{TrustDomain: r.TrustDomain.Name(), URL: r.URL, Profile: r.Profile, WebRoots: r.WebRoots}
 		if !r.EndpointID.IsZero() {
 			fr.EndpointID = r.EndpointID.String()
 		}

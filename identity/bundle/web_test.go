@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/hanse-mesh/hanse/identity/bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // webServer serves east's bundle to web clients, with a certificate in files.
@@ -111,6 +112,43 @@ func TestWebProfile(t *testing.T) {
 	}
 	if _, err := bundle.WebTLS(w.cert, w.key, slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("a damaged certificate is served")
+	}
+}
+
+// TestWebRootsOfARelation: the roots that a relation names vouch for its endpoint, and those of the configuration do not beside them.
+func TestWebRootsOfARelation(t *testing.T) {
+	w, other := newWebServer(t), newWebServer(t)
+	check(t, w.store.Set(east, union(5, authority(t, east).Bundle()), "own"))
+	dir := t.TempDir()
+	s, err := bundle.Open(bundle.Config{Dir: dir, TrustDomain: west})
+	check(t, err)
+	pemOf := func(w *webServer) string {
+		b, err := os.ReadFile(w.cert)
+		check(t, err)
+		return string(b)
+	}
+	r := bundle.Relation{TrustDomain: east, URL: w.url, Profile: bundle.HTTPSWeb, WebRoots: pemOf(other)}
+	check(t, s.Relate(r))
+	refresh := func(s *bundle.Store) error {
+		p, err := bundle.NewPuller(bundle.PullerConfig{Store: s, WebRoots: w.roots(t)})
+		check(t, err)
+		return p.Refresh(t.Context(), east)
+	}
+	if err := refresh(s); err == nil {
+		t.Error("the roots of the configuration vouch beside those of the relation")
+	}
+	r.WebRoots = pemOf(w)
+	check(t, s.Relate(r))
+	s, err = bundle.Open(bundle.Config{Dir: dir, TrustDomain: west}) // as after a restart
+	check(t, err)
+	check(t, refresh(s))
+	for what, r := range map[string]bundle.Relation{
+		"noise":        {TrustDomain: east, URL: w.url, Profile: bundle.HTTPSWeb, WebRoots: "noise"},
+		"https_spiffe": {TrustDomain: east, URL: w.url, Profile: bundle.HTTPSSPIFFE, EndpointID: spiffeid.RequireFromString("spiffe://east.demo/x"), WebRoots: pemOf(w)},
+	} {
+		if err := s.Relate(r); err == nil {
+			t.Errorf("taken: %s", what)
+		}
 	}
 }
 

@@ -73,7 +73,8 @@ func TestFederation(t *testing.T) {
 				roots, certs, keys := webPKI(t, west, west.ip(1), east.ip(8))
 				east.serverEnv = []string{"SSL_CERT_FILE=" + roots} // where Go looks for who vouches for web servers
 				ours = "https://" + west.ip(1) + ":8446"
-				west.web = fmt.Sprintf(", webRoots: %q, web: {listen: \"%s:8446\", certFile: %q, keyFile: %q}", roots, west.ip(1), certs[0], keys[0])
+				fromEast = append(fromEast, "--web-roots", roots)
+				west.web = fmt.Sprintf(", web: {listen: \"%s:8446\", certFile: %q, keyFile: %q}", west.ip(1), certs[0], keys[0])
 				endpoint = fmt.Sprintf("profile \"https_web\" { serving_cert_file { cert_file_path = %q key_file_path = %q file_sync_interval = \"1h\" } }", certs[1], keys[1])
 			}
 			east.federates = fmt.Sprintf("federation { bundle_endpoint { address = %q port = 8443 refresh_hint = \"10s\" %s } }", east.ip(8), endpoint)

@@ -369,6 +369,7 @@ type TrustAdd struct {
 	EndpointURL string          `json:"endpointURL,omitempty"`
 	Profile     string          `json:"profile,omitempty"`
 	EndpointID  string          `json:"endpointSPIFFEID,omitempty"`
+	WebRoots    string          `json:"webRoots,omitempty"` // PEM: who vouches for an https_web endpoint
 
 	Allow []discovery.Allow `json:"allow,omitempty"`
 }

@@ -118,9 +118,20 @@ type Identity struct {
 	// Upstream, where given, signs this control plane's CA.
 	Upstream Upstream `json:"upstream"`
 
+	// Attestation is limited, by the address that it comes from and in all.
+	Attestation Attestation `json:"attestation"`
+
 	// Besides agent tokens, agents may show these.
 	X509Pop    X509Pop    `json:"x509pop"`
 	Kubernetes Kubernetes `json:"kubernetes"`
+}
+
+// Attestation is how many agents may attest. A burst is how many may at once; the rate refills it.
+type Attestation struct {
+	PerSecond    float64 `json:"perSecond"`    // of one address; default 20
+	Burst        int     `json:"burst"`        // default 100
+	AllPerSecond float64 `json:"allPerSecond"` // of all addresses together; default 10 times that of one
+	AllBurst     int     `json:"allBurst"`     // likewise
 }
 
 // Keys says what the signing keys are like. They are PKCS#8 on disk, mode 0600.
@@ -274,6 +285,9 @@ func (c *Config) fill() {
 	c.Admin.Listen = cmp.Or(c.Admin.Listen, "127.0.0.1:7440")
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
 	def := func(d *Duration, v time.Duration) { d.Duration = cmp.Or(d.Duration, v) }
+	a := &c.Identity.Attestation
+	a.PerSecond, a.Burst = cmp.Or(a.PerSecond, 20), cmp.Or(a.Burst, 100)
+	a.AllPerSecond, a.AllBurst = cmp.Or(a.AllPerSecond, 10*a.PerSecond), cmp.Or(a.AllBurst, 10*a.Burst)
 	c.Identity.Keys.Curve, c.Identity.Keys.Storage = cmp.Or(c.Identity.Keys.Curve, "P-256"), cmp.Or(c.Identity.Keys.Storage, "disk")
 	def(&c.Identity.X509Life, time.Hour)
 	def(&c.Identity.JWTLife, 5*time.Minute)
@@ -365,6 +379,15 @@ func (c *Config) Validate() error {
 	}
 	if c.Identity.RootLife.Duration < 4*c.Identity.X509Life.Duration {
 		bad("identity.rootLife", "%s is less than four times x509Life (%s): a root must outlive what it signs by two rotations", c.Identity.RootLife, c.Identity.X509Life)
+	}
+	a := c.Identity.Attestation
+	for field, v := range map[string]float64{"perSecond": a.PerSecond, "burst": float64(a.Burst), "allPerSecond": a.AllPerSecond, "allBurst": float64(a.AllBurst)} {
+		if !(v > 0 && v <= 1e6) {
+			bad("identity.attestation."+field, "%v is not above 0 and at most a million", v)
+		}
+	}
+	if a.AllPerSecond < a.PerSecond || a.AllBurst < a.Burst {
+		bad("identity.attestation", "all addresses together may do less (%v/s, burst %d) than one of them (%v/s, burst %d)", a.AllPerSecond, a.AllBurst, a.PerSecond, a.Burst)
 	}
 	switch k := c.Identity.Keys; {
 	case k.Curve != "P-256" && k.Curve != "P-384":

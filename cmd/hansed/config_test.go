@@ -30,6 +30,8 @@ func TestLoadConfigSaysWhatIsWrong(t *testing.T) {
 		{"curve", good + "identity: {keys: {curve: P-521}}\n", `identity.keys.curve: "P-521" is not one of P-256, P-384`},
 		{"storage", good + "identity: {keys: {storage: tpm}}\n", `identity.keys.storage: "tpm"`},
 		{"memory alone", good + "identity: {keys: {storage: memory}}\n", "memory needs identity.upstream"},
+		{"no attestations", good + "identity: {attestation: {burst: -1}}\n", "identity.attestation.burst: -1"},
+		{"less in all", good + "identity: {attestation: {perSecond: 500, allPerSecond: 200}}\n", "identity.attestation: all addresses together"},
 		{"all together", "cluster: ''\ntrustDomain: ''\n", "3 faults"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -154,6 +154,8 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 			return nil, err
 		}
 		p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath), Attestors: evidence,
+			AttestsPerSecond: cfg.Identity.Attestation.PerSecond, AttestBurst: cfg.Identity.Attestation.Burst,
+			AllAttestsPerSecond: cfg.Identity.Attestation.AllPerSecond, AllAttestBurst: cfg.Identity.Attestation.AllBurst,
 			OwnBundle: p.ownBundle, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
 		if err != nil {
 			return nil, err

@@ -69,6 +69,7 @@ type Config struct {
 	// AllAttestsPerSecond is for all sources together, default 10 times that of one, with a burst of 10 times as many: a flood from many
 	// addresses leaves the CPU to those who are attested.
 	AllAttestsPerSecond float64
+	AllAttestBurst      int
 
 	// Level is what the Logger service changes. Without it that service is not served.
 	Level *slog.LevelVar
@@ -129,6 +130,9 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 	if cfg.AllAttestsPerSecond <= 0 {
 		cfg.AllAttestsPerSecond = 10 * cfg.AttestsPerSecond
 	}
+	if cfg.AllAttestBurst <= 0 {
+		cfg.AllAttestBurst = 10 * cfg.AttestBurst
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -144,7 +148,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		log:       cfg.Log,
 		src:       identity.NewSource(),
 		limit:     newLimiter(cfg.AttestsPerSecond, cfg.AttestBurst, cfg.Now),
-		all:       newLimiter(cfg.AllAttestsPerSecond, 10*cfg.AttestBurst, cfg.Now),
+		all:       newLimiter(cfg.AllAttestsPerSecond, cfg.AllAttestBurst, cfg.Now),
 		seen:      map[string]activity{},
 		attesting: make(chan struct{}, maxAttesting),
 		followed:  map[string]*follower{},

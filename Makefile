@@ -186,7 +186,11 @@ lab: kube-tools images ## Two real Kubernetes clusters, a and b, until interrupt
 .PHONY: e2e-kube
 e2e-kube: kube-tools images ## A mesh's whole life on two real Kubernetes clusters (root; containerd and others from the distribution)
 	$(GO) vet ./test/kube/lab/... ./test/kube/e2e
-	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m ./test/kube/e2e
+	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run '^TestTwoClusters$$' ./test/kube/e2e
+
+.PHONY: e2e-kube-more
+e2e-kube-more: kube-tools images ## More on two real clusters of their own: pods without sidecars on one network (root, as make e2e-kube)
+	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run '^TestFlatNetwork$$' ./test/kube/e2e
 
 .PHONY: conformance-gateway
 conformance-gateway: bin/tools/gateway-conformance ## The Gateway API's suite, unmodified: against the cluster of KUBECONFIG, which has Hanse, or one of its own (root, as make lab); writes docs/conformance/report.yaml

@@ -75,7 +75,7 @@ func needs() error {
 
 // TestTwoClusters is a mesh's life. Each step rests on those before.
 func TestTwoClusters(t *testing.T) {
-	s := up(t)
+	s := up(t, lab.Config{Hosts: []string{"metal"}})
 	west, east := s.west, s.east
 	before := map[*cluster][]string{west: west.objects(), east: east.objects()}
 

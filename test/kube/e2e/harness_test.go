@@ -36,15 +36,15 @@ type cluster struct {
 	s *scene
 }
 
-// up starts the clusters, whose pods do not reach each other, with what Hanse needs of a cluster: a volume.
-func up(t *testing.T) *scene {
+// up starts two clusters, with what Hanse needs of a cluster: a volume. Their pods do not reach each other, unless cfg says so.
+func up(t *testing.T, cfg lab.Config) *scene {
 	t.Helper()
-	var images []string
+	cfg.Clusters, cfg.Tools, cfg.Pause, cfg.Dir, cfg.Log = []string{"west", "east"}, filepath.Join(bin, "tools"), "hanse.mesh/pause:"+version, filepath.Join(os.Getenv(stateDir), "lab"), t.Output()
 	for _, name := range []string{"pause", "hansed", "hanse-proxy", "echo"} {
-		images = append(images, filepath.Join(bin, "images", name+".tar"))
+		cfg.Images = append(cfg.Images, filepath.Join(bin, "images", name+".tar"))
 	}
 	began := time.Now()
-	l, err := lab.Up(t.Context(), lab.Config{Clusters: []string{"west", "east"}, Hosts: []string{"metal"}, Tools: filepath.Join(bin, "tools"), Images: images, Pause: "hanse.mesh/pause:" + version, Dir: filepath.Join(os.Getenv(stateDir), "lab"), Log: t.Output()})
+	l, err := lab.Up(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +124,11 @@ func (c *cluster) apply(yaml string) {
 
 func (c *cluster) export(service string) {
 	c.s.t.Helper()
-	c.apply(fmt.Sprintf("apiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {name: %s, namespace: shop}\n", service))
+	c.apply(serviceExport("shop", service))
+}
+
+func serviceExport(namespace, service string) string {
+	return fmt.Sprintf("apiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {name: %s, namespace: %s}\n", service, namespace)
 }
 
 // restart restarts one workload and waits for its end.
@@ -189,9 +193,11 @@ type result struct {
 	Seconds float64 `json:"seconds"`
 }
 
-// call calls from the pod of an application.
-func (c *cluster) call(app, url string) (result, error) {
-	out, err := c.Kubectl(c.s.ctx, "-n", "shop", "exec", "deployment/"+app, "-c", "app", "--", "/echo", "call", "--proxy", "", "--body", "hello", "--timeout", "5s", url)
+// call calls from the pod of an application of the shop.
+func (c *cluster) call(app, url string) (result, error) { return c.callFrom("shop", app, url) }
+
+func (c *cluster) callFrom(namespace, app, url string) (result, error) {
+	out, err := c.Kubectl(c.s.ctx, "-n", namespace, "exec", "deployment/"+app, "-c", "app", "--", "/echo", "call", "--proxy", "", "--body", "hello", "--timeout", "5s", url)
 	var r result
 	if jerr := json.Unmarshal([]byte(out), &r); jerr != nil {
 		return r, fmt.Errorf("%s: %s calls %s: %w: %q", c.Name, app, url, err, out)

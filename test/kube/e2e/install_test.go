@@ -29,11 +29,14 @@ spec:
 `, dir, c.Name))
 }
 
-// install puts Hanse into a cluster as its users do; other clusters reach it by ports of its node.
-func (s *scene) install(c *cluster) {
+// install puts Hanse into a cluster as its users do, with further values; other clusters reach it by ports of its node.
+func (s *scene) install(c *cluster, values ...string) {
 	s.t.Helper()
-	s.hanse("install", "--context", c.Name, "--image-tag", version, "--timeout", "3m", "--set", "cluster="+c.Name, "--set", "trustDomain="+c.Name+".example", "--set", "region="+c.Name+"-1",
-		"--set", "federation.service.type=NodePort", "--set", "gateway.service.type=NodePort")
+	args := []string{"install", "--context", c.Name, "--image-tag", version, "--timeout", "3m"}
+	for _, v := range append([]string{"cluster=" + c.Name, "trustDomain=" + c.Name + ".example", "region=" + c.Name + "-1", "federation.service.type=NodePort", "gateway.service.type=NodePort"}, values...) {
+		args = append(args, "--set", v)
+	}
+	s.hanse(args...)
 }
 
 // hanse runs hanse where it reaches both clusters.

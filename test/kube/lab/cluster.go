@@ -25,9 +25,9 @@ type Cluster struct {
 
 	lab      *Lab
 	dir      string
-	pods     string // range
-	podsHere string // of the node
-	services string
+	pods     []string // ranges: one, or one of each family
+	podsHere []string // of the node
+	services []string
 	pid      int // containerd's, whose mounts are the node's
 }
 
@@ -35,7 +35,20 @@ const apiPort = 6443
 
 func (l *Lab) cluster(name string, i int) *Cluster {
 	dir := filepath.Join(l.cfg.Dir, name)
-	return &Cluster{Name: name, IP: nodeIP(i), Kubeconfig: filepath.Join(dir, "admin.conf"), lab: l, dir: dir, pods: podRange(i), podsHere: fmt.Sprintf("10.%d.1.0/24", 244+i), services: fmt.Sprintf("10.%d.0.0/16", 96+i)}
+	c := &Cluster{Name: name, IP: nodeIP(i), Kubeconfig: filepath.Join(dir, "admin.conf"), lab: l, dir: dir, pods: []string{podRange(i)}, podsHere: []string{fmt.Sprintf("10.%d.1.0/24", 244+i)},
+		services: []string{fmt.Sprintf("10.%d.0.0/16", 96+i)}}
+	if l.cfg.Dual {
+		c.pods, c.podsHere, c.services = append(c.pods, podRange6(i)), append(c.podsHere, fmt.Sprintf("fd00:%d:0:1::/64", 244+i)), append(c.services, fmt.Sprintf("fd00:%d::/112", 96+i))
+	}
+	return c
+}
+
+// ips are the node's addresses.
+func (c *Cluster) ips() string {
+	if c.lab.cfg.Dual {
+		return c.IP + "," + sixth(c.IP)
+	}
+	return c.IP
 }
 
 func (c *Cluster) path(name string) string { return filepath.Join(c.dir, name) }
@@ -140,7 +153,7 @@ current-context: %[1]q
 	}
 	if _, err := c.start("kube-apiserver", c.tool("kube-apiserver"), "--etcd-servers="+client, "--bind-address="+c.IP, fmt.Sprintf("--secure-port=%d", apiPort), "--advertise-address="+c.IP, "--endpoint-reconciler-type=lease",
 		"--cert-dir="+c.path("pki"), "--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+c.path("sa.key"), "--service-account-signing-key-file="+c.path("sa.key"),
-		"--service-cluster-ip-range="+c.services, "--token-auth-file="+c.path("tokens.csv"), "--authorization-mode=Node,RBAC", "--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP"); err != nil {
+		"--service-cluster-ip-range="+strings.Join(c.services, ","), "--token-auth-file="+c.path("tokens.csv"), "--authorization-mode=Node,RBAC", "--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP"); err != nil {
 		return err
 	}
 	if err := eventually(ctx, 2*time.Minute, func() error {
@@ -153,7 +166,7 @@ current-context: %[1]q
 		return fmt.Errorf("%w (%s)", err, c.path("kube-apiserver.log"))
 	}
 	if _, err := c.start("kube-controller-manager", c.tool("kube-controller-manager"), "--kubeconfig="+c.path("cm.conf"), "--leader-elect=false", "--use-service-account-credentials=true",
-		"--service-account-private-key-file="+c.path("sa.key"), "--root-ca-file="+c.path("pki/apiserver.crt"), "--cluster-cidr="+c.pods, "--allocate-node-cidrs=true", "--service-cluster-ip-range="+c.services,
+		"--service-account-private-key-file="+c.path("sa.key"), "--root-ca-file="+c.path("pki/apiserver.crt"), "--cluster-cidr="+strings.Join(c.pods, ","), "--allocate-node-cidrs=true", "--service-cluster-ip-range="+strings.Join(c.services, ","),
 		"--bind-address=127.0.0.1", "--cert-dir="+c.path("pki")); err != nil {
 		return err
 	}

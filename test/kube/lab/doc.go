@@ -11,4 +11,6 @@
 // Hosts (10.9.0.101, …) are machines on the same bridge that have nothing but their network.
 //
 // Pods of one cluster cannot reach those of another, unless the lab is Flat; nodes can reach each other.
+//
+// The cluster's DNS answers clusterset.local, too, by CoreDNS' option multicluster: apart from cluster.local, which need not wait for the kind ServiceImport.
 package lab

@@ -29,7 +29,8 @@ type Config struct {
 	Tools    string    // directory of etcd, kube-apiserver, …; required
 	Images   []string  // OCI archives that every node has; the pause image must be among them
 	Pause    string    // its name
-	Flat     bool      // pods of all clusters reach each other
+	Flat     bool      // pods of all clusters reach each other, by the addresses that they have
+	Dual     bool      // nodes, pods and services have addresses of both families
 	Dir      string    // state and logs; required
 	Log      io.Writer // progress; nil: none
 }
@@ -209,6 +210,9 @@ func (l *Lab) network(ctx context.Context) error {
 		lines = append(lines, "netns add "+n, "-n "+n+" link set lo up", fmt.Sprintf("link add eth0 netns %s type veth peer name %s netns fab", n, port),
 			fmt.Sprintf("-n fab link set %s master fab0 up", port), fmt.Sprintf("-n %s addr add %s/24 dev eth0", n, ip), fmt.Sprintf("-n %s link set eth0 up", n),
 			fmt.Sprintf("-n %s route add default via 10.9.0.254", n)) // programs look for the interface of the default route; nothing is behind this one
+		if l.cfg.Dual && strings.HasPrefix(port, "v") {
+			lines = append(lines, fmt.Sprintf("-n %s addr add %s/64 dev eth0 nodad", n, sixth(ip)))
+		}
 	}
 	for i, n := range l.cfg.Clusters {
 		machine(n, fmt.Sprintf("v%d", i), nodeIP(i))
@@ -222,7 +226,7 @@ func (l *Lab) network(ctx context.Context) error {
 		}
 	}
 	for _, n := range l.cfg.Clusters {
-		if _, err := run("", exec.CommandContext(ctx, "nsenter", "--net=/run/netns/"+n, "sysctl", "-qw", "net.ipv4.ip_forward=1")); err != nil {
+		if _, err := run("", exec.CommandContext(ctx, "nsenter", "--net=/run/netns/"+n, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")); err != nil {
 			return err
 		}
 	}
@@ -236,24 +240,34 @@ func (l *Lab) Routes(ctx context.Context, flat bool) error {
 			if i == j {
 				continue
 			}
-			if _, err := run("", exec.CommandContext(ctx, "ip", "-n", n, "route", "flush", podRange(j))); err != nil {
-				return err
+			via := map[string]string{podRange(j): nodeIP(j)}
+			if l.cfg.Dual {
+				via[podRange6(j)] = sixth(nodeIP(j))
 			}
-			to := []string{"blackhole", podRange(j)}
-			if flat {
-				to = []string{podRange(j), "via", nodeIP(j)}
-			}
-			if _, err := run("", exec.CommandContext(ctx, "ip", append([]string{"-n", n, "route", "add"}, to...)...)); err != nil {
-				return err
+			for pods, node := range via {
+				if _, err := run("", exec.CommandContext(ctx, "ip", "-n", n, "route", "flush", pods)); err != nil {
+					return err
+				}
+				to := []string{"blackhole", pods}
+				if flat {
+					to = []string{pods, "via", node}
+				}
+				if _, err := run("", exec.CommandContext(ctx, "ip", append([]string{"-n", n, "route", "add"}, to...)...)); err != nil {
+					return err
+				}
 			}
 		}
 	}
 	return nil
 }
 
-func nodeIP(i int) string   { return fmt.Sprintf("10.9.0.%d", i+1) }
-func hostIP(i int) string   { return fmt.Sprintf("10.9.0.%d", i+101) }
-func podRange(i int) string { return fmt.Sprintf("10.%d.0.0/16", 244+i) }
+func nodeIP(i int) string    { return fmt.Sprintf("10.9.0.%d", i+1) }
+func hostIP(i int) string    { return fmt.Sprintf("10.9.0.%d", i+101) }
+func podRange(i int) string  { return fmt.Sprintf("10.%d.0.0/16", 244+i) }
+func podRange6(i int) string { return fmt.Sprintf("fd00:%d::/56", 244+i) }
+
+// sixth is the IPv6 address of a node with an IPv4 address.
+func sixth(ip string) string { return "fd00:9::" + ip[strings.LastIndexByte(ip, '.')+1:] }
 
 // start runs a program until the lab ends; what it says goes to a file.
 func (l *Lab) start(log string, name string, args ...string) (*exec.Cmd, error) {

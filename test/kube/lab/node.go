@@ -50,7 +50,7 @@ func (c *Cluster) startNode(ctx context.Context) error {
 		}
 	}
 	if _, err := c.lab.start(c.path("kubelet.log"), "nsenter", append(c.node(), c.tool("kubelet"), "--kubeconfig="+c.path("kubelet.conf"), "--config="+c.path("kubelet.yaml"), "--hostname-override=node-"+c.Name,
-		"--node-ip="+c.IP, "--root-dir=/var/lib/kubelet", "--cert-dir="+c.path("pki"))...); err != nil {
+		"--node-ip="+c.ips(), "--root-dir=/var/lib/kubelet", "--cert-dir="+c.path("pki"))...); err != nil {
 		return err
 	}
 	if _, err := c.start("kube-proxy", c.tool("kube-proxy"), "--config="+c.path("proxy.yaml")); err != nil {
@@ -61,10 +61,15 @@ func (c *Cluster) startNode(ctx context.Context) error {
 }
 
 func (c *Cluster) writeNodeFiles() error {
+	ranges, routes := "", ""
+	for i, subnet := range c.podsHere {
+		ranges += fmt.Sprintf(`,[{"subnet":%q}]`, subnet)
+		routes += fmt.Sprintf(`,{"dst":%q}`, []string{"0.0.0.0/0", "::/0"}[i])
+	}
 	for name, text := range map[string]string{
 		"etc-cni/10-lab.conflist": fmt.Sprintf(`{"cniVersion":"1.0.0","name":"lab","plugins":[
-{"type":"bridge","bridge":"cni0","isGateway":true,"hairpinMode":true,"ipMasq":%v,"ipam":{"type":"host-local","dataDir":"/var/lib/cni/networks","ranges":[[{"subnet":%q}]],"routes":[{"dst":"0.0.0.0/0"}]}},
-{"type":"portmap","capabilities":{"portMappings":true}}]}`, !c.lab.cfg.Flat, c.podsHere),
+{"type":"bridge","bridge":"cni0","isGateway":true,"hairpinMode":true,"ipMasq":%v,"ipam":{"type":"host-local","dataDir":"/var/lib/cni/networks","ranges":[%s],"routes":[%s]}},
+{"type":"portmap","capabilities":{"portMappings":true}}]}`, !c.lab.cfg.Flat, ranges[1:], routes[1:]),
 		"containerd.toml": fmt.Sprintf(`version = 2
 root = "/var/lib/containerd"
 state = "/run/containerd"
@@ -102,13 +107,22 @@ mode: nftables
 clusterCIDR: %s
 hostnameOverride: node-%s
 conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
-`, c.path("admin.conf"), c.pods, c.Name),
+`, c.path("admin.conf"), strings.Join(c.pods, ","), c.Name),
 		"Corefile": fmt.Sprintf(`.:53 {
-  bind %s
+  bind %[1]s
   errors
   kubernetes cluster.local {
-    kubeconfig %s
+    kubeconfig %[2]s
     pods insecure
+  }
+  cache 1
+}
+clusterset.local.:53 {
+  bind %[1]s
+  errors
+  kubernetes clusterset.local {
+    kubeconfig %[2]s
+    multicluster clusterset.local
   }
   cache 1
 }

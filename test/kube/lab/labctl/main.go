@@ -22,6 +22,7 @@ import (
 
 func main() {
 	flat := flag.Bool("flat", false, "pods of all clusters reach each other")
+	dual := flag.Bool("dual", false, "nodes, pods and services have addresses of both families")
 	clusters := flag.String("clusters", "a,b", "names, separated by commas")
 	hosts := flag.String("hosts", "", "names of machines without Kubernetes, separated by commas")
 	dir := flag.String("dir", filepath.Join(os.TempDir(), "hanse-clusters"), "state and logs; another lab needs another one")
@@ -38,7 +39,7 @@ func main() {
 	if flag.NArg() > 1 {
 		code, err = in(*dir, *tools, flag.Arg(0), flag.Args()[1:])
 	} else {
-		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Hosts: strings.FieldsFunc(*hosts, func(r rune) bool { return r == ',' }), Tools: *tools, Flat: *flat, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images, *check)
+		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Hosts: strings.FieldsFunc(*hosts, func(r rune) bool { return r == ',' }), Tools: *tools, Flat: *flat, Dual: *dual, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images, *check)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "labctl:", err)

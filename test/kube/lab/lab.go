@@ -225,8 +225,12 @@ func (l *Lab) network(ctx context.Context) error {
 			return err
 		}
 	}
+	forward := []string{"net.ipv4.ip_forward=1"}
+	if l.cfg.Dual {
+		forward = append(forward, "net.ipv6.conf.all.forwarding=1")
+	}
 	for _, n := range l.cfg.Clusters {
-		if _, err := run("", exec.CommandContext(ctx, "nsenter", "--net=/run/netns/"+n, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")); err != nil {
+		if _, err := run("", exec.CommandContext(ctx, "nsenter", append([]string{"--net=/run/netns/" + n, "sysctl", "-qw"}, forward...)...)); err != nil {
 			return err
 		}
 	}

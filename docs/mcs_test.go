@@ -13,21 +13,8 @@ import (
 
 // TestMCSIsTested: every row of mcs.md names a test, and each exists, with its subtest.
 func TestMCSIsTested(t *testing.T) {
-	page, err := os.ReadFile("mcs.md")
-	if err != nil {
-		t.Fatal(err)
-	}
 	sources := testSources(t, "../test/kube", "../federation", "../proxy/dns", "../cmd/hansed", ".")
-	rows := 0
-	for row := range strings.SplitSeq(string(page), "\n") {
-		if !strings.HasPrefix(row, "| ") || strings.HasPrefix(row, "| the specification") {
-			continue
-		}
-		rows++
-		cells := strings.Split(row, "|")
-		namedTests(t, "mcs.md", cells[len(cells)-2], sources, "kube", func(source, name string) bool { return strings.Contains(source, name+`"`) })
-	}
-	if rows < 30 {
+	if rows := testedRows(t, "mcs.md", sources, "kube", func(source, name string) bool { return strings.Contains(source, name+`"`) }); rows < 30 {
 		t.Fatalf("only %d rows", rows)
 	}
 }

@@ -51,3 +51,21 @@ func namedTests(t *testing.T, page, row string, sources map[string]string, usual
 		}
 	}
 }
+
+// testedRows checks, and counts, the rows of the tables of a page whose first column is the specification and whose last one the test.
+func testedRows(t *testing.T, page string, sources map[string]string, usual string, subtest func(source, name string) bool) (rows int) {
+	t.Helper()
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for row := range strings.SplitSeq(string(text), "\n") {
+		if !strings.HasPrefix(row, "| ") || strings.HasPrefix(row, "| the specification") {
+			continue
+		}
+		rows++
+		cells := strings.Split(row, "|")
+		namedTests(t, page, cells[len(cells)-2], sources, usual, subtest)
+	}
+	return rows
+}

@@ -357,7 +357,7 @@ const (
 
 // DrillModes lists them.
 func DrillModes() []string {
-	return []string{DrillDrain, DrillBlackhole, DrillSlow, DrillErrors, DrillSilenceControlPlane, DrillCutFederation, DrillExpireCertificates, DrillDistrustRoot, DrillRotate}
+	return []string{DrillDrain, DrillBlackhole, DrillErrors, DrillSlow, DrillExpireCertificates, DrillDistrustRoot, DrillSilenceControlPlane, DrillCutFederation, DrillRotate}
 }
 
 // DrillSpec is what fails, where and for how long.

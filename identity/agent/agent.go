@@ -100,7 +100,7 @@ type Agent struct {
 
 	jwts *jwtCache // has its own lock
 
-	strangerLogged atomic.Int64 // Unix nanoseconds until which refused callers are only counted
+	strangers identity.Seldom // their lines in the log
 }
 
 // New builds an Agent.
@@ -200,7 +200,7 @@ func (a *Agent) runServer(ctx context.Context) error {
 			backoff = min(max(2*backoff, 100*time.Millisecond), a.cfg.SyncInterval)
 			due = backoff
 			if after := retryAfter(err); after > due {
-				due = after + after/10 // not before: others were told other times
+				due = after + after/8 // not before, with the jitter too: others were told other times
 			}
 		default:
 			backoff = 0

@@ -101,7 +101,7 @@ func (l *admitted) Accept() (net.Conn, error) {
 		}
 		_ = c.Close()
 		l.agent.metrics.strangers.Inc()
-		if now, next := time.Now(), l.agent.strangerLogged.Load(); now.UnixNano() >= next && l.agent.strangerLogged.CompareAndSwap(next, now.Add(10*time.Second).UnixNano()) {
+		if l.agent.strangers.Due(time.Now()) {
 			l.agent.log.Warn("caller of the Workload API refused; more of them in the next 10 s are only counted", "by", caller.String(), "error", err)
 		}
 	}

@@ -120,13 +120,13 @@ func Open(cfg Config) (*Authority, error) {
 		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)
 	}
 	a.state.Store(st)
+	if err := a.start(cfg.Now()); err != nil {
+		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)
+	}
 	if cfg.Memory {
 		if err := os.Remove(a.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("open authority of %s: keys are to be in memory only: %w", cfg.TrustDomain, err)
 		}
-	}
-	if err := a.start(cfg.Now()); err != nil {
-		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)
 	}
 	if a.metrics, err = newMetrics(cfg.Registerer, a); err != nil {
 		return nil, fmt.Errorf("open authority of %s: %w", cfg.TrustDomain, err)

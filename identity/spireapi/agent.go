@@ -132,7 +132,7 @@ func (s *agentService) tooMany(host, whose string, after time.Duration) error {
 		reason = "flood of many"
 	}
 	s.reasons.WithLabelValues("", reason).Inc()
-	if s.floods.due(s.cfg.Now()) {
+	if s.floods.Due(s.cfg.Now()) {
 		s.log.Warn("too many attestations; more of them are refused for now without a word here", "from", host, "limit_of", whose)
 	}
 	after = max(after.Round(time.Millisecond), time.Millisecond)

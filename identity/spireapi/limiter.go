@@ -2,7 +2,6 @@ package spireapi
 
 import (
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -99,12 +98,4 @@ func (l *limiter) dropFull(now time.Time) {
 			delete(l.buckets, k)
 		}
 	}
-}
-
-// seldom lets a line into the log every 10 s: what a flood sets off must not be one itself. The counters have it all.
-type seldom struct{ next atomic.Int64 } // Unix nanoseconds
-
-func (s *seldom) due(now time.Time) bool {
-	next := s.next.Load()
-	return now.UnixNano() >= next && s.next.CompareAndSwap(next, now.Add(10*time.Second).UnixNano())
 }

@@ -96,7 +96,7 @@ type Server struct {
 
 	attesting chan struct{} // one for each attestation that is worked on
 
-	floods, strangers seldom // of their lines in the log
+	floods, strangers identity.Seldom // of their lines in the log
 
 	mu       sync.Mutex
 	seen     map[string]activity  // guarded by mu; by agent ID
@@ -307,7 +307,7 @@ func (s *Server) TLSConfig() *tls.Config {
 		}
 		if _, err := identity.Verify(state.PeerCertificates, s.cfg.OwnBundle(), s.cfg.Now()); err != nil {
 			s.refusals.WithLabelValues("handshake", codes.Unauthenticated.String()).Inc()
-			if s.strangers.due(s.cfg.Now()) {
+			if s.strangers.Due(s.cfg.Now()) {
 				s.log.Warn("caller refused; more of them in the next 10 s are only counted", "call", "handshake", "error", err)
 			}
 			return fmt.Errorf("verify caller: %w", err)

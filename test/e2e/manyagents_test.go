@@ -272,8 +272,8 @@ func first[A, B any](a A, _ B) A { return a }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// percentile sorts its argument; 0 is the least, 100 the greatest.
+// percentile is the nearest rank; it sorts its argument. 0 is the least, 100 the greatest.
 func percentile(of []float64, p int) float64 {
 	slices.Sort(of)
-	return of[(len(of)-1)*p/100]
+	return of[max((len(of)*p+99)/100-1, 0)]
 }

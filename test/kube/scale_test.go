@@ -309,7 +309,7 @@ func benchmarkHansed(b *testing.B, exported bool) {
 		b.ReportMetric(float64(peak), "MB-peak")
 		b.ReportMetric(float64(rss), "MB-settled")
 
-		// The API server goes away and comes back: all is listed again.
+		// The API server goes away and comes back: watches go on, or all is listed again, as it decides.
 		if err := os.WriteFile("/proc/"+pid+"/clear_refs", []byte("5"), 0); err != nil { // the peak is counted anew
 			b.Fatal(err)
 		}

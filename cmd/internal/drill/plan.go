@@ -10,24 +10,25 @@ import (
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/v1alpha1"
 )
 
 // Modes of a drill. The first five act in sidecars, distrust-root also in the control plane, the last three there alone.
 const (
-	Drain               = "drain"
-	Blackhole           = "blackhole"
-	Errors              = "errors"
-	Slow                = "slow"
-	ExpireCertificates  = "expire-certificates"
-	DistrustRoot        = "distrust-root"
-	SilenceControlPlane = "silence-control-plane"
-	CutFederation       = "cut-federation"
-	Rotate              = "rotate"
+	Drain               = v1alpha1.DrillDrain
+	Blackhole           = v1alpha1.DrillBlackhole
+	Errors              = v1alpha1.DrillErrors
+	Slow                = v1alpha1.DrillSlow
+	ExpireCertificates  = v1alpha1.DrillExpireCertificates
+	DistrustRoot        = v1alpha1.DrillDistrustRoot
+	SilenceControlPlane = v1alpha1.DrillSilenceControlPlane
+	CutFederation       = v1alpha1.DrillCutFederation
+	Rotate              = v1alpha1.DrillRotate
 )
 
 // Modes lists all of them.
 func Modes() []string {
-	return []string{Drain, Blackhole, Errors, Slow, ExpireCertificates, DistrustRoot, SilenceControlPlane, CutFederation, Rotate}
+	return v1alpha1.DrillModes()
 }
 
 // inControlPlane reports whether a mode acts there; there is one such drill at a time.

@@ -210,6 +210,17 @@ func (s *Service) Port(number uint16) *Port {
 	return nil
 }
 
+// WithoutIdentity counts the endpoints that only this cluster can call: they are not exported.
+func (s *Service) WithoutIdentity() int {
+	n := 0
+	for _, e := range s.Endpoints {
+		if e.Transport == Plaintext {
+			n++
+		}
+	}
+	return n
+}
+
 // Export is a ServiceExport: the service may be called from other clusters.
 type Export struct {
 	Created     time.Time         `json:"created"`            // set once; the oldest export wins a conflict

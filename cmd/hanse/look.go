@@ -71,7 +71,7 @@ func (c *cli) servicesCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:               "services",
 		Short:             "List the services that can be called, and who serves them",
-		Long:              "List the services of this cluster and of those that others export. CLUSTERS says how many endpoints of each cluster are ready, of how many.",
+		Long:              "List the services of this cluster and of those that others export. CLUSTERS says how many endpoints of each cluster are ready, of how many. Endpoints without identity (their Pods have no sidecar) are not exported; those of exported services are counted below the table.",
 		Example:           "  hanse services\n  hanse services -o json",
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -108,6 +108,10 @@ func (c *cli) servicesCommand() *cobra.Command {
 			}
 			c.table(t)
 			for _, s := range l {
+				if s.Unexported > 0 {
+					fmt.Fprintf(c.out, "\n%s %s/%s: %s of this cluster, without identity\n  remedy: give their Pods sidecars (namespace label hanse.mesh/inject=enabled, then restart them); the ServiceExport's condition Ready names them\n",
+						c.palette().yellow("not exported:"), s.Namespace, s.Name, counted(s.Unexported, "endpoint"))
+				}
 				for _, conflict := range s.Conflicts {
 					fmt.Fprintf(c.out, "\n%s %s/%s: %s\n", c.palette().yellow("conflict:"), s.Namespace, s.Name, conflict)
 				}

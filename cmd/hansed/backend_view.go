@@ -39,7 +39,9 @@ func (p *controlPlane) Services(context.Context) ([]admin.Service, error) {
 	}
 	for n, svc := range set.Local.Services.All() {
 		r := row(n, svc.Ports)
-		r.Exported = svc.Export != nil
+		if r.Exported = svc.Export != nil; r.Exported {
+			r.Unexported = svc.WithoutIdentity()
+		}
 		if svc.Export == nil {
 			r.Clusters = append(r.Clusters, part(set, ages, discovery.ImportedFrom{Member: set.Local.Self.Cluster, Endpoints: svc.Endpoints}))
 		}

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -18,8 +19,8 @@ import (
 )
 
 // exportConditions returns the conditions of a ServiceExport as they should be (KEP-1645 "Status"), those of other controllers kept, and
-// whether they differ from what it has. of is the Service, if there is one.
-func exportConditions(o, of objects.Object, view *discovery.Clusterset, self string, now time.Time) (conditions []metav1.Condition, differ bool) {
+// whether they differ from what it has. of is the Service, if there is one, home what of it is not exported.
+func exportConditions(o, of objects.Object, home *unexported, view *discovery.Clusterset, self string, now time.Time) (conditions []metav1.Condition, differ bool) {
 	e := o.Value.(*mcsv1alpha1.ServiceExport)
 	conditions = slices.Clone(e.Status.Conditions)
 	set := func(t mcsv1beta1.ServiceExportConditionType, status metav1.ConditionStatus, reason mcsv1beta1.ServiceExportConditionReason, message string, args ...any) {
@@ -31,7 +32,7 @@ func exportConditions(o, of objects.Object, view *discovery.Clusterset, self str
 	switch {
 	case service != nil && service.Export != nil:
 		set(mcsv1beta1.ServiceExportConditionValid, metav1.ConditionTrue, mcsv1beta1.ServiceExportReasonValid, "Service %s is exported", o.Name())
-		set(mcsv1beta1.ServiceExportConditionReady, metav1.ConditionTrue, mcsv1beta1.ServiceExportReasonExported, "other clusters may read it")
+		set(mcsv1beta1.ServiceExportConditionReady, metav1.ConditionTrue, mcsv1beta1.ServiceExportReasonExported, "%s", cmp.Or(home.message(service), "other clusters may read it"))
 	case spec != nil && spec.Spec.Type == corev1.ServiceTypeExternalName:
 		set(mcsv1beta1.ServiceExportConditionValid, metav1.ConditionFalse, mcsv1beta1.ServiceExportReasonInvalidServiceType,
 			"Service %s is an ExternalName, which cannot be exported", o.Name())

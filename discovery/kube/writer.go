@@ -186,6 +186,7 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 		mu.Lock()
 		names := slices.Collect(maps.Keys(w.exports))
 		mu.Unlock()
+		home := unexportedOf(set, view, names)
 		for _, n := range names {
 			if ctx.Err() != nil {
 				break
@@ -195,7 +196,7 @@ func (w *Writer) reconcile(ctx context.Context, view *discovery.Clusterset, dirt
 			differ := false
 			if there {
 				service, _ := set.Get(objects.Key{Kind: "Service", Namespace: n.Namespace, Name: n.Name})
-				conditions, differ = exportConditions(o, service, view, w.cfg.Self.Cluster, w.cfg.Now())
+				conditions, differ = exportConditions(o, service, home[n], view, w.cfg.Self.Cluster, w.cfg.Now())
 			}
 			if !differ {
 				mu.Lock()

@@ -367,7 +367,7 @@ func (b *builder) service(o Object, sliceObjects []Object, in inputs, was *servi
 	})
 	e.dual = slices.ContainsFunc(sliceObjects, func(o Object) bool { return headOf(o.Value).AddressType != prefer })
 	for _, so := range sliceObjects {
-		e.slice(so, unpacked(so.Value))
+		e.slice(so, Unpacked(so.Value))
 	}
 	slices.SortFunc(svc.Endpoints, func(x, y *discovery.Endpoint) int { return cmp.Compare(x.ID, y.ID) })
 	if was != nil && !b.Complete {

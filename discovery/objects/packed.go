@@ -250,8 +250,8 @@ func headOf(v metav1.Object) *discoveryv1.EndpointSlice {
 	return v.(*discoveryv1.EndpointSlice)
 }
 
-// unpacked returns an EndpointSlice with its endpoints.
-func unpacked(v metav1.Object) *discoveryv1.EndpointSlice {
+// Unpacked returns an EndpointSlice with its endpoints.
+func Unpacked(v metav1.Object) *discoveryv1.EndpointSlice {
 	if p, ok := v.(*Packed); ok {
 		return p.Unpack()
 	}

@@ -1,6 +1,7 @@
 package objects
 
 import (
+	"iter"
 	"maps"
 	"slices"
 
@@ -68,6 +69,17 @@ func (s *Set) Len() int {
 		n += of.Len()
 	}
 	return n
+}
+
+// All yields the objects of a kind, in no order.
+func (s *Set) All(kind string) iter.Seq[Object] {
+	return func(yield func(Object) bool) {
+		for _, o := range s.kinds[kind].All() {
+			if !yield(o) {
+				return
+			}
+		}
+	}
 }
 
 // List returns the objects of a kind in a namespace, sorted by key; "" means every kind, every namespace.

@@ -287,3 +287,40 @@ metadata: {name: missing, namespace: shop}
 		})
 	}
 }
+
+// TestExportSaysWhatStaysAtHome: Pods without a sidecar are not exported, and the ServiceExport says so for as long as it is so. It is written when that changes only.
+func TestExportSaysWhatStaysAtHome(t *testing.T) {
+	t.Parallel()
+	c := newClusterset(t)
+	c.apply([]byte(shop + "---\napiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {name: payments, namespace: shop}\n"))
+	c.apply(podYAML("p1", "payments", `hanse.mesh/sidecar: "v1"`))
+	c.apply(podYAML("p2", "payments", ""))
+	ready := func(want string) string {
+		t.Helper()
+		var o *unstructured.Unstructured
+		until(t, "Ready says "+want, func() bool {
+			o = c.get(exports, "shop", "payments")
+			list, _, _ := unstructured.NestedSlice(o.Object, "status", "conditions")
+			for _, c := range list {
+				if m := c.(map[string]any); m["type"] == "Ready" {
+					return m["message"] == want && m["status"] == "True"
+				}
+			}
+			return false
+		})
+		return o.GetResourceVersion()
+	}
+	version := ready("1 of 3 endpoints are not exported: pod p2 has no sidecar; label namespace shop hanse.mesh/inject=enabled, if it is not, and restart them")
+	for i := range 5 { // whatever else happens to it
+		if err := c.patch(services, "shop", "payments", fmt.Sprintf(`{"metadata":{"labels":{"round":"%d"}}}`, i)); err != nil {
+			t.Fatal(err)
+		}
+		c.again()
+		time.Sleep(200 * time.Millisecond)
+	}
+	if now := c.get(exports, "shop", "payments").GetResourceVersion(); now != version {
+		t.Error("it was written again, and nothing had changed")
+	}
+	c.apply(podYAML("p2", "payments", `hanse.mesh/sidecar: "v1"`))
+	ready("other clusters may read it")
+}

@@ -153,13 +153,14 @@ type Probe struct {
 
 // Service is one row of GET /v1/services.
 type Service struct {
-	Namespace string           `json:"namespace"`
-	Name      string           `json:"name"`
-	Host      string           `json:"host"`
-	Ports     []discovery.Port `json:"ports"`
-	Clusters  []ServicePart    `json:"clusters"`
-	Exported  bool             `json:"exported"` // by this cluster
-	Conflicts []string         `json:"conflicts,omitempty"`
+	Namespace  string           `json:"namespace"`
+	Name       string           `json:"name"`
+	Host       string           `json:"host"`
+	Ports      []discovery.Port `json:"ports"`
+	Clusters   []ServicePart    `json:"clusters"`
+	Exported   bool             `json:"exported"`             // by this cluster
+	Unexported int              `json:"unexported,omitempty"` // endpoints of this cluster that are not, since they have no identity
+	Conflicts  []string         `json:"conflicts,omitempty"`
 }
 
 // ServicePart is one cluster's endpoints of a service.

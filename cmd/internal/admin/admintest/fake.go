@@ -107,7 +107,7 @@ func (f *Fake) Services(context.Context) ([]admin.Service, error) {
 			{Cluster: "west", Ready: 4, Total: 4, State: "self"},
 			{Cluster: "east", Ready: 3, Total: 3, State: "fresh", Revision: 118, Age: ptr(1.0)},
 			{Cluster: "north", Ready: 3, Total: 4, State: "suspect", Revision: 51, Age: ptr(47.0)}}},
-		{Namespace: "stock", Name: "catalog", Host: "catalog.stock.svc.clusterset.local", Ports: port, Exported: true,
+		{Namespace: "stock", Name: "catalog", Host: "catalog.stock.svc.clusterset.local", Ports: port, Exported: true, Unexported: 1,
 			Clusters:  []admin.ServicePart{{Cluster: "west", Ready: 2, Total: 2, State: "self"}, {Cluster: "east", Ready: 2, Total: 2, State: "fresh"}},
 			Conflicts: []string{"east: PortConflict: port http is 8080 by the oldest export, 9090 here"}},
 	}, nil

@@ -55,13 +55,19 @@ h2spec: ## The HTTP/2 conformance suite h2spec, strict, against both sides of a 
 	cd test/h2spec && $(GO) vet . && $(GO) test -count=1 .
 
 .PHONY: interop
-interop: build bin/tools/grpc-interop-client ## Foreign programs (gRPC interop, curl, WebSocket, redis-cli, psql) through captured connections between two trust domains
+interop: build bin/tools/grpc-interop-client $(if $(HANSE_WITHOUT_PYTHON),,bin/tools/spiffe-venv/ready) ## Foreign programs (gRPC interop, curl, WebSocket, redis-cli, psql) through captured connections between two trust domains; Python's Workload API client
 	cd test/interop && $(GO) vet . && $(GO) test -count=1 -timeout 5m .
 
 bin/tools/grpc-interop-client: test/interop/go.mod
 	@mkdir -p bin/tools
 	cd test/interop && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o ../../bin/tools/grpc-interop-server google.golang.org/grpc/interop/server
 	cd test/interop && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o ../../bin/tools/grpc-interop-client google.golang.org/grpc/interop/client
+
+bin/tools/spiffe-venv/ready: test/interop/python/requirements.txt
+	@mkdir -p bin/tools
+	python3 -m venv --clear bin/tools/spiffe-venv
+	bin/tools/spiffe-venv/bin/pip install --quiet --require-hashes --only-binary :all: -r $<
+	@touch $@
 
 .PHONY: test-spire
 test-spire: build bin/tools/spire-server ## Unmodified spire-agent and spire-server CLI v1.13.3 against hansed

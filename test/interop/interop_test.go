@@ -82,7 +82,7 @@ var grpcCases = []string{
 
 func TestInterop(t *testing.T) {
 	netns.Test(t, func(t *testing.T) {
-		l := newLab(t)
+		l := newLab(t, "")
 		l.file("east", "mesh.yaml", offer, "{APP}", appPorts, "{SET}", setPorts)
 		l.hanse("east", "", "apply", "-f", l.path("east", "mesh.yaml"))
 		set0 := l.pod("east", "set-0", "10.2.1.", `
@@ -362,13 +362,13 @@ listeners:
 	}
 }
 
-// need fails where a program is missing and nothing may be skipped; without names what may be.
-func need(t *testing.T, without string, programs ...string) {
+// need fails where a program is missing and nothing may be skipped; without names what may be, remedy how to get the program.
+func need(t *testing.T, without, remedy string, programs ...string) {
 	t.Helper()
 	for _, name := range programs {
 		if _, err := exec.LookPath(name); err != nil {
 			if os.Getenv("HANSE_NO_SKIP") != "" && os.Getenv(without) == "" {
-				t.Fatalf("%s is needed: apt-get install redis postgresql", name)
+				t.Fatalf("%s is needed: %s", name, remedy)
 			}
 			t.Skipf("SKIPPED, NOT TESTED: there is no %s", name)
 		}
@@ -376,7 +376,7 @@ func need(t *testing.T, without string, programs ...string) {
 }
 
 func testRedis(t *testing.T, client, server *pod) {
-	need(t, "HANSE_WITHOUT_REDIS", "redis-server", "redis-cli")
+	need(t, "HANSE_WITHOUT_REDIS", "apt-get install redis", "redis-server", "redis-cli")
 	client.l.run(server.ns, "redis", "redis-server", "--port", "6379", "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
 	redis := func(args ...string) (string, error) {
 		return client.output(append([]string{"redis-cli", "-h", "app" + domain}, args...)...)
@@ -402,7 +402,7 @@ func testPostgres(t *testing.T, client, server *pod) {
 	if len(found) > 0 {
 		must(t, os.Setenv("PATH", os.Getenv("PATH")+":"+found[len(found)-1]))
 	}
-	need(t, "HANSE_WITHOUT_POSTGRES", "postgres", "initdb", "psql")
+	need(t, "HANSE_WITHOUT_POSTGRES", "apt-get install postgresql", "postgres", "initdb", "psql")
 	who, err := user.Lookup("postgres")
 	must(t, err)
 	uid, _ := strconv.Atoi(who.Uid)

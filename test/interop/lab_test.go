@@ -38,7 +38,7 @@ gateways: [{GATEWAYS}]
 dataDir: data
 socket: hansed.sock
 federation: {listen: "{IP}:7443"}
-identity: {listen: "{IP}:7444"}
+identity: {listen: "{IP}:7444"{IDENTITY}}
 xds: {listen: "{IP}:7445"}
 bundleEndpoint: {listen: "{IP}:7446"}
 admin: {listen: "{ADMIN}:7440"}
@@ -102,7 +102,8 @@ func (p *process) kill() {
 
 var ips = map[string]string{"west": "10.9.0.1", "east": "10.9.0.2"}
 
-func newLab(t *testing.T) *lab {
+// newLab starts the clusters; identity is more of that section of their configuration.
+func newLab(t *testing.T, identity string) *lab {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "h") // short: Unix sockets' paths are
 	must(t, err)
@@ -124,7 +125,7 @@ func newLab(t *testing.T) *lab {
 		if name == "east" {
 			gateways = `"10.9.0.2:15443"`
 		}
-		l.file(name, "hansed.yaml", hansedYAML, "{GATEWAYS}", gateways, "{ADMIN}", fmt.Sprintf("127.0.%d.1", i+1))
+		l.file(name, "hansed.yaml", hansedYAML, "{IDENTITY}", identity, "{GATEWAYS}", gateways, "{ADMIN}", fmt.Sprintf("127.0.%d.1", i+1))
 		l.hansed[name] = l.run(l.core, name+"-hansed", "hansed", "--config", l.path(name, "hansed.yaml"))
 		l.ready(l.core, fmt.Sprintf("127.0.%d.1:7440", i+1))
 		l.save(l.path(name, "bundle.json"), l.hanse(name, "", "trust", "show", name+".test", "-o", "bundle"))

@@ -243,7 +243,7 @@ func (c *Cluster) obsolete(ctx context.Context, want []*unstructured.Unstructure
 }
 
 // removal is the order in which kinds go: webhooks first, or nothing could be created without hansed; then what writes, so that nothing comes back.
-var removal = []string{"MutatingWebhookConfiguration", "ValidatingWebhookConfiguration", "Deployment", "StatefulSet", "PodDisruptionBudget", "NetworkPolicy", "Service", "ConfigMap", "RoleBinding", "Role", "ClusterRoleBinding", "ClusterRole", "ServiceAccount"}
+var removal = []string{"MutatingWebhookConfiguration", "ValidatingWebhookConfiguration", "DaemonSet", "Deployment", "StatefulSet", "PodDisruptionBudget", "NetworkPolicy", "Service", "ConfigMap", "RoleBinding", "Role", "ClusterRoleBinding", "ClusterRole", "ServiceAccount"}
 
 // installed are the objects of an installation, without definitions and the namespace, in the order in which they are to go.
 func (c *Cluster) installed(ctx context.Context) ([]*unstructured.Unstructured, error) {
@@ -287,13 +287,16 @@ func (c *Cluster) remove(ctx context.Context, o *unstructured.Unstructured) erro
 	return nil
 }
 
-// Wait waits until hansed and the gateways serve. tell is told when what is waited for changes.
+// Wait waits until hansed and the gateways serve, and mends what would be in vain to wait for. tell is told when what is waited for changes, and what was mended.
 func (c *Cluster) Wait(ctx context.Context, tell func(string)) error {
 	last := ""
 	for {
 		waiting, err := c.waiting(ctx)
 		if err == nil && waiting == "" {
 			return nil
+		}
+		if err == nil {
+			err = c.mend(ctx, time.Now(), tell)
 		}
 		switch {
 		case err != nil && ctx.Err() != nil: // what was said before is why
@@ -319,7 +322,7 @@ func (c *Cluster) Wait(ctx context.Context, tell func(string)) error {
 // waiting is what is not ready, "" if all is.
 func (c *Cluster) waiting(ctx context.Context) (string, error) {
 	var out []string
-	for _, kind := range []string{"StatefulSet", "Deployment"} {
+	for _, kind := range []string{"StatefulSet", "Deployment", "DaemonSet"} {
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
 		l, err := c.client.Resource(kinds[kind].GroupVersionResource).Namespace(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: partOf})
@@ -331,15 +334,19 @@ func (c *Cluster) waiting(ctx context.Context) (string, error) {
 		}
 		for i := range l.Items {
 			o := &l.Items[i]
-			want, _, _ := unstructured.NestedInt64(o.Object, "spec", "replicas")
 			number := func(field string) int64 {
 				n, _, _ := unstructured.NestedInt64(o.Object, "status", field)
 				return n
 			}
-			if number("observedGeneration") >= o.GetGeneration() && number("readyReplicas") == want && number("updatedReplicas") == want && number("replicas") == want {
+			want, _, _ := unstructured.NestedInt64(o.Object, "spec", "replicas")
+			all, ready, updated := "replicas", "readyReplicas", "updatedReplicas"
+			if kind == "DaemonSet" {
+				want, all, ready, updated = number("desiredNumberScheduled"), "currentNumberScheduled", "numberReady", "updatedNumberScheduled"
+			}
+			if number("observedGeneration") >= o.GetGeneration() && number(ready) == want && number(updated) == want && number(all) == want {
 				continue
 			}
-			text := fmt.Sprintf("%s: %d of %d ready", o.GetName(), min(number("readyReplicas"), number("updatedReplicas")), want)
+			text := fmt.Sprintf("%s: %d of %d ready", o.GetName(), min(number(ready), number(updated)), want)
 			pods, err := c.client.Resource(gvr("", "v1", "pods")).Namespace(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: nameLabel + "=" + o.GetName(), Limit: 100})
 			if err == nil {
 				if t := troubles(pods.Items); t != "" {

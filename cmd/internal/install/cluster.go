@@ -123,6 +123,7 @@ var kinds = map[string]struct {
 	"Service":                        {gvr("", "v1", "services"), false},
 	"StatefulSet":                    {gvr("apps", "v1", "statefulsets"), false},
 	"Deployment":                     {gvr("apps", "v1", "deployments"), false},
+	"DaemonSet":                      {gvr("apps", "v1", "daemonsets"), false},
 	"PodDisruptionBudget":            {gvr("policy", "v1", "poddisruptionbudgets"), false},
 	"NetworkPolicy":                  {gvr("networking.k8s.io", "v1", "networkpolicies"), false},
 	"ClusterRole":                    {gvr("rbac.authorization.k8s.io", "v1", "clusterroles"), true},

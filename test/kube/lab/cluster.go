@@ -91,6 +91,12 @@ func (c *Cluster) LoadImage(ctx context.Context, archive string) error {
 	return err
 }
 
+// TagImage gives an image of the node a second name.
+func (c *Cluster) TagImage(ctx context.Context, image, as string) error {
+	_, err := run("", exec.CommandContext(ctx, "nsenter", append(c.node(), "ctr", "-n", "k8s.io", "images", "tag", image, as)...))
+	return err
+}
+
 // node are nsenter's arguments for the node's mounts and network.
 func (c *Cluster) node() []string { return []string{"-t", fmt.Sprint(c.pid), "-m", "-n"} }
 

@@ -195,8 +195,9 @@ e2e-kube: kube-tools images ## A mesh's whole life on two real Kubernetes cluste
 	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run '^TestTwoClusters$$' ./test/kube/e2e
 
 .PHONY: e2e-kube-more
-e2e-kube-more: kube-tools images ## More on two real clusters of their own: pods without sidecars on one network (root, as make e2e-kube)
-	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run '^TestFlatNetwork$$' ./test/kube/e2e
+MORE := TestFlatNetwork TestUpgrade
+e2e-kube-more: kube-tools images ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load (root, as make e2e-kube)
+	for t in $(MORE); do HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run "^$$t$$" ./test/kube/e2e || exit 1; done
 
 .PHONY: conformance-gateway
 conformance-gateway: bin/tools/gateway-conformance ## The Gateway API's suite, unmodified: against the cluster of KUBECONFIG, which has Hanse, or one of its own (root, as make lab); writes docs/conformance/report.yaml

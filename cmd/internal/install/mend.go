@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -16,6 +17,7 @@ const (
 
 	// stuckAfter is how long a Pod may run and not be ready before it counts as stuck. One that cannot even run is stuck at once.
 	stuckAfter = time.Minute
+	maxWhy     = 80
 )
 
 // mend deletes the Pods of StatefulSets for which Kubernetes would wait for ever: those of an earlier revision that never become ready. A StatefulSet does not replace them although
@@ -45,6 +47,9 @@ func (c *Cluster) mend(ctx context.Context, now time.Time, tell func(string)) er
 		}
 		if err != nil {
 			return fmt.Errorf("delete pod %s, which is stuck in the revision before: %w", pod.GetName(), err)
+		}
+		if len(why) > maxWhy {
+			why = strings.ToValidUTF8(why[:maxWhy], "") + "…"
 		}
 		tell(fmt.Sprintf("%s was stuck in the revision before (%s), where Kubernetes would leave it: deleted, and made anew", pod.GetName(), why))
 	}

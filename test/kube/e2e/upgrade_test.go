@@ -101,7 +101,9 @@ func TestUpgrade(t *testing.T) {
 		west.kubectl("-n", "shop", "scale", "deployment/payments", "--replicas=1")
 		s.until(time.Minute, func() error { return west.answered("frontend", paymentsURL, "west") })
 		east.export("catalog")
-		s.until(30*time.Second, func() error { return west.answered("frontend", "http://catalog.shop.svc.clusterset.local:8080/", "east") })
+		s.until(30*time.Second, func() error {
+			return west.answered("frontend", "http://catalog.shop.svc.clusterset.local:8080/", "east")
+		})
 	})
 }
 

@@ -14,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hanse-mesh/hanse/identity/peercred"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -27,6 +27,9 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/hanse-mesh/hanse/identity/peercred"
+	"github.com/hanse-mesh/hanse/identity/sds"
 )
 
 // listenUnix opens the socket of the Workload API. A socket that a dead process left is replaced. Others than its owner can only reach it where
@@ -107,26 +110,27 @@ func (l *admitted) Accept() (net.Conn, error) {
 	}
 }
 
-// ServeWorkloadAPI serves the SPIFFE Workload API on lis until ctx ends. Whoever can connect gets the workload's
+// ServeWorkloadAPI serves the SPIFFE Workload API, and Envoy's SDS, on lis until ctx ends. Whoever can connect gets the workload's
 // identity: lis must let nobody else in.
 func (a *Agent) ServeWorkloadAPI(ctx context.Context, lis net.Listener) error {
 	s := grpc.NewServer(
 		grpc.MaxRecvMsgSize(1<<20),
 		grpc.ConnectionTimeout(10*time.Second),
-		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
-			if err := checkHeader(ctx); err != nil {
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+			if err := checkHeader(ctx, info.FullMethod); err != nil {
 				return nil, err
 			}
 			return h(ctx, req)
 		}),
-		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
-			if err := checkHeader(stream.Context()); err != nil {
+		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+			if err := checkHeader(stream.Context(), info.FullMethod); err != nil {
 				return err
 			}
 			return h(srv, stream)
 		}),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(s, &workloadServer{agent: a})
+	sds.Register(s, a.src, a.log)
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(lis) }()
 	var err error
@@ -141,8 +145,12 @@ func (a *Agent) ServeWorkloadAPI(ctx context.Context, lis net.Listener) error {
 	return err
 }
 
-// checkHeader wants the header that keeps web pages out (SPIFFE Workload API §3, SPIFFE Workload Endpoint §4).
-func checkHeader(ctx context.Context) error {
+// checkHeader wants the header that keeps web pages out (SPIFFE Workload API §3, SPIFFE Workload Endpoint §4). Envoy, whose SDS is no part of
+// that standard, does not send it.
+func checkHeader(ctx context.Context, method string) error {
+	if strings.HasPrefix(method, "/"+secretv3.SecretDiscoveryService_ServiceDesc.ServiceName+"/") {
+		return nil
+	}
 	md, _ := metadata.FromIncomingContext(ctx)
 	if v := md.Get("workload.spiffe.io"); len(v) != 1 || v[0] != "true" {
 		return status.Error(codes.InvalidArgument, "security header missing from request")

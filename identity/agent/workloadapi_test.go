@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -139,6 +141,24 @@ func TestWorkloadAPI(t *testing.T) {
 		}
 		if len(w.serials) < 3 || w.roots < 2 {
 			t.Errorf("%d SVIDs and %d roots seen", len(w.serials), w.roots)
+		}
+	})
+	t.Run("SDS", func(t *testing.T) { // Envoy sends no header
+		conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		check(t, err)
+		defer conn.Close()
+		stream, err := secretv3.NewSecretDiscoveryServiceClient(conn).StreamSecrets(ctx)
+		check(t, err)
+		check(t, stream.Send(&discoveryv3.DiscoveryRequest{}))
+		seen := map[string]bool{}
+		for len(seen) < 2 { // renewals
+			resp, err := stream.Recv()
+			check(t, err)
+			if len(resp.Resources) != 3 {
+				t.Fatalf("%d secrets, want the SVID and two bundles", len(resp.Resources))
+			}
+			seen[string(resp.Resources[2].Value)] = true
+			check(t, stream.Send(&discoveryv3.DiscoveryRequest{VersionInfo: resp.VersionInfo, ResponseNonce: resp.Nonce}))
 		}
 	})
 	t.Run("the header is required", func(t *testing.T) {

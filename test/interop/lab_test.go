@@ -67,6 +67,21 @@ log: {access: {POD}.access.log}
 drainTimeout: 1s
 `
 
+// shortLives let SVIDs be renewed while a test looks.
+const shortLives = ", x509Life: 6s, jwtLife: 30s, rootLife: 2h"
+
+const agentYAML = `
+role: agent
+cluster: {NAME}
+trustDomain: {NAME}.test
+namespace: shop
+controlPlane: {identity: ["{IP}:7444"], xds: ["{IP}:7445"], trustBundle: bundle.json, tokenFile: {ACCOUNT}.token}
+stateDir: {ACCOUNT}
+socket: {ACCOUNT}/w.sock
+admin: {listen: "{ADMIN}:15021"}
+timers: {sync: 1s}
+`
+
 // pod is a workload's network namespace, and the sidecar in it.
 type pod struct {
 	l       *lab
@@ -170,6 +185,22 @@ func (p *pod) start() {
 	p.l.t.Helper()
 	p.sidecar = p.l.run(p.ns, p.name+"-sidecar", "hanse-proxy", "--config", p.l.path(p.cluster, p.name+".yaml"))
 	p.l.ready(p.ns, "127.0.0.1:15020")
+}
+
+// agents starts one for west's client and one for east's server, in core, and returns the sockets of their Workload APIs.
+func (l *lab) agents() map[string]string {
+	l.t.Helper()
+	sockets := map[string]string{}
+	for i, cluster := range []string{"west", "east"} {
+		account := []string{"client", "server"}[i]
+		l.save(l.path(cluster, account+".token"), l.hanse(cluster, "", "token", "create", "--agent", "shop/"+account))
+		admin := fmt.Sprintf("127.0.%d.1", i+1)
+		l.file(cluster, "agent.yaml", agentYAML, "{ACCOUNT}", account, "{ADMIN}", admin)
+		l.run(l.core, cluster+"-agent", "hanse-proxy", "--config", l.path(cluster, "agent.yaml"))
+		l.ready(l.core, admin+":15021")
+		sockets[cluster] = l.path(cluster, account+"/w.sock")
+	}
+	return sockets
 }
 
 func haveIPv6() bool {

@@ -65,8 +65,8 @@ bin/tools/grpc-interop-client: test/interop/go.mod
 
 bin/tools/spiffe-venv/ready: test/interop/python/requirements.txt
 	@mkdir -p bin/tools
-	python3 -m venv --clear bin/tools/spiffe-venv
-	bin/tools/spiffe-venv/bin/pip install --quiet --require-hashes --only-binary :all: -r $<
+	python3 -m venv --clear bin/tools/spiffe-venv && bin/tools/spiffe-venv/bin/pip install --quiet --require-hashes --only-binary :all: -r $< || \
+	  { rm -rf bin/tools/spiffe-venv; exit 1; } # half of one would be taken for a whole
 	@touch $@
 
 .PHONY: test-spire

@@ -200,6 +200,11 @@ func (c *cli) validateCommand() *cobra.Command {
 				return err
 			}
 			fmt.Fprintf(c.out, "OK: %s in %s.\n", counted(len(all), "object"), counted(len(l), "file"))
+			for _, o := range all {
+				if o.Kind == "Drill" {
+					fmt.Fprintf(c.err, "note: %s: %s is for hanse drill run -f; hansed's configuration directory and API servers are no place for it\n", o.File, o.Key())
+				}
+			}
 			return nil
 		},
 	}

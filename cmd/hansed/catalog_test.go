@@ -158,3 +158,23 @@ func TestFilesAndAppliedDoNotHideEachOther(t *testing.T) {
 		t.Errorf("the fault does not say where: %+v", f)
 	}
 }
+
+// A Drill in the configuration does nothing, and that is said; the rest is in force.
+func TestADrillIsNoConfiguration(t *testing.T) {
+	const drill = "apiVersion: hanse.mesh/v1alpha1\nkind: Drill\nmetadata: {name: d}\nspec: {mode: drain, scope: {cluster: west}}\n"
+	dir := t.TempDir()
+	for name, text := range map[string]string{"payments.yaml": paymentsYAML, "game-day.yaml": drill} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, wait := start(t, storetest.NewMemory(1), dir, filepath.Join(t.TempDir(), "ids.json"))
+	wait("payments", func(s *discovery.Snapshot) bool { return payments(s) != nil })
+	if f := c.Faults(); len(f) != 1 || !strings.HasSuffix(f[0].File, "game-day.yaml") || f[0].Object != "Drill d" || f[0].Field != "kind" || !strings.Contains(f[0].Reason, "hanse drill run -f") {
+		t.Errorf("a Drill in the directory: %+v", f)
+	}
+	var refused *admin.Error
+	if _, err := c.Apply(context.Background(), []byte(strings.Replace(drill, "name: d", "name: e", 1)), false); !errors.As(err, &refused) || len(refused.Faults) != 1 || !strings.Contains(refused.Faults[0].Reason, "hanse drill run -f") {
+		t.Errorf("applying a Drill: %v", err)
+	}
+}

@@ -158,11 +158,17 @@ func (w *webhook) inject(r *admissionv1.AdmissionRequest, namespace map[string]s
 	return &admissionv1.AdmissionResponse{Allowed: true, Patch: patch, PatchType: &kind}, "injected"
 }
 
-// validate gives the verdict of `hanse validate`.
+// validate gives the verdict of `hanse validate`; a Drill, which is good in a file, does nothing in an API server.
 func validate(r *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, string) {
 	if len(r.Object.Raw) > 0 {
-		if _, err := objects.Decode(r.Object.Raw, ""); err != nil {
+		decoded, err := objects.Decode(r.Object.Raw, "")
+		if err != nil {
 			return refused(err)
+		}
+		for _, o := range decoded {
+			if o.Kind == "Drill" {
+				return refused(errors.New(objects.DrillIsRun))
+			}
 		}
 	}
 	return &admissionv1.AdmissionResponse{Allowed: true}, "allowed"

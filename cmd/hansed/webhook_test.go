@@ -69,6 +69,9 @@ func TestWebhook(t *testing.T) {
 	if got := review(t, h, "/validate", "AccessPolicy", strings.Replace(good, "spiffe://a/b", "b", 1)); got.Allowed || !strings.Contains(got.Result.Message, "spec.rules[0].from[0]") {
 		t.Errorf("a bad policy: %+v", got.Result)
 	}
+	if got := review(t, h, "/validate", "Drill", `{"apiVersion":"hanse.mesh/v1alpha1","kind":"Drill","metadata":{"name":"d"},"spec":{"mode":"drain","scope":{"cluster":"west"}}}`); got.Allowed || !strings.Contains(got.Result.Message, "hanse drill run -f") {
+		t.Errorf("a Drill in an API server: %+v", got)
+	}
 	for _, body := range []string{"", "{", `{"apiVersion":"admission.k8s.io/v1beta1","kind":"AdmissionReview","request":{}}`, `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`} {
 		w := httptest.NewRecorder()
 		if h.ServeHTTP(w, httptest.NewRequest("POST", "/inject/pod", strings.NewReader(body))); w.Code != http.StatusBadRequest {

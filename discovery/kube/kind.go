@@ -71,7 +71,7 @@ func kinds() []*kind {
 		{name: "Namespace", resource: "namespaces", groups: []schema.GroupVersion{core}, typed: &corev1.Namespace{}, trim: trimNamespace, condense: condenseNamespace},
 	}
 	for _, o := range objects.Kinds() {
-		if o.Name == "Drill" { // obeyed from the cluster's own store only
+		if o.Name == "Drill" { // not configuration: see Source.publish
 			continue
 		}
 		k := &kind{name: o.Name, resource: o.Plural, object: o.New}

@@ -252,7 +252,7 @@ func (s *crdStore) wanted(name string) bool {
 			return true
 		}
 	}
-	return false
+	return name == drillCRD
 }
 
 // Add implements cache.ReflectorStore, as do the others.
@@ -264,7 +264,7 @@ func (s *crdStore) Add(o any) error {
 	crd := u.(*unstructured.Unstructured)
 	if s.wanted(crd.GetName()) {
 		s.source.mu.Lock()
-		s.source.crds[crd.GetName()] = crd
+		s.source.crds[crd.GetName()], s.source.dirty = crd, true
 		s.source.mu.Unlock()
 		s.source.signal()
 	}
@@ -280,6 +280,7 @@ func (s *crdStore) Delete(o any) error {
 	_, name := accessor(o)
 	s.source.mu.Lock()
 	delete(s.source.crds, name.Name)
+	s.source.dirty = true
 	s.source.mu.Unlock()
 	s.source.signal()
 	return nil

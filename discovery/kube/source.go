@@ -277,6 +277,12 @@ func (s *Source) replace(k *kind, list []*kept) {
 	s.signal()
 }
 
+// drillCRD is a definition that Hanse does not bring.
+const drillCRD = "drills.hanse.mesh"
+
+var drillsDefined = &objects.Fault{File: origin, Object: "CustomResourceDefinition " + drillCRD,
+	Reason: "Drills of an API server are not read: each is run once, by hanse drill run -f FILE. Take the definition out"}
+
 // publish brings what changed into the Set.
 func (s *Source) publish() {
 	s.mu.Lock()
@@ -295,6 +301,7 @@ func (s *Source) publish() {
 		put, gone = append(put, p...), append(gone, g...)
 	}
 	complete := s.complete()
+	_, drills := s.crds[drillCRD]
 	stale := s.ips == nil // ClustersetIPs are others now, or may be
 	for _, k := range s.kinds {
 		s.objectCount.WithLabelValues(k.name).Set(float64(len(k.items)))
@@ -305,6 +312,9 @@ func (s *Source) publish() {
 		s.set = s.set.Delete(gone...).Put(put...)
 	}
 	faults := slices.Concat(slices.Collect(maps.Values(s.faults))...)
+	if drills {
+		faults = append(faults, drillsDefined)
+	}
 	slices.SortFunc(faults, func(a, b *objects.Fault) int {
 		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Field, b.Field))
 	})

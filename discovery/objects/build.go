@@ -63,6 +63,9 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 	snap.Access = b.accessPolicies(snap.Services)
 	snap.Peers = b.peers()
 	snap.TrustDomains = b.trustDomains()
+	for _, o := range b.Set.sorted("Drill") {
+		b.fault(o, "kind", o.Kind, "%s", DrillIsRun)
+	}
 
 	if !in.Complete {
 		b.keepUnseen()
@@ -74,6 +77,9 @@ func Build(in Input) (*discovery.Snapshot, *State, []*Fault) {
 	sortFaults(b.faults)
 	return snap, b.next, b.faults
 }
+
+// DrillIsRun says what is wrong with a Drill that is taken for configuration.
+const DrillIsRun = "a Drill is run once, by hanse drill run -f FILE; nothing happens because it is here: take it out"
 
 // keepUnseen keeps the memory of objects that a source which was not read whole may still bring.
 func (b *builder) keepUnseen() {

@@ -598,8 +598,8 @@ func (c *checker) drill(d *v1alpha1.Drill) {
 			}
 		}
 	}
-	if v := c.positive("spec.duration", s.Duration); v > 24*time.Hour {
-		c.add("spec.duration", *s.Duration, "must be at most 24h")
+	if v := c.positive("spec.duration", s.Duration); v > 0 && (v < v1alpha1.MinDrill || v > v1alpha1.MaxDrill) {
+		c.add("spec.duration", *s.Duration, "must be from 1s to 1h")
 	}
 	if _, err := s.MinSuccess(); err != nil {
 		c.add("spec.abortIf", s.AbortIf, "must be such as success<99%%, with a rate from 0 to 100")

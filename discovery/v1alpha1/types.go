@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
@@ -355,6 +356,12 @@ const (
 	DrillRotate              = "rotate"
 )
 
+// How long a Drill may last.
+const (
+	MinDrill = time.Second
+	MaxDrill = time.Hour
+)
+
 // DrillModes lists them.
 func DrillModes() []string {
 	return []string{DrillDrain, DrillBlackhole, DrillErrors, DrillSlow, DrillExpireCertificates, DrillDistrustRoot, DrillSilenceControlPlane, DrillCutFederation, DrillRotate}
@@ -364,7 +371,7 @@ func DrillModes() []string {
 type DrillSpec struct {
 	Mode  string     `json:"mode"`
 	Scope DrillScope `json:"scope"`
-	// Duration after which the drill ends by itself; default 2m, at most 24h.
+	// Duration after which the drill ends by itself; default 2m, from 1s to 1h.
 	Duration *gatewayv1.Duration `json:"duration,omitempty"`
 	// AbortIf ends the drill early, as "success<99%": the success of any caller over 10 s. The default is success<99%.
 	AbortIf string `json:"abortIf,omitempty"`

@@ -313,6 +313,15 @@ func TestDefinitionsComeAndGo(t *testing.T) {
 	if src.Set().Len() == 0 {
 		t.Error("everything went")
 	}
+	// Somebody's own definition of Drill: nothing happens by its objects, and that is said.
+	drills := func() bool {
+		return slices.ContainsFunc(src.Faults(), func(f *objects.Fault) bool { return f.Object == "CustomResourceDefinition drills.hanse.mesh" })
+	}
+	s.apply([]byte("apiVersion: apiextensions.k8s.io/v1\nkind: CustomResourceDefinition\nmetadata: {name: drills.hanse.mesh}\nspec: {group: hanse.mesh, scope: Cluster, names: {kind: Drill, plural: drills, singular: drill}, " +
+		"versions: [{name: v1alpha1, served: true, storage: true, schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}}]}\n"))
+	until(t, "the definition is reported", drills)
+	s.delete(crdsR, "", "drills.hanse.mesh")
+	until(t, "it no longer is", func() bool { return !drills() })
 }
 
 // TestServerRestarts: an API server that is away costs freshness only, and what changed meanwhile comes.

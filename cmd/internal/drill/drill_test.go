@@ -17,6 +17,7 @@ import (
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/discovery"
+	"github.com/hanse-mesh/hanse/discovery/objects"
 )
 
 var payments = discovery.Name{Namespace: "shop", Name: "payments"}
@@ -84,6 +85,21 @@ func TestPlanNamesWhoTakesOver(t *testing.T) {
 				t.Errorf("covered=%v %s\nwant    %v %s", plan.Covered, strings.Join(got, "; "), c.covered, c.want)
 			}
 		})
+	}
+}
+
+// hanse validate and hanse drill run have the same bounds.
+func TestHowLongADrillMayLast(t *testing.T) {
+	for length, ok := range map[string]bool{"500ms": false, "1s": true, "1h": true, "1h1s": false, "24h": false} {
+		_, invalid := objects.Decode([]byte("apiVersion: hanse.mesh/v1alpha1\nkind: Drill\nmetadata: {name: d}\nspec: {mode: drain, scope: {cluster: west}, duration: "+length+"}\n"), "d.yaml")
+		d, err := time.ParseDuration(length)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, refused := Complete(admin.DrillSpec{Mode: Drain, For: d.Seconds()}, "west")
+		if (invalid == nil) != ok || (refused == nil) != ok {
+			t.Errorf("%s: validate says %v, run says %v", length, invalid, refused)
+		}
 	}
 }
 

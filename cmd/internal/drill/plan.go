@@ -41,7 +41,6 @@ func inSidecars(mode string) bool { return !inControlPlane(mode) || mode == Dist
 
 const (
 	defaultFor     = 2 * time.Minute
-	maxFor         = time.Hour
 	defaultGuard   = "success<99%"
 	defaultLatency = 500 * time.Millisecond
 	defaultStatus  = 503
@@ -60,8 +59,8 @@ func Complete(spec admin.DrillSpec, self string) (admin.DrillSpec, error) {
 	if spec.For == 0 {
 		spec.For = defaultFor.Seconds()
 	}
-	if d := seconds(spec.For); d < time.Second || d > maxFor {
-		return spec, fmt.Errorf("drill duration %s: want between 1s and %s", d, maxFor)
+	if d := seconds(spec.For); d < v1alpha1.MinDrill || d > v1alpha1.MaxDrill {
+		return spec, fmt.Errorf("drill duration %s: want between %s and %s", d, v1alpha1.MinDrill, v1alpha1.MaxDrill)
 	}
 	spec.AbortIf = cmp.Or(spec.AbortIf, defaultGuard)
 	if _, err := ParseGuard(spec.AbortIf); err != nil {

@@ -71,7 +71,7 @@ bin/tools/spiffe-venv/ready: test/interop/python/requirements.txt
 
 .PHONY: test-spire
 test-spire: build bin/tools/spire-server ## Unmodified spire-agent and spire-server CLI v1.13.3 against hansed
-	cd test/spire && $(GO) vet . && $(GO) test -count=1 -timeout 10m .
+	cd test/spire && $(GO) vet . && $(GO) test -count=1 -parallel 4 -timeout 10m .
 
 bin/tools/spire-server: test/spire/go.mod
 	@mkdir -p bin/tools

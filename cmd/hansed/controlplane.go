@@ -255,7 +255,7 @@ func (p *controlPlane) openAuthority(ctx context.Context, leader leaderStore, re
 		p.roots = newRoots(p, leader)
 		authority.Replica, authority.Join, authority.Peers, authority.Until = cfg.Replica, true, p.roots, p.roots.Until
 	}
-	if p.authority, err = ca.Open(authority); err != nil {
+	if p.authority, err = p.openCA(ctx, authority); err != nil {
 		return err
 	}
 	p.issuer = ownAuthority{p.authority, identity.ControlPlaneID(p.td), cfg.Identity.X509Life.Duration}

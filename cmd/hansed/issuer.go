@@ -91,6 +91,24 @@ type upstreamCA interface {
 	Err() error // of what was tried last; nil: it is well
 }
 
+// openCA opens the own authority. Where it needs a signature from a SPIRE above, that is waited for.
+func (p *controlPlane) openCA(ctx context.Context, cfg ca.Config) (*ca.Authority, error) {
+	ctx, cancel := context.WithTimeout(ctx, firstPatience)
+	defer cancel()
+	for {
+		a, err := ca.Open(cfg)
+		if err != nil && errors.Is(err, ca.ErrUpstream) {
+			err = fmt.Errorf("identity.upstream: %w", err)
+		}
+		if p.cfg.Identity.Upstream.SPIRE.Server == "" || !errors.Is(err, ca.ErrUpstream) {
+			return a, err
+		}
+		if pause(ctx, 500*time.Millisecond); ctx.Err() != nil {
+			return nil, err
+		}
+	}
+}
+
 // openUpstream opens what the configuration sets above the own authority, if anything.
 func (p *controlPlane) openUpstream() (upstreamCA, error) {
 	c, log := p.cfg.Identity.Upstream, p.log.With("part", "upstream")
@@ -98,10 +116,8 @@ func (p *controlPlane) openUpstream() (upstreamCA, error) {
 	case c.SPIRE.Server != "":
 		return upstream.NewSPIRE(upstream.SPIREConfig{Server: c.SPIRE.Server, WorkloadAPI: c.SPIRE.WorkloadAPI, TrustDomain: p.td, Log: log})
 	case c.Dir != "" || c.CertFile != "":
-		f, err := upstream.OpenFiles(upstream.FilesConfig{Dir: c.Dir, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile, TrustDomain: p.td, Now: p.now, Log: log})
-		if err != nil {
-			return nil, fmt.Errorf("identity.upstream: %w", err)
-		}
+		// What is wrong with them is in the log, and in Err. A CA that they signed before signs on; without one the start ends.
+		f, _ := upstream.OpenFiles(upstream.FilesConfig{Dir: c.Dir, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile, TrustDomain: p.td, Now: p.now, Log: log})
 		return f, nil
 	}
 	return nil, nil

@@ -36,6 +36,9 @@ type Trusted struct {
 	Final bool
 }
 
+// ErrUpstream is wrapped by errors of the Upstream, without whose signature nothing can be signed.
+var ErrUpstream = errors.New("have a CA signed upstream")
+
 const upstreamTime = 30 * time.Second // for one signature
 
 // signedBy makes r a CA below an upstream root.
@@ -44,7 +47,7 @@ func (r *root) signedBy(up Upstream, template *x509.Certificate) error {
 	defer cancel()
 	chain, err := up.Sign(ctx, template, r.key)
 	if err != nil {
-		return fmt.Errorf("have a CA signed upstream: %w", err)
+		return fmt.Errorf("%w: %w", ErrUpstream, err)
 	}
 	if len(chain) == 0 || !r.key.PublicKey.Equal(chain[0].PublicKey) {
 		return errors.New("the upstream authority signed another key than this one")
@@ -129,6 +132,9 @@ func (a *Authority) followUpstream() error {
 			return err
 		}
 	}
+	if err := a.taintUpstream(t.Tainted); err != nil {
+		return err
+	}
 	rests := func(d Added) bool {
 		return !t.Final && d.Certificate != nil && slices.ContainsFunc(a.state.Load().roots, func(r *root) bool { return r.anchor != nil && r.anchor.Equal(d.Certificate) })
 	}
@@ -147,6 +153,30 @@ func (a *Authority) followUpstream() error {
 		return fmt.Errorf("take what has gone upstream out of the bundle of %s: %w", a.cfg.TrustDomain, err)
 	}
 	a.log.Warn("what has gone upstream left the bundle", "sequence", a.Sequence())
+	return nil
+}
+
+// taintUpstream has agents leave what is tainted upstream as soon as something else signs, so that it can be revoked without shutting them out.
+func (a *Authority) taintUpstream(tainted []*x509.Certificate) error {
+	act := a.state.Load().with(active)
+	leave := func(d Added) bool {
+		return d.Upstream && !d.Tainted && d.Certificate != nil && slices.ContainsFunc(tainted, d.Certificate.Equal) &&
+			(act == nil || act.anchor == nil || !act.anchor.Equal(d.Certificate))
+	}
+	if !slices.ContainsFunc(a.state.Load().added, leave) {
+		return nil
+	}
+	err := a.change(func(n *state) bool {
+		n.added = slices.Clone(n.added)
+		for i, d := range n.added {
+			n.added[i].Tainted = d.Tainted || leave(d)
+		}
+		return true
+	})
+	if err != nil {
+		return fmt.Errorf("taint what is tainted upstream of %s: %w", a.cfg.TrustDomain, err)
+	}
+	a.log.Warn("a root is tainted upstream: agents renew what rests on it", "sequence", a.Sequence())
 	return nil
 }
 

@@ -258,6 +258,7 @@ func (s *Server) Run(ctx context.Context) error {
 	for {
 		if err := s.readBundle(ctx); err != nil && ctx.Err() == nil {
 			s.failed("bundle", err)
+			dirty = true // it may come back with what it had long ago
 		} else if (dirty || !s.cfg.Now().Before(due)) && s.cfg.Leads() {
 			next, err := s.reconcile(ctx)
 			if err != nil && ctx.Err() == nil {

@@ -266,6 +266,31 @@ func TestFollowerOnlyReads(t *testing.T) {
 	}
 }
 
+// TestServerComes: a first start waits for the server.
+func TestServerComes(t *testing.T) {
+	t.Parallel()
+	s := newSPIRE(t)
+	s.eventually() // it serves
+	s.stop()
+	o, err := onspire.New(onspire.Config{Address: "unix://" + s.path, WorkloadAPI: "unix:///nowhere", TrustDomain: west})
+	check(t, err)
+	defer o.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	came := make(chan error, 1)
+	go func() { came <- o.First(ctx) }()
+	select {
+	case err := <-came:
+		t.Fatalf("it does not wait: %v", err)
+	case <-time.After(time.Second):
+	}
+	s.start()
+	check(t, <-came)
+	if _, ok := o.Bundle(); !ok {
+		t.Error("no bundle")
+	}
+}
+
 func TestOtherTrustDomainIsRefused(t *testing.T) {
 	t.Parallel()
 	s := newSPIRE(t)

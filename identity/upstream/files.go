@@ -58,7 +58,7 @@ type Files struct {
 	err     error // guarded by mu; of the last reading
 }
 
-// OpenFiles reads the files; they must be good.
+// OpenFiles reads the files. The error says what is wrong with them; the Files can be used all the same, and signs when they are good.
 func OpenFiles(cfg FilesConfig) (*Files, error) {
 	if cfg.Dir != "" {
 		cfg.CertFile, cfg.KeyFile, cfg.CAFile = filepath.Join(cfg.Dir, "tls.crt"), filepath.Join(cfg.Dir, "tls.key"), filepath.Join(cfg.Dir, "ca.crt")
@@ -261,8 +261,12 @@ func privateKey(b []byte) (crypto.Signer, error) {
 // Sign implements ca.Upstream.
 func (f *Files) Sign(_ context.Context, template *x509.Certificate, key crypto.Signer) ([]*x509.Certificate, error) {
 	f.mu.Lock()
-	chain, signer, all := f.chain, f.key, f.trusted.Bundle.X509Authorities()
+	chain, signer, trusted, err := f.chain, f.key, f.trusted.Bundle, f.err
 	f.mu.Unlock()
+	if trusted == nil {
+		return nil, err
+	}
+	all := trusted.X509Authorities()
 	t := *template
 	if t.NotBefore.Before(chain[0].NotBefore) {
 		t.NotBefore = chain[0].NotBefore

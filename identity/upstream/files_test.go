@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -117,9 +118,7 @@ func open(t *testing.T, state, dir string) (*ca.Authority, *upstream.Files, func
 	done := make(chan error, 2)
 	var f *upstream.Files
 	if dir != "" {
-		var err error
-		f, err = upstream.OpenFiles(upstream.FilesConfig{Dir: dir, TrustDomain: west, Interval: time.Minute})
-		check(t, err)
+		f, _ = upstream.OpenFiles(upstream.FilesConfig{Dir: dir, TrustDomain: west, Interval: time.Minute})
 		cfg.Upstream = f
 		go func() { done <- f.Run(ctx) }()
 	} else {
@@ -229,6 +228,51 @@ func TestFilesRotate(t *testing.T) {
 			t.Errorf("roots %q, want the one on disk", got)
 		}
 		stop()
+	})
+}
+
+// TestFilesBroken: while the files are broken, and over a restart too, the CA that they signed before signs on, until it expires; its successor
+// is made when they are good again.
+func TestFilesBroken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, state := t.TempDir(), t.TempDir()
+		root := newCA(t, "root", nil, 30*24*time.Hour, nil)
+		save(t, dir, root, nil, root)
+		a, _, stop := open(t, state, dir)
+		w := &watch{t: t}
+		w.pass(a, time.Hour)
+		signs := func() string { return string(w.svids[len(w.svids)-1][0].AuthorityKeyId) }
+		first := signs()
+		stop()
+		save(t, dir, &authority{cert: root.cert, key: newCA(t, "another", nil, time.Hour, nil).key}, nil, root)
+		a, f, stop := open(t, state, dir)
+		w.pass(a, 21*time.Hour) // of the 24 of its life
+		if signs() != first || f.Err() == nil || !strings.Contains(f.Err().Error(), "tls.key is not the key of") {
+			t.Errorf("another CA signs, or error %v", f.Err())
+		}
+		save(t, dir, root, nil, root)
+		w.pass(a, 5*time.Hour)
+		if signs() == first || f.Err() != nil {
+			t.Errorf("the first CA still signs, error %v", f.Err())
+		}
+		stop()
+
+		// One that has just been set, and is broken, changes nothing; without any CA there is no start.
+		save(t, dir, &authority{cert: root.cert, key: newCA(t, "another", nil, time.Hour, nil).key}, nil, root)
+		own := t.TempDir()
+		a, _, stop = open(t, own, "")
+		w = &watch{t: t}
+		w.pass(a, time.Hour)
+		stop()
+		a, f, stop = open(t, own, dir)
+		w.pass(a, time.Hour)
+		if got := roots(a); len(got) != 1 || got[0] != "west.demo" || f.Err() == nil {
+			t.Errorf("roots %q, error %v", got, f.Err())
+		}
+		stop()
+		if _, err := ca.Open(ca.Config{Dir: t.TempDir(), TrustDomain: west, Upstream: f}); !errors.Is(err, ca.ErrUpstream) || !strings.Contains(err.Error(), "tls.key is not the key of") {
+			t.Errorf("a first start: %v", err)
+		}
 	})
 }
 

@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -49,10 +50,11 @@ type SPIRE struct {
 	svids   svidv1.SVIDClient
 	bundles bundlev1.BundleClient
 
-	mu      sync.Mutex
-	trusted ca.Trusted    // guarded by mu; zero until the first answer
-	changed chan struct{} // guarded by mu
-	err     error         // guarded by mu; of the last call
+	mu       sync.Mutex
+	trusted  ca.Trusted    // guarded by mu; zero until the first answer
+	changed  chan struct{} // guarded by mu
+	err      error         // guarded by mu; of the last call
+	agentErr error         // guarded by mu; of the Workload API
 }
 
 // NewSPIRE builds a SPIRE. It connects when it is used.
@@ -60,7 +62,7 @@ func NewSPIRE(cfg SPIREConfig) (*SPIRE, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &SPIRE{cfg: cfg, log: cfg.Log, creds: identity.NewSource(), changed: make(chan struct{})}
+	s := &SPIRE{cfg: cfg, log: cfg.Log, creds: identity.NewSource(), changed: make(chan struct{}), err: errors.New("it has not answered yet")}
 	var err error
 	s.conn, err = grpc.NewClient("dns:///"+cfg.Server,
 		grpc.WithTransportCredentials(credentials.NewTLS(identity.ClientTLS(s.creds, identity.AuthorizeID(identity.SPIREServerID(cfg.TrustDomain)), "h2"))),
@@ -118,11 +120,11 @@ func (s *SPIRE) note(ctx context.Context, err error) {
 	}
 }
 
-// Err says what the last call failed by; nil: all is well.
+// Err says what fails at the agent or the server; nil: all is well.
 func (s *SPIRE) Err() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.err
+	return cmp.Or(s.agentErr, s.err)
 }
 
 // String names the server, for people.
@@ -134,7 +136,14 @@ type watcher struct{ *SPIRE }
 func (w watcher) OnX509ContextUpdate(x *workloadapi.X509Context) { w.take(x) }
 
 func (w watcher) OnX509ContextWatchError(err error) {
-	w.log.Warn("cannot follow the Workload API; the last SVID stays in force", "address", w.cfg.WorkloadAPI, "err", err)
+	err = fmt.Errorf("the Workload API %s: %w", w.cfg.WorkloadAPI, err)
+	w.mu.Lock()
+	news := w.agentErr == nil || w.agentErr.Error() != err.Error()
+	w.agentErr = err
+	w.mu.Unlock()
+	if news {
+		w.log.Warn("the upstream's agent is not followed; the last SVID stays in force", "err", err)
+	}
 }
 
 // take uses the SVID that the agent gives first: this process should have but one.
@@ -144,6 +153,9 @@ func (s *SPIRE) take(x *workloadapi.X509Context) {
 		bundles[s.cfg.TrustDomain] = spiffebundle.FromX509Bundle(b)
 	}
 	s.creds.Set(x.DefaultSVID(), bundles)
+	s.mu.Lock()
+	s.agentErr = nil
+	s.mu.Unlock()
 }
 
 // ready sees to an SVID, which Run may not have brought yet.

@@ -81,7 +81,8 @@ func TestFederation(t *testing.T) {
 			east.agentSock = east.dir + "/w.sock"
 			west.rootLife = "4m" // its refresh hint is 12 s then
 			east.startSPIRE()
-			east.spireAgent(east.serverAddress())
+			host, port := east.serverAddress()
+			east.spireAgent("spire-agent", east.agentSock, host, port)
 			west.up("60s")
 			west.sidecars()
 

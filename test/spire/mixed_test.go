@@ -58,8 +58,12 @@ type member struct {
 	federates string // of spire-server's configuration: its bundle endpoint
 	rootLife  string // of hansed's own authority; default 2h
 	web       string // of hansed's: its https_web bundle endpoint
+	sync      string // of spire-agent's configuration
+	ownSock   string // Workload API of hansed, which then has a spire-agent to itself; "": agentSock
 
 	startServer, stopServer func()
+	hansed                  *proc
+	agent, ownAgent         *spireAgentOf
 }
 
 func newMesh(t *testing.T, kinds map[string]kind, names ...string) *mesh {
@@ -163,7 +167,8 @@ func (c *member) network() string {
 }
 
 func (c *member) startHansed() {
-	c.start("hansed", filepath.Join(c.dir, "hansed"), "--config", filepath.Join(c.dir, "hansed.yaml"))
+	c.m.t.Helper()
+	c.hansed = run(c.m.t, filepath.Join(c.dir, "hansed.log"), filepath.Join(c.dir, "hansed"), "--config", filepath.Join(c.dir, "hansed.yaml"))
 }
 
 const services = `apiVersion: v1
@@ -235,7 +240,10 @@ func (c *member) up(x509Life string) {
 	if c.kind == realSPIRE {
 		c.startSPIRE()
 		host, port := c.serverAddress()
-		c.spireAgent(host, port)
+		c.agent = c.spireAgent("spire-agent", c.agentSock, host, port)
+		if c.ownSock != "" {
+			c.ownAgent = c.spireAgent("own-agent", c.ownSock, host, port)
+		}
 		server := "unix://" + c.spireAPI
 		own := fmt.Sprintf("    controlPlane:\n    - {parent: \"spiffe://{{.TrustDomain}}/node\", selectors: [\"unix:path:%s/hansed\"]}\n", c.dir)
 		if c.remote {
@@ -250,7 +258,7 @@ func (c *member) up(x509Life string) {
     - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/gateway"]}
 %s    entries:
     - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/{{.ServiceAccount}}"]}
-`, server, c.agentSock, c.dir, own, c.dir), more)
+`, server, cmp.Or(c.ownSock, c.agentSock), c.dir, own, c.dir), more)
 	} else {
 		c.spireAPI = filepath.Join(c.dir, "d/spire-server/api.sock")
 		c.hansedConfig(life+"  rootLife: "+cmp.Or(c.rootLife, "2h")+"\n", more)
@@ -259,7 +267,7 @@ func (c *member) up(x509Life string) {
 	c.m.eventually(c.name+"'s hansed is ready", func() error { return ready(c.ip(1) + ":7440") })
 	c.must("", "apply", "-f", c.save("mesh.yaml", fmt.Sprintf(services, c.name, c.ip(2), c.ip(3))))
 	if c.kind == spireAgent {
-		c.spireAgent(c.ip(1), "7444")
+		c.agent = c.spireAgent("spire-agent", c.agentSock, c.ip(1), "7444")
 	}
 }
 
@@ -289,25 +297,45 @@ plugins {
 `, host, port, c.spireAPI, c.td, c.dir, c.federates, filepath.Join(c.dir, "db.sqlite3"), filepath.Join(c.dir, "keys.json")))
 	c.startServer = func() {
 		c.stopServer = c.start("spire-server", "env", append(slices.Clone(c.serverEnv), tools+"tools/spire-server", "run", "-config", conf)...)
+		l := *c.m.lab
+		l.socket = c.spireAPI
+		c.m.eventually(c.name+"'s spire-server is healthy", func() error { _, err := l.try("healthcheck"); return err })
 	}
 	c.startServer()
-	l := *c.m.lab
-	l.socket = c.spireAPI
-	c.m.eventually(c.name+"'s spire-server is healthy", func() error { _, err := l.try("healthcheck"); return err })
 }
 
-// spireAgent starts a real spire-agent, which is spiffe://<td>/node by its join token.
-func (c *member) spireAgent(host, port string) {
+// spireAgentOf is a spire-agent that can be stopped and started again.
+type spireAgentOf struct {
+	start, stop func()
+}
+
+// spireAgent starts a real spire-agent, which is spiffe://<td>/node by its join token. It keeps its key, so that it needs none at its next start.
+func (c *member) spireAgent(name, socket, host, port string) *spireAgentOf {
 	c.m.t.Helper()
 	token := c.m.find(c.spire("token generate -spiffeID spiffe://"+c.td+"/node"), `Token: (\S+)`)
-	c.runAgent("spire-agent", host, port, `NodeAttestor "join_token" { plugin_data {} }`, "-joinToken", token)
+	keys := filepath.Join(c.dir, name+"-keys")
+	if err := os.Mkdir(keys, 0o700); err != nil {
+		c.m.t.Fatal(err)
+	}
+	conf := c.agentConf(name, socket, host, port, fmt.Sprintf("NodeAttestor \"join_token\" { plugin_data {} }\n  KeyManager \"disk\" { plugin_data { directory = %q } }", keys))
+	a := &spireAgentOf{}
+	a.start = func() {
+		a.stop = c.start(name, tools+"tools/spire-agent", "run", "-config", conf, "-joinToken", token)
+	}
+	a.start()
+	return a
 }
 
-// runAgent starts a real spire-agent that attests by a plugin. Its name is that of its files.
+// runAgent starts a real spire-agent that attests by a plugin, and keeps its key in memory. Its name is that of its files.
 func (c *member) runAgent(name, host, port, attestor string, args ...string) (stop func()) {
 	c.m.t.Helper()
-	bundle := c.save("bootstrap.pem", c.spire("bundle show"))
-	conf := c.save(name+".conf", fmt.Sprintf(`agent {
+	conf := c.agentConf(name, c.agentSock, host, port, attestor+"\n  KeyManager \"memory\" { plugin_data {} }")
+	return c.start(name, tools+"tools/spire-agent", append([]string{"run", "-config", conf}, args...)...)
+}
+
+func (c *member) agentConf(name, socket, host, port, plugins string) string {
+	c.m.t.Helper()
+	return c.save(name+".conf", fmt.Sprintf(`agent {
   data_dir = %q
   log_level = "DEBUG"
   server_address = %q
@@ -315,14 +343,13 @@ func (c *member) runAgent(name, host, port, attestor string, args ...string) (st
   socket_path = %q
   trust_bundle_path = %q
   trust_domain = %q
+  %s
 }
 plugins {
   %s
-  KeyManager "memory" { plugin_data {} }
   WorkloadAttestor "unix" { plugin_data { discover_workload_path = true } }
 }
-`, filepath.Join(c.dir, name+"-data"), host, port, c.agentSock, bundle, c.td, attestor))
-	return start(c.m.t, filepath.Join(c.dir, name+".log"), tools+"tools/spire-agent", append([]string{"run", "-config", conf}, args...)...)
+`, filepath.Join(c.dir, name+"-data"), host, port, socket, c.save("bootstrap.pem", c.spire("bundle show")), c.td, c.sync, plugins))
 }
 
 // sidecars starts both workloads, after the clusters have joined.
@@ -635,11 +662,24 @@ func (c *member) status() (ok bool, text string) {
 	return s.OK, out
 }
 
+// entries waits until the spire-server has so many entries of a service account in namespace shop.
+func (c *member) entries(account string, want int) {
+	c.m.t.Helper()
+	c.m.eventually(fmt.Sprintf("%d entries of %s", want, account), func() error {
+		l := *c.m.lab
+		l.socket = c.spireAPI
+		out, err := l.try("entry", "show", "-spiffeID", "spiffe://"+c.td+"/ns/shop/sa/"+account)
+		if err == nil && !strings.Contains(out, fmt.Sprintf("Found %d entr", want)) {
+			err = errors.New(out)
+		}
+		return err
+	})
+}
+
 // outage takes the spire-server away for a while, in which a service comes: what it needs is there when the server is back, and goes
 // when the service does.
 func (c *member) outage() {
 	c.m.t.Helper()
-	id := "spiffe://" + c.td + "/ns/shop/sa/late"
 	c.stopServer()
 	c.must("", "apply", "-f", c.save("late.yaml", fmt.Sprintf(late, c.ip(4))))
 	c.m.eventually("status says that SPIRE is away", func() error {
@@ -649,18 +689,7 @@ func (c *member) outage() {
 		return nil
 	})
 	c.startServer()
-	entries := func(want string) {
-		c.m.eventually(want+" of the service that came meanwhile", func() error {
-			l := *c.m.lab
-			l.socket = c.spireAPI
-			out, err := l.try("entry", "show", "-spiffeID", id)
-			if err == nil && !strings.Contains(out, want) {
-				err = errors.New(out)
-			}
-			return err
-		})
-	}
-	entries("Found 1 entr")
+	c.entries("late", 1)
 	c.m.eventually("hanse identity list shows the entry on SPIRE", func() error {
 		out, err := c.hanse("", "identity", "list", "-o", "json")
 		if err == nil && !strings.Contains(out, "unix:path:"+c.dir+"/late") {
@@ -668,13 +697,8 @@ func (c *member) outage() {
 		}
 		return err
 	})
-	c.m.eventually("status is green again", func() error {
-		if ok, text := c.status(); !ok {
-			return errors.New(text)
-		}
-		return nil
-	})
+	c.green()
 	c.must("", "delete", "endpointslices", "late", "-n", "shop")
 	c.must("", "delete", "services", "late", "-n", "shop")
-	entries("Found 0 entr")
+	c.entries("late", 0)
 }

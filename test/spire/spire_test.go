@@ -54,30 +54,50 @@ func freePorts(t *testing.T, n int) []string {
 // start starts a program, which ends with the test, or by stop.
 func start(t *testing.T, log, program string, args ...string) (stop func()) {
 	t.Helper()
+	return run(t, log, program, args...).stop
+}
+
+// proc is a program that runs.
+type proc struct {
+	*exec.Cmd
+	stop func()        // by SIGTERM, and waits
+	done chan struct{} // closed when it has ended
+}
+
+// run starts a program, which ends with the test at the latest. Its log is shown if the test fails.
+func run(t *testing.T, log, program string, args ...string) *proc {
+	t.Helper()
 	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(program, args...)
-	cmd.Stdout, cmd.Stderr = f, f
-	if err := cmd.Start(); err != nil {
+	p := &proc{Cmd: exec.Command(program, args...), done: make(chan struct{})}
+	p.Stdout, p.Stderr = f, f
+	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
-	stop = sync.OnceFunc(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		kill := time.AfterFunc(15*time.Second, func() { _ = cmd.Process.Kill() })
-		_ = cmd.Wait()
+	go func() { _ = p.Wait(); f.Close(); close(p.done) }()
+	p.stop = sync.OnceFunc(func() {
+		_ = p.Process.Signal(syscall.SIGCONT) // paused, it could not end
+		_ = p.Process.Signal(syscall.SIGTERM)
+		kill := time.AfterFunc(15*time.Second, func() { _ = p.Process.Kill() })
+		<-p.done
 		kill.Stop()
-		f.Close()
 	})
 	t.Cleanup(func() {
-		stop()
+		p.stop()
 		if t.Failed() {
 			b, _ := os.ReadFile(log)
 			t.Logf("%s:\n%s", log, b[max(0, len(b)-6000):])
 		}
 	})
-	return stop
+	return p
+}
+
+// kill ends it at once.
+func (p *proc) kill() {
+	_ = p.Process.Kill()
+	<-p.done
 }
 
 func newLab(t *testing.T) *lab {

@@ -8,10 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
@@ -41,8 +44,9 @@ func (l *lab) minted(id string) ([]*x509.Certificate, error) {
 }
 
 // TestDownstream: hansed below a real spire-server of the same trust domain. Workloads of the upstream's own, stock agent verify what hansed
-// signs, X.509 and JWT, while the upstream rotates.
+// signs, X.509 and JWT, while the upstream rotates, is away, and revokes. Its parts are rows of docs/spire.md.
 func TestDownstream(t *testing.T) {
+	t.Parallel()
 	m := newMesh(t, map[string]kind{"west": realSPIRE}, "west")
 	c := m.members[0]
 	c.program("hansed", "hansed")
@@ -50,7 +54,8 @@ func TestDownstream(t *testing.T) {
 	c.startSPIRE()
 	spire := *m.lab
 	spire.socket = c.spireAPI
-	c.spireAgent(c.serverAddress())
+	host, port := c.serverAddress()
+	c.agent = c.spireAgent("spire-agent", c.agentSock, host, port)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -71,7 +76,6 @@ func TestDownstream(t *testing.T) {
 	})
 	defer app.Close()
 
-	host, port := c.serverAddress()
 	c.hansedConfig(fmt.Sprintf("  x509Life: 60s\n  rootLife: 2h\n  upstream: {spire: {server: \"%s:%s\", workloadAPI: \"unix://%s\"}}\n", host, port, c.agentSock), "")
 	c.startHansed()
 	m.eventually("hansed is ready", func() error { return ready(c.ip(1) + ":7440") })
@@ -125,6 +129,12 @@ func TestDownstream(t *testing.T) {
 		return err
 	})
 
+	c.kind = ownAgents
+	c.program("frontend", "hanse-proxy")
+	c.program("pay", "hanse-proxy")
+	c.must("", "apply", "-f", c.save("mesh.yaml", fmt.Sprintf(services, c.name, c.ip(2), c.ip(3))))
+	c.sidecars()
+	m.eventually("a sidecar is ready", func() error { return ready(c.ip(3) + ":15020") })
 	before := spire.find(c.spire("localauthority x509 show"), `Active X\.509 authority:\s+Authority ID: (\S+)`)
 	next := spire.find(c.spire("localauthority x509 prepare"), `Authority ID: (\S+)`)
 	m.eventually("hansed has the prepared root", func() error {
@@ -150,6 +160,18 @@ func TestDownstream(t *testing.T) {
 		}
 		return err
 	})
+	// restsOn waits until a workload of ours presents what rests on a root.
+	restsOn := func(root string) {
+		t.Helper()
+		m.eventually("our workload has renewed", func() error {
+			chain, err := presented(c.ip(3) + ":15008")
+			if err == nil && fmt.Sprintf("%x", chain[len(chain)-1].AuthorityKeyId) != root {
+				err = errors.New("it presents an SVID below the tainted root")
+			}
+			return err
+		})
+	}
+	restsOn(next)
 	c.spire("localauthority x509 revoke -authorityID "+before, before)
 	m.eventually("the revoked root has left hansed's bundle", func() error {
 		x, _, err := bundle()
@@ -164,4 +186,50 @@ func TestDownstream(t *testing.T) {
 	if out, err := c.hanse("", "status", "-o", "json"); err != nil || !strings.Contains(out, "upstream authority") {
 		t.Errorf("status: %v %s", err, out)
 	}
+
+	t.Run("root revoked without a successor", func(*testing.T) {
+		before, next := next, ""
+		_ = c.hansed.Process.Signal(syscall.SIGSTOP) // it sees the end only
+		next = spire.find(c.spire("localauthority x509 prepare"), `Authority ID: (\S+)`)
+		m.eventually("the upstream's agent has the prepared root", func() error {
+			b, err := app.GetX509BundleForTrustDomain(spiffeid.RequireTrustDomainFromString(c.td))
+			if err == nil && !slices.ContainsFunc(b.X509Authorities(), func(r *x509.Certificate) bool { return fmt.Sprintf("%x", r.SubjectKeyId) == next }) {
+				err = errors.New("not yet")
+			}
+			return err
+		})
+		c.spire("localauthority x509 activate -authorityID "+next, next)
+		c.spire("localauthority x509 taint -authorityID "+before, before)
+		m.eventually("the upstream's agent has renewed", func() error {
+			svid, err := app.GetX509SVID()
+			if err == nil && authorityOf(svid) != next {
+				err = errors.New("its workload has an SVID of the tainted root")
+			}
+			return err
+		})
+		c.spire("localauthority x509 revoke -authorityID "+before, before)
+		began := time.Now()
+		_ = c.hansed.Process.Signal(syscall.SIGCONT)
+		m.eventually("hansed's CA rests on the new root", func() error {
+			root, err := accepted()
+			if err == nil && fmt.Sprintf("%x", root.SubjectKeyId) != next {
+				err = fmt.Errorf("it rests on %x, want %s", root.SubjectKeyId, next)
+			}
+			return err
+		})
+		t.Logf("another CA signed after %s", time.Since(began).Round(100*time.Millisecond))
+		c.green()
+	})
+	t.Run("SPIRE away", func(*testing.T) {
+		c.stopServer()
+		c.red("upstream authority", "the last good state stays in force")
+		if _, err := accepted(); err != nil {
+			t.Errorf("the present CA signs on: %v", err)
+		}
+		c.hansed.stop()
+		c.startHansed()
+		m.eventually("hansed starts without it", func() error { _, err := accepted(); return err })
+		c.startServer()
+		c.green()
+	})
 }

@@ -196,8 +196,8 @@ e2e-kube: kube-tools images ## A mesh's whole life on two real Kubernetes cluste
 	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run '^TestTwoClusters$$' ./test/kube/e2e
 
 .PHONY: e2e-kube-more
-MORE := TestFlatNetwork TestUpgrade
-e2e-kube-more: kube-tools images ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load (root, as make e2e-kube)
+MORE := TestFlatNetwork TestUpgrade TestSidecars
+e2e-kube-more: kube-tools images ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load; sidecars from first moment to last (root, as make e2e-kube)
 	for t in $(MORE); do HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run "^$$t$$" ./test/kube/e2e || exit 1; done
 
 .PHONY: conformance-gateway

@@ -64,6 +64,7 @@ func callMain(args []string, stdout, stderr io.Writer) int {
 	flags.StringVar(&c.stream, "stream", "unary", "of gRPC: unary, client, server or bidi")
 	count := flags.Int("count", 1, "number of calls; 0: until interrupted")
 	interval := flags.Duration("interval", 0, "between calls")
+	linger := flags.Duration("linger", 0, "after a signal go on calling for so long; says so on standard error")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
@@ -81,6 +82,15 @@ func callMain(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends it at once
+	if *linger > 0 {
+		signalled, enough := context.WithCancel(context.Background())
+		defer enough()
+		context.AfterFunc(ctx, func() {
+			fmt.Fprintf(stderr, "echo call: a signal; going on for %s\n", *linger)
+			time.AfterFunc(*linger, enough)
+		})
+		ctx = signalled
+	}
 	failed := false
 	enc := json.NewEncoder(stdout)
 	for n := 0; (*count == 0 || n < *count) && ctx.Err() == nil; n++ {

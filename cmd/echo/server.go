@@ -26,6 +26,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	xdscreds "google.golang.org/grpc/credentials/xds"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -77,7 +79,7 @@ func serveMain(args []string, stderr io.Writer) int {
 	flags := flag.NewFlagSet("echo serve", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	var http, tcp, udp, xdsAddrs addresses
-	flags.Var(&http, "http", "`address` for HTTP/1.1, HTTP/2, WebSocket and gRPC: host:port or unix:/path; may be repeated")
+	flags.Var(&http, "http", "`address` for HTTP/1.1, HTTP/2, WebSocket and gRPC (with its health service): host:port or unix:/path; may be repeated")
 	flags.Var(&tcp, "tcp", "`address` for raw TCP, which gives back every byte; may be repeated")
 	flags.Var(&udp, "udp", "`address` (host:port) for UDP, which gives back every datagram; may be repeated")
 	flags.Var(&xdsAddrs, "xds", "`address` (ip:port) for gRPC as a member of the mesh without a sidecar: mTLS and policy come by xDS; may be repeated")
@@ -163,6 +165,7 @@ func (s *server) run(ctx context.Context, httpAddrs, tcpAddrs, udpAddrs, xdsAddr
 	}
 	grpcServer := grpc.NewServer()
 	echopb.RegisterEchoServer(grpcServer, s)
+	healthpb.RegisterHealthServer(grpcServer, health.NewServer())
 	meshServer, err := s.meshServer(len(xdsAddrs) > 0)
 	if err != nil {
 		closeAll()

@@ -209,6 +209,10 @@ spec:
 	if out := c.expect(0, nil, "upgrade", "--context", "west", "--dry-run", "-o", "yaml"); !strings.Contains(out, "cluster: west") || strings.Contains(out, "name: hanse-gateway\n  namespace: hanse-system\nspec") {
 		t.Errorf("values are not kept:\n%s", out)
 	}
+	// Capture from the node is a DaemonSet more, and less.
+	c.expect(1, []string{"+ daemonset/hanse-node", `~ namespace/hanse-system`, "not ready in time", "hanse-node: 0 of "}, "upgrade", "--context", "west", "--set", "capture.mode=node", "--yes", "--timeout", "2s")
+	c.expect(0, []string{"- daemonset/hanse-node"}, "upgrade", "--context", "west", "--set", "capture.mode=pod", "--yes", "--wait=false")
+	c.expect(0, []string{"+ daemonset/hanse-node"}, "upgrade", "--context", "west", "--set", "capture.mode=node", "--yes", "--wait=false")
 	c.expect(2, []string{"trustDomain", "west.example"}, "upgrade", "--context", "west", "--set", "trustDomain=other.example")
 
 	// What hansed writes, and what people do with it.
@@ -241,7 +245,7 @@ endpoints: [{addresses: [10.1.2.3]}]
 	s.apply([]byte("apiVersion: spire.spiffe.io/v1alpha1\nkind: ClusterFederatedTrustDomain\nmetadata: {name: partner}\nspec: {trustDomain: partner.example, bundleEndpointURL: \"https://partner.example/bundle\", bundleEndpointProfile: {type: https_web}}\n"))
 	s.apply([]byte("apiVersion: hanse.mesh/v1alpha1\nkind: AccessPolicy\nmetadata: {name: payments, namespace: shop}\nspec: {targetRefs: [{kind: Service, name: payments}], rules: [{from: [\"spiffe://*/ns/shop/sa/frontend\"]}]}\n"))
 
-	c.expect(0, []string{"1 objects of Hanse's kinds go with theirs", "1 ClusterFederatedTrustDomains go with their definition", "removed statefulset/hansed", "removed 1 ServiceImports", "removed what was said of 1 httproutes", "removed what was said of 1 tcproutes", "ConfigMaps hanse-root", "removed the conditions of 1 ServiceExports", "removed namespace/hanse-system", "Gone"},
+	c.expect(0, []string{"1 objects of Hanse's kinds go with theirs", "1 ClusterFederatedTrustDomains go with their definition", "removed statefulset/hansed", "removed daemonset/hanse-node", "removed 1 ServiceImports", "removed what was said of 1 httproutes", "removed what was said of 1 tcproutes", "ConfigMaps hanse-root", "removed the conditions of 1 ServiceExports", "removed namespace/hanse-system", "Gone"},
 		"uninstall", "--context", "west", "--yes", "--timeout", "1m")
 	if now := everything(t, s); !equal(t, before, now) {
 		t.Error("something is left, or missing")

@@ -12,7 +12,7 @@ func TestFailuresAreTested(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sources := testSources(t, "../test/spire", "../identity/onspire", "../identity/upstream")
+	sources := testSources(t, "../test/spire", "../identity/onspire", "../identity/upstream", "../identity/agent")
 	tables, rows := strings.Split(string(page), "\n| what fails |"), 0
 	for _, table := range tables[1:] {
 		head, table, _ := strings.Cut(table, "|---|\n")

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -95,8 +96,11 @@ type Agent struct {
 	// guarded by work
 	state  state
 	client *client
-	addrs  []string // of servers, the next one to try first
-	ended  bool     // runServer has closed the last client
+	addrs  []string          // of servers, the next one to try first
+	ended  bool              // runServer has closed the last client
+	failed int               // steps in a row
+	spent  string            // the token that has been used, or refused
+	anew   *ecdsa.PrivateKey // of an attestation beside an SVID that may be worth nothing
 
 	jwts *jwtCache // has its own lock
 

@@ -312,6 +312,43 @@ func TestForgotten(t *testing.T) {
 	})
 }
 
+// An agent whose root was revoked while the server was away is refused in the handshake already. It serves on, and attests anew with another token
+// and a trust bundle of now.
+func TestShutOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, "west.demo", options{})
+		s.start()
+		cfg := s.agentConfig(s.token(frontend))
+		a, _ := runAgent(t, cfg)
+		wait(t, a.Source())
+		first, err := a.Source().GetX509SVID()
+		check(t, err)
+		old := s.authority.Roots()[0].KeyID
+		check(t, s.authority.Prepare())
+		time.Sleep(10 * time.Second)
+		s.stop()
+		check(t, s.authority.Activate())
+		check(t, s.authority.Revoke(old))
+		s.restart(options{}, time.Minute)
+		time.Sleep(2 * time.Minute)
+		if svid, err := a.Source().GetX509SVID(); err != nil || !svid.Certificates[0].Equal(first.Certificates[0]) {
+			t.Fatalf("does not serve on: %v", err)
+		}
+		fresh := s.agentConfig(s.token(frontend))
+		for to, from := range map[string]string{cfg.TrustBundle: fresh.TrustBundle, cfg.TokenFile: fresh.TokenFile} {
+			b, err := os.ReadFile(from)
+			check(t, err)
+			check(t, os.WriteFile(to, b, 0o600))
+		}
+		time.Sleep(time.Minute)
+		svid, err := a.Source().GetX509SVID()
+		check(t, err)
+		if _, err := a.Source().Verify(svid.Certificates); err != nil || svid.Certificates[0].Equal(first.Certificates[0]) {
+			t.Errorf("has not attested again: %v", err)
+		}
+	})
+}
+
 func (s *server) agentID(t *testing.T) spiffeid.ID {
 	t.Helper()
 	agents, err := s.admin(t).ListAgents(t.Context(), &agentv1.ListAgentsRequest{})

@@ -58,10 +58,60 @@ func (a *Agent) step(ctx context.Context) error {
 		a.dropClient(false)
 		err = a.stepOnce(ctx)
 	}
+	if err == nil {
+		a.failed = 0
+		return nil
+	}
+	if a.failed++; a.failed >= shutOutAfter && a.shutOut(err) {
+		aerr := a.attestAnew(ctx)
+		if aerr == nil {
+			err = a.stepOnce(ctx)
+		} else {
+			err = fmt.Errorf("%w; attesting anew: %w", err, aerr)
+		}
+	}
 	if err != nil {
 		a.dropClient(true)
 	}
 	return err
+}
+
+// shutOutAfter is after how many failures in a row an agent may try to attest beside the SVID that it has.
+const shutOutAfter = 3
+
+// shutOut reports whether the server may have refused this agent's SVID in the handshake, where its root was revoked while they did not
+// speak: that looks like a server that is away. It is worth asking where there is other evidence than what was used up: a pod's token, or
+// another agent token.
+func (a *Agent) shutOut(err error) bool {
+	if status.Code(rootStatus(err)) != codes.Unavailable || !a.state.agent.valid(a.cfg.Now()) {
+		return false
+	}
+	if a.cfg.PodToken != "" {
+		return true
+	}
+	token, terr := a.token()
+	return terr == nil && string(token) != a.spent
+}
+
+// attestAnew attests, and leaves what the agent has in force until that has succeeded.
+func (a *Agent) attestAnew(ctx context.Context) error {
+	if a.anew == nil {
+		key, err := newKey()
+		if err != nil {
+			return err
+		}
+		a.anew = key
+	}
+	before := a.state.agent
+	a.state.agent = &credential{key: a.anew}
+	err := a.attest(ctx)
+	if err != nil {
+		a.state.agent = before
+		return err
+	}
+	a.anew = nil
+	a.log.Warn("the server did not accept this agent's SVID any more; attested anew", "agent", a.state.agent.id.String())
+	return nil
 }
 
 func (a *Agent) stepOnce(ctx context.Context) error {
@@ -197,6 +247,7 @@ func (a *Agent) attest(ctx context.Context) error {
 	}
 	resp, err := stream.Recv()
 	if status.Code(err) == codes.InvalidArgument && a.cfg.PodToken == "" { // a pod's token is another one next time
+		a.spent = string(evidence.Payload)
 		return fmt.Errorf("attest at %s: %w: %w", c.addr, ErrTokenRefused, err)
 	}
 	if err != nil {
@@ -210,7 +261,7 @@ func (a *Agent) attest(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("attest at %s: %w", c.addr, err)
 	}
-	a.state.agent = cred
+	a.state.agent, a.spent = cred, string(evidence.Payload)
 	a.state.bundles = withBundle(a.state.bundles, own)
 	if err := a.keep(); err != nil {
 		return fmt.Errorf("attest: %w", err)

@@ -218,6 +218,13 @@ func TestDownstream(t *testing.T) {
 			return err
 		})
 		t.Logf("another CA signed after %s", time.Since(began).Round(100*time.Millisecond))
+		// An agent whose own SVID rested on that root is nobody now, and knows no root of hansed's: with a trust bundle and a token of now it attests
+		// anew by itself.
+		c.save("bundle.json", c.must("", "trust", "show", c.td, "-o", "bundle"))
+		for _, w := range []string{"frontend", "pay"} {
+			c.save(w+".token", c.must("", "token", "create", "--agent", "shop/"+w))
+		}
+		restsOn(next)
 		c.green()
 	})
 	t.Run("SPIRE away", func(*testing.T) {

@@ -22,7 +22,8 @@ func (c *cli) trustRotateCommand() *cobra.Command {
 that must verify it has loaded that bundle; it is activated all the same when a quarter of the old root's life remains, with an alarm. The old root stays in
 the bundle until the last SVID that it signed has ended.
 
-Nothing is lost by Ctrl-C: the rotation goes on by itself, and the same command shows it again. Where the old key is stolen, do not wait:
+Each of several hansed of a cluster has a root of its own and replaces it, one that is away when it is back. Nothing is lost by Ctrl-C, nor if the hansed that was
+asked dies: the rotation goes on by itself, and the same command shows it again. Where the old key is stolen, do not wait:
 --activate-now --force, then hanse trust distrust with the old root.`,
 		Example: "  hanse trust rotate\n  hanse trust rotate --activate-now\n  hanse trust rotate -o json",
 		Args:    cobra.NoArgs, ValidArgsFunction: cobra.NoFileCompletions,
@@ -70,6 +71,9 @@ Nothing is lost by Ctrl-C: the rotation goes on by itself, and the same command 
 				fmt.Fprintf(c.out, "The old root %s stays in the bundle for %s, until the last SVID that it signed has ended. At once: hanse trust distrust %s\n",
 					key(r.Old), age(r.OldLeft), first(r.Old))
 			}
+			if len(r.Away) > 0 {
+				fmt.Fprintf(c.out, "Not there, and replacing their roots when they are back: %s\n", strings.Join(r.Away, ", "))
+			}
 			return nil
 		},
 	}
@@ -89,7 +93,7 @@ func (c *cli) trustDistrustCommand(names cobra.CompletionFunc) *cobra.Command {
 in every proxy. It prints when the last was closed, and who has not confirmed. The decision stays, whatever bundles come later, until it is undone.
 
 An authority is named by the beginning (at least 8 digits) of what hanse trust show prints of it, of its key ID or of its JWT key ID. An old root of this cluster's
-own is first left by all agents, then revoked; the one that signs must be rotated away before.`,
+own is first left by all agents, then revoked; the one that signs must be rotated away before. The root of a hansed that is away can be revoked whatever it did.`,
 		Example: "  hanse trust distrust partner.example\n  hanse trust distrust 9f3a00417b11 --yes\n  hanse trust distrust partner.example --undo",
 		Args:    cobra.ExactArgs(1), ValidArgsFunction: names,
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -13,8 +12,6 @@ import (
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
 	"github.com/hanse-mesh/hanse/cmd/internal/drill"
 	"github.com/hanse-mesh/hanse/identity"
-	"github.com/hanse-mesh/hanse/identity/bundle"
-	"github.com/hanse-mesh/hanse/identity/ca"
 )
 
 func (p *controlPlane) drillSpec(spec admin.DrillSpec) (admin.DrillSpec, error) {
@@ -173,25 +170,10 @@ func (d *drillPlane) Rotate(ctx context.Context, moment func(kind, detail string
 	if r.Old == "" {
 		return errors.New("there was no root to replace")
 	}
-	i := slices.IndexFunc(p.authority.Roots(), func(x ca.Root) bool { return bundle.AuthorityID(x.Certificate) == r.Old })
-	if i < 0 {
-		return errors.New("the root before has left by itself")
-	}
-	old := p.authority.Roots()[i]
-	if err := p.authority.Taint(old.KeyID); err != nil && !errors.Is(err, ca.ErrWrongPhase) {
+	if _, err := p.leaveOwn(ctx, r.Old, false, maxWait, admin.Distrusted{TrustDomain: p.td.Name()}, &teller{emit: quiet, now: p.now}); err != nil {
 		return err
-	}
-	for missing := p.spire.RestingOn(old.KeyID); len(missing) > 0; missing = p.spire.RestingOn(old.KeyID) {
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%d agents still rest on the old root, which stays until they do not: %s", len(missing), strings.Join(missing, ", "))
-		case <-time.After(lookAgain):
-		}
 	}
 	moment("renewed", "nobody rests on the old root any more")
-	if err := p.authority.Revoke(old.KeyID); err != nil {
-		return err
-	}
 	out, err := p.announced(ctx, p.now(), distrustWait, admin.Distrusted{TrustDomain: p.td.Name()}, &teller{emit: quiet, now: p.now})
 	if err != nil {
 		return err

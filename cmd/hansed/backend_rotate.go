@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"reflect"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/admin"
@@ -45,30 +47,32 @@ func (t *teller) tell(v, news any) error {
 	return t.emit(ev)
 }
 
-// TrustRotate prepares a root and watches until it is active. The authority's own loop activates it: a watcher that goes changes nothing.
+// TrustRotate prepares a root and watches until it is active, at all replicas that are there. The authorities' own loops activate them: a
+// watcher that goes changes nothing.
 func (p *controlPlane) TrustRotate(ctx context.Context, req admin.RotateRequest, emit func(admin.Event) error) (admin.Rotation, error) {
 	if err := p.bySPIRE("rotation", "spire-server localauthority x509 prepare; then hanse trust show "+p.td.Name()+" until nobody is missing; then spire-server localauthority x509 activate"); err != nil {
 		return admin.Rotation{}, err
 	}
-	root, deadline, err := p.authority.Rotate()
+	before := p.signingRoot()
+	number, root, err := p.beginRotation(ctx, req.ActivateNow && req.Force)
 	if err != nil {
-		return admin.Rotation{}, fmt.Errorf("rotate: %w", err)
+		return admin.Rotation{}, err
 	}
-	sequence := p.authority.Sequence()
+	sequence, deadline := p.authority.Sequence(), p.authority.Deadline()
 	out := admin.Rotation{State: "waiting", Root: bundle.AuthorityID(root.Certificate), Sequence: sequence, Missing: []string{}, Deadline: deadline}
-	for _, r := range p.authority.Roots() {
-		if r.Phase == "active" && r.KeyID != root.KeyID {
-			out.Old = bundle.AuthorityID(r.Certificate)
-		}
+	if before != nil && before.KeyID != root.KeyID {
+		out.Old = bundle.AuthorityID(before.Certificate)
 	}
-	if req.ActivateNow {
+	if req.ActivateNow && root.Phase == "prepared" {
 		ok, missing := p.rootAcknowledged(sequence)
 		if !ok && !req.Force {
 			return out, admin.Refused("wait: hanse trust rotate; or, if the old key is stolen: hanse trust rotate --activate-now --force",
 				"the root is prepared, but %s not loaded it and would refuse what it signs: %s", hasOrHave(len(missing)), strings.Join(missing, ", "))
 		}
-		if err := p.authority.ActivateRoot(root.KeyID); err != nil && !errors.Is(err, ca.ErrWrongPhase) { // or by its own loop, meanwhile
-			return out, err
+		if p.roots == nil { // else it is ordered
+			if err := p.authority.ActivateRoot(root.KeyID); err != nil && !errors.Is(err, ca.ErrWrongPhase) { // or by its own loop, meanwhile
+				return out, err
+			}
 		}
 		out.Forced, out.Missing = !ok, append(out.Missing, missing...)
 		if !ok {
@@ -84,25 +88,30 @@ func (p *controlPlane) TrustRotate(ctx context.Context, req admin.RotateRequest,
 		for _, r := range p.authority.Roots() {
 			switch {
 			case r.KeyID == root.KeyID:
-				active, gone = r.Phase == "active", false
+				active, gone = r.Phase != "prepared", false
 			case r.Phase == "old" && bundle.AuthorityID(r.Certificate) == out.Old:
 				until := r.SignedUntil
 				out.OldUntil, out.OldLeft = &until, max(0, until.Sub(now).Seconds())
 			}
 		}
+		var behind []string // other replicas
+		if p.roots != nil {
+			behind, out.Away = p.roots.rotating(number)
+		}
 		switch {
 		case gone:
 			return out, admin.Refused("hanse trust show says what is", "the prepared root was withdrawn by somebody else")
-		case active:
+		case active && len(behind) == 0:
 			out.State = "active"
 			if !out.Forced {
 				out.Missing = []string{}
 			}
 			return out, nil
-		}
-		_, out.Missing = p.rootAcknowledged(sequence)
-		if out.Missing == nil {
-			out.Missing = []string{}
+		case !active && !out.Forced:
+			_, out.Missing = p.rootAcknowledged(sequence)
+			out.Missing = append([]string{}, out.Missing...)
+		case !out.Forced:
+			out.Missing = behind
 		}
 		if err := t.tell(out, slices.Clone(out.Missing)); err != nil {
 			return out, err
@@ -113,6 +122,29 @@ func (p *controlPlane) TrustRotate(ctx context.Context, req admin.RotateRequest,
 		case <-time.After(lookAgain):
 		}
 	}
+}
+
+// beginRotation makes the next root; where there are other replicas all make theirs, and number is the rotation's.
+func (p *controlPlane) beginRotation(ctx context.Context, force bool) (number int64, root ca.Root, err error) {
+	if p.roots == nil {
+		root, err = p.authority.Rotate()
+	} else if number, err = p.roots.orderRotation(ctx, force); err == nil {
+		root, err = p.roots.begun(ctx, number)
+	}
+	if err != nil {
+		return 0, root, fmt.Errorf("rotate: %w", err)
+	}
+	return number, root, nil
+}
+
+// signingRoot is the root that signs; nil where none does.
+func (p *controlPlane) signingRoot() *ca.Root {
+	for _, r := range p.authority.Roots() {
+		if r.Phase == "active" {
+			return &r
+		}
+	}
+	return nil
 }
 
 func hasOrHave(n int) string {
@@ -180,6 +212,11 @@ func (p *controlPlane) findTrust(what string) (spiffeid.TrustDomain, string, err
 	case errors.Is(err, bundle.ErrAmbiguous):
 		return td, "", admin.Invalid("give more of it: hanse trust show", "%v", err)
 	case err != nil:
+		if p.roots != nil {
+			if authority, ok := p.roots.revokedLike(what); ok {
+				return p.td, authority, nil
+			}
+		}
 		for _, d := range p.bundles.Distrusted() { // its bundle may have gone since
 			if len(what) >= 8 && strings.HasPrefix(d.Authority, strings.ToLower(what)) {
 				td, err := spiffeid.TrustDomainFromString(d.TrustDomain)
@@ -250,27 +287,59 @@ func (p *controlPlane) trustAnnounced() bool {
 	return p.xds.TrustRevision() == uint64(p.bundles.Revision())
 }
 
-// revokeOwn takes a root of this cluster out of the bundle, after those who rest on it have left it.
+// revokeOwn is leaveOwn, and waits until everybody has loaded that.
 func (p *controlPlane) revokeOwn(ctx context.Context, authority string, force bool, wait time.Duration, out admin.Distrusted, t *teller) (admin.Distrusted, error) {
 	if err := p.bySPIRE("distrust of its own root", "spire-server localauthority x509 taint, and, when all have renewed, revoke"); err != nil {
 		return out, err
 	}
+	out, err := p.leaveOwn(ctx, authority, force, wait, out, t)
+	if err != nil {
+		return out, err
+	}
+	return p.announced(ctx, p.now(), wait, out, t)
+}
+
+// leaveOwn takes a root of this cluster out of the bundle, after those who rest on it have left it.
+func (p *controlPlane) leaveOwn(ctx context.Context, authority string, force bool, wait time.Duration, out admin.Distrusted, t *teller) (admin.Distrusted, error) {
+	if p.roots != nil {
+		return p.revokeShared(ctx, authority, force, wait, out, t)
+	}
+	return p.revokeAlone(ctx, authority, force, wait, out, t)
+}
+
+// Refusals of revokeOwn.
+func refuseSigning() error {
+	return admin.Refused("first hanse trust rotate; if its key is stolen: hanse trust rotate --activate-now --force", "this root signs now: nothing could be issued without it")
+}
+
+func refuseResting(names []string, more string) error {
+	return admin.Refused(more, "the root is tainted, but not revoked: %d agents still rest on it: %s", len(names), strings.Join(names, ", "))
+}
+
+// shutOut is the note on those who were not waited for.
+func shutOut(names []string) string {
+	if len(names) == 0 {
+		return ""
+	}
+	return "shut out, and in need of new tokens: " + strings.Join(names, ", ")
+}
+
+const renewing = "agents are renewing what the root signed"
+
+// revokeAlone revokes a root where there is no other replica.
+func (p *controlPlane) revokeAlone(ctx context.Context, authority string, force bool, wait time.Duration, out admin.Distrusted, t *teller) (admin.Distrusted, error) {
 	i := slices.IndexFunc(p.authority.Roots(), func(r ca.Root) bool {
 		return bundle.AuthorityID(r.Certificate) == authority || r.JWTKeyID == authority
 	})
 	if i < 0 {
-		return out, admin.NotFound("hanse trust show", "the root %s is not of this replica", authority)
+		return out, admin.NotFound("hanse trust show", "the root %s is not of this control plane", authority)
 	}
 	root := p.authority.Roots()[i]
 	switch root.Phase {
 	case "active":
-		return out, admin.Refused("first hanse trust rotate; if its key is stolen: hanse trust rotate --activate-now --force", "this root signs now: nothing could be issued without it")
+		return out, refuseSigning()
 	case "prepared":
-		start := p.now()
-		if err := p.authority.Withdraw(root.KeyID); err != nil {
-			return out, err
-		}
-		return p.announced(ctx, start, wait, out, t)
+		return out, p.authority.Withdraw(root.KeyID)
 	}
 	if err := p.authority.Taint(root.KeyID); err != nil && !errors.Is(err, ca.ErrWrongPhase) {
 		return out, err
@@ -282,10 +351,57 @@ func (p *controlPlane) revokeOwn(ctx context.Context, authority string, force bo
 			break
 		}
 		if p.now().Sub(start) > wait {
-			return out, admin.Refused("run it again when they are back; with --force they are shut out and need new tokens",
-				"the root is tainted, but not revoked: %d agents still rest on it: %s", len(out.Missing), strings.Join(out.Missing, ", "))
+			return out, refuseResting(out.Missing, "run it again when they are back; with --force they are shut out and need new tokens")
 		}
-		out.Note = "agents are renewing what the root signed"
+		out.Note = renewing
+		if err := t.tell(out, slices.Clone(out.Missing)); err != nil {
+			return out, err
+		}
+		select {
+		case <-ctx.Done():
+			return out, ctx.Err()
+		case <-time.After(lookAgain):
+		}
+	}
+	out.Note = shutOut(out.Missing)
+	return out, p.authority.Revoke(root.KeyID)
+}
+
+// revokeShared orders the revocation of a replica's root, which may be away, and waits until it is out of the bundle. Who goes away changes nothing.
+func (p *controlPlane) revokeShared(ctx context.Context, authority string, force bool, wait time.Duration, out admin.Distrusted, t *teller) (admin.Distrusted, error) {
+	v, ok := p.roots.ordered(authority)
+	if !ok || force && !v.Force && !v.Revoked {
+		root, owner, found := p.roots.find(authority)
+		here := p.replicas.here()[owner]
+		switch {
+		case !found && !ok:
+			return out, admin.NotFound("hanse trust show", "the root %s is not of a replica of this control plane", authority)
+		case !found: // its owner has dropped it, and says so
+		case root.Phase == "active" && here:
+			return out, refuseSigning()
+		default:
+			if err := p.roots.orderRevocation(ctx, root, owner, force); err != nil {
+				return out, err
+			}
+		}
+	}
+	start := p.now()
+	var resting []string
+	for {
+		if !inBundle(p.ownBundle(), authority) {
+			break
+		}
+		if v, ok := p.roots.ordered(authority); ok && !v.Revoked {
+			resting = p.roots.leaving(v.Authority)
+		}
+		out.Missing = append([]string{}, resting...)
+		if p.now().Sub(start) > wait {
+			if len(resting) == 0 {
+				resting = []string{"no replica leads"}
+			}
+			return out, refuseResting(resting, "it goes on by itself when they are back; with --force they are shut out and need new tokens")
+		}
+		out.Note = renewing
 		if err := t.tell(out, slices.Clone(out.Missing)); err != nil {
 			return out, err
 		}
@@ -296,19 +412,24 @@ func (p *controlPlane) revokeOwn(ctx context.Context, authority string, force bo
 		}
 	}
 	out.Note = ""
-	if len(out.Missing) > 0 {
-		out.Note = "shut out, and in need of new tokens: " + strings.Join(out.Missing, ", ")
+	if v, ok := p.roots.ordered(authority); ok && v.Force {
+		out.Note = shutOut(resting)
 	}
-	start = p.now()
-	if err := p.authority.Revoke(root.KeyID); err != nil {
-		return out, err
-	}
-	return p.announced(ctx, start, wait, out, t)
+	return out, nil
+}
+
+// inBundle looks for an authority in a bundle by its name: an X.509 one's key, or a JWT key ID.
+func inBundle(b *spiffebundle.Bundle, authority string) bool {
+	return b.HasJWTAuthority(authority) ||
+		slices.ContainsFunc(b.X509Authorities(), func(c *x509.Certificate) bool { return bundle.AuthorityID(c) == authority })
 }
 
 // announced waits until everybody has the own bundle as it is now: this cluster's proxies and agents, and the other clusters.
 func (p *controlPlane) announced(ctx context.Context, start time.Time, wait time.Duration, out admin.Distrusted, t *teller) (admin.Distrusted, error) {
 	sequence := p.authority.Sequence()
+	if p.roots != nil {
+		sequence, _ = p.ownBundle().SequenceNumber()
+	}
 	out.Missing = []string{}
 	return p.confirmed(ctx, start, wait, out, t, func(d *admin.Distrusted) bool {
 		for member, seq := range p.mesh.Acked(p.td) {
@@ -320,6 +441,9 @@ func (p *controlPlane) announced(ctx context.Context, start time.Time, wait time
 			d.Missing = append(d.Missing, "this control plane")
 		} else if seq, _ := b.SequenceNumber(); seq < sequence {
 			d.Missing = append(d.Missing, "this control plane")
+		}
+		if p.acks != nil {
+			d.Missing = append(d.Missing, p.acks.missing(sequence)...)
 		}
 		slices.Sort(d.Missing)
 		return len(d.Missing) == 0

@@ -86,13 +86,17 @@ func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
 	row.Sequence, _ = b.SequenceNumber()
 	now := p.now()
 	row.Age = bundleAge(b, now).Seconds()
+	roles := map[string]string{}
+	if row.Own {
+		roles = p.roles()
+	}
 	for _, c := range b.X509Authorities() {
 		sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
 		left := "expired"
 		if d := c.NotAfter.Sub(now); d > 0 {
 			left = "expires in " + d.Round(time.Second).String()
 		}
-		row.Authorities = append(row.Authorities, fmt.Sprintf("%x…%x, %s", sum[:4], sum[30:], left))
+		row.Authorities = append(row.Authorities, fmt.Sprintf("%x…%x, %s%s", sum[:4], sum[30:], left, roles[bundle.AuthorityID(c)]))
 	}
 	if row.Own {
 		for member, seq := range p.mesh.Acked(td) {
@@ -106,6 +110,25 @@ func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
 		slices.Sort(row.Missing)
 	}
 	return row
+}
+
+// roles says of own roots what they do and, where there are several replicas, whose they are: ", replica two: active, away".
+func (p *controlPlane) roles() map[string]string {
+	out := map[string]string{}
+	switch {
+	case p.roots != nil:
+		for authority, x := range p.roots.owners() {
+			out[authority] = fmt.Sprintf(", replica %s: %s", x.replica, x.phase)
+			if x.away {
+				out[authority] += ", away"
+			}
+		}
+	case p.authority != nil:
+		for _, x := range namesOf(p.authority.Roots()) {
+			out[x.Authority] = ", " + x.Phase
+		}
+	}
+	return out
 }
 
 // TrustShow returns one row, with the bundle.

@@ -153,12 +153,23 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		if err != nil {
 			return nil, err
 		}
+		var left func() map[string]bool
+		if p.roots != nil {
+			left = p.roots.left
+		}
 		p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath), Attestors: evidence,
 			AttestsPerSecond: cfg.Identity.Attestation.PerSecond, AttestBurst: cfg.Identity.Attestation.Burst,
 			AllAttestsPerSecond: cfg.Identity.Attestation.AllPerSecond, AllAttestBurst: cfg.Identity.Attestation.AllBurst,
-			OwnBundle: p.ownBundle, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
+			OwnBundle: p.ownBundle, Tainted: left, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
 		if err != nil {
 			return nil, err
+		}
+		if p.roots != nil {
+			p.roots.resting = func(keyID string, sequence uint64) []string {
+				all := append(p.spire.RestingHere(keyID), p.spire.Missing(td, sequence)...)
+				slices.Sort(all)
+				return slices.Compact(all)
+			}
 		}
 	}
 

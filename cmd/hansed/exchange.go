@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"reflect"
 	"slices"
@@ -25,10 +26,12 @@ const (
 	exchangeTime  = 2 * time.Second // for one of the others to answer
 	maxExchange   = 64 << 20        // bytes of one message
 	maxReports    = 10000           // that wait; beyond it the oldest are lost
+	movesTold     = time.Minute     // for how long it is told that an agent has come, and to a replica that has just started, who is here
 )
 
 // exchange is what replicas tell each other of the proxies that are connected to them: load reports, so that each knows the health of
-// every endpoint and the leader sees a whole drill; how many call a service, so that all make the same levels; and who is connected.
+// every endpoint and the leader sees a whole drill; how many call a service, so that all make the same levels; and who is connected, so that
+// nobody waits for an agent that is somewhere else.
 type exchange struct {
 	p      *controlPlane
 	client *http.Client
@@ -51,6 +54,7 @@ type message struct {
 	Reports []xdsserver.Report      `json:"reports"`
 	Callers []calling               `json:"callers"`
 	Proxies []xdsserver.ProxyStatus `json:"proxies"`
+	Agents  []string                `json:"agents,omitempty"` // that follow their changes here, and may have been elsewhere
 }
 
 // calling is one count of Callers.
@@ -100,6 +104,13 @@ func (x *exchange) Run(ctx context.Context) error {
 		others := x.p.replicas.others()
 		if len(others) == 0 {
 			continue
+		}
+		if x.p.spire != nil {
+			within := movesTold
+			if slices.ContainsFunc(others, func(o replica) bool { return x.p.now().Sub(o.Started).Abs() < movesTold }) {
+				within = math.MaxInt64
+			}
+			m.Agents = x.p.spire.Followers(within)
 		}
 		body, err := json.Marshal(m)
 		if err != nil {
@@ -157,6 +168,9 @@ func (x *exchange) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x.mu.Lock()
 	x.heard[m.Replica] = s
 	x.mu.Unlock()
+	if x.p.spire != nil {
+		x.p.spire.Moved(m.Agents)
+	}
 	for _, report := range m.Reports {
 		report.Time = now // by this clock
 		x.p.note(report)

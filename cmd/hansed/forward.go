@@ -25,7 +25,7 @@ const forwarded = "Hanse-Forwarded-By"
 func leaders(r *http.Request) (only, better bool) {
 	path := r.URL.Path
 	switch {
-	case path == "/v1/tokens", path == "/v1/admins", path == "/v1/explain", path == "/v1/drills/plan": // any replica's
+	case path == "/v1/tokens", path == "/v1/admins", path == "/v1/explain", path == "/v1/drills/plan", path == "/v1/trust-rotate": // any replica's
 		return false, false
 	case path == "/v1/join" || strings.HasPrefix(path, "/v1/drills"):
 		return true, true
@@ -35,9 +35,10 @@ func leaders(r *http.Request) (only, better bool) {
 	return false, path == "/v1/status" || path == "/v1/clusters"
 }
 
-// everyones are the operations that each replica does with its own keys and its own trust store.
+// everyones are the operations that each replica does with its own trust store. A distrust is in etcd, too: it is told so that it is obeyed
+// while etcd is away.
 func everyones(r *http.Request) bool {
-	return r.Method == http.MethodPost && (r.URL.Path == "/v1/trust-rotate" || r.URL.Path == "/v1/trust-distrust" ||
+	return r.Method == http.MethodPost && (r.URL.Path == "/v1/trust-distrust" ||
 		strings.HasPrefix(r.URL.Path, "/v1/trust/") && strings.HasSuffix(r.URL.Path, "/refresh"))
 }
 

@@ -194,6 +194,15 @@ func (r *replicas) others() []replica {
 	return slices.DeleteFunc(slices.Clone(*r.seen.Load()), func(x replica) bool { return x.ID == r.self.ID })
 }
 
+// here are the IDs of the replicas that are there, this one among them.
+func (r *replicas) here() map[string]bool {
+	out := map[string]bool{r.self.ID: true}
+	for _, x := range *r.seen.Load() {
+		out[x.ID] = true
+	}
+	return out
+}
+
 // rows is what people see. It is empty where there can be no other.
 func (r *replicas) rows(now time.Time, signs map[string]bool) []admin.Replica {
 	var out []admin.Replica

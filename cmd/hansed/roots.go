@@ -36,12 +36,16 @@ type rootsRecord struct {
 	Bundle    json.RawMessage `json:"bundle"` // its own roots, as SPIFFE JSON
 	Active    []byte          `json:"active"` // subject key ID of the root that signs; empty while none does
 	Until     time.Time       `json:"until"`  // nothing that it signs ends later
+	Roots     []namedRoot     `json:"roots"`
+	Obeyed    obeyed          `json:"obeyed"`
 }
 
-// union is the trust domain's bundle, and of which replicas' bundles it was made.
+// union is the trust domain's bundle, of which replicas' bundles it was made, and what agents are to leave: a change of either is a new
+// sequence, of which agents are told.
 type union struct {
 	Bundle json.RawMessage   `json:"bundle"`
-	From   map[string]uint64 `json:"from"` // sequence by replica's ID
+	From   map[string]uint64 `json:"from"`            // sequence by replica's ID
+	Leave  []string          `json:"leave,omitempty"` // authorities, sorted
 }
 
 // roots joins the roots of all replicas into the trust domain's one bundle. Each replica keeps its keys to itself and says in etcd what
@@ -57,7 +61,10 @@ type roots struct {
 	life      time.Duration // the longest of what it signs
 	now       func() time.Time
 	log       *slog.Logger
-	authority *ca.Authority // set by enroll
+	authority *ca.Authority                                // set by enroll
+	resting   func(keyID string, sequence uint64) []string // agents that rest on a root, or have not loaded the bundle that tells them to leave it
+
+	publishing sync.Mutex
 
 	mu       sync.Mutex
 	until    time.Time              // guarded by mu; as the others know it
@@ -65,14 +72,19 @@ type roots struct {
 	union    union                  // guarded by mu
 	unionRev int64                  // guarded by mu
 	included [2]uint64              // guarded by mu: own sequence, and that of the first bundle that has its roots
+	leave    map[string]uint64      // guarded by mu: sequence of the first bundle that tells agents to leave an authority
+	rotation rotation               // guarded by mu; the last that was ordered
+	revoked  map[string]revocation  // guarded by mu; not changed in place; by authority
+	done     obeyed                 // guarded by mu; by this replica
 
 	dirty chan struct{} // size 1: the leader looks again
+	told  chan struct{} // size 1: this replica looks what is ordered
 }
 
 func newRoots(p *controlPlane, leader etcd.Store) *roots {
 	life := max(24*time.Hour, p.cfg.Identity.X509Life.Duration) // an agent's SVID, a workload's
 	return &roots{td: p.td, store: p.stores.own, leader: leader, replicas: p.replicas, bundles: p.bundles, now: p.now,
-		life: min(life, p.cfg.Identity.RootLife.Duration), log: p.log.With("part", "roots"), records: map[string]rootsRecord{}, dirty: make(chan struct{}, 1)}
+		life: min(life, p.cfg.Identity.RootLife.Duration), log: p.log.With("part", "roots"), records: map[string]rootsRecord{}, dirty: make(chan struct{}, 1), told: make(chan struct{}, 1)}
 }
 
 // Until is until when the others know that this replica signs.
@@ -112,16 +124,32 @@ func (r *roots) enroll(ctx context.Context, a *ca.Authority) error {
 	if err := r.take(all); err != nil {
 		return err
 	}
+	r.mu.Lock()
+	if own, ok := r.records[r.replicas.self.ID]; ok {
+		r.done = obeyed{Rotation: own.Obeyed.Rotation, Root: own.Obeyed.Root}
+	} else { // new: what was ordered before is no business of its fresh root
+		r.done.Rotation = r.rotation.Number
+	}
+	r.mu.Unlock()
+	if _, err := r.obey(ctx); err != nil { // before anything is signed
+		return err
+	}
 	return r.publish(ctx)
 }
 
 // publish says what this replica's roots are, and promises that nothing it signs ends after twice the longest life from now.
 func (r *roots) publish(ctx context.Context) error {
+	r.publishing.Lock() // what is older must not come later
+	defer r.publishing.Unlock()
 	own, err := r.authority.Bundle().Marshal()
 	if err != nil {
 		return fmt.Errorf("encode own roots: %w", err)
 	}
-	rec := rootsRecord{Name: r.replicas.self.Name, Addresses: r.replicas.self.Addresses, Bundle: own, Until: r.now().Add(2 * r.life).UTC().Truncate(time.Second)}
+	rec := rootsRecord{Name: r.replicas.self.Name, Addresses: r.replicas.self.Addresses, Bundle: own, Until: r.now().Add(2 * r.life).UTC().Truncate(time.Second),
+		Roots: namesOf(r.authority.Roots())}
+	r.mu.Lock()
+	rec.Obeyed = r.done
+	r.mu.Unlock()
 	if c := r.authority.Active(); c != nil {
 		rec.Active = c.SubjectKeyId
 	}
@@ -144,6 +172,7 @@ func (r *roots) Run(ctx context.Context) error {
 	defer work.Wait()
 	work.Go(func() { r.follow(ctx) })
 	work.Go(func() { r.merging(ctx) })
+	work.Go(func() { r.obeying(ctx) })
 	for {
 		changed := r.authority.Changed()
 		wait := r.life / 2
@@ -175,10 +204,26 @@ func (r *roots) follow(ctx context.Context) {
 
 // take takes in what is in etcd.
 func (r *roots) take(all []etcd.KeyValue) error {
-	records := map[string]rootsRecord{}
+	records, revoked := map[string]rootsRecord{}, map[string]revocation{}
 	var u union
+	var order rotation
 	var rev int64
 	for _, kv := range all {
+		if kv.Key == rotationKey {
+			if err := json.Unmarshal(kv.Value, &order); err != nil {
+				r.log.Error("the order to rotate is damaged and not obeyed: order it again", "key", kv.Key, "err", err)
+				order = rotation{}
+			}
+		}
+		if authority, ok := strings.CutPrefix(kv.Key, revokedPath); ok {
+			var v revocation
+			if err := json.Unmarshal(kv.Value, &v); err != nil || v.Authority != authority {
+				r.log.Error("a stored revocation is damaged; the authority of its key is revoked", "key", kv.Key, "err", err)
+				v = revocation{Authority: authority, Revoked: true} // whoever cannot read a decision obeys the key
+			}
+			v.rev = kv.ModRevision
+			revoked[authority] = v
+		}
 		if id, ok := strings.CutPrefix(kv.Key, rootsPath); ok {
 			var rec rootsRecord
 			if err := json.Unmarshal(kv.Value, &rec); err != nil {
@@ -194,16 +239,29 @@ func (r *roots) take(all []etcd.KeyValue) error {
 			}
 		}
 	}
+	var b *spiffebundle.Bundle
+	var sequence uint64
+	if u.Bundle != nil {
+		var err error
+		if b, err = bundle.Parse(r.td, u.Bundle); err != nil {
+			return fmt.Errorf("decode %s: %w", unionKey, err)
+		}
+		sequence, _ = b.SequenceNumber()
+	}
 	r.mu.Lock()
-	r.records, r.union, r.unionRev = records, u, rev
+	leave := map[string]uint64{}
+	for _, authority := range u.Leave {
+		if leave[authority] = r.leave[authority]; leave[authority] == 0 {
+			leave[authority] = sequence
+		}
+	}
+	r.leave = leave
+	r.records, r.union, r.unionRev, r.rotation, r.revoked = records, u, rev, order, revoked
 	r.mu.Unlock()
 	kick(r.dirty)
-	if u.Bundle == nil {
+	kick(r.told)
+	if b == nil {
 		return nil // gone from etcd: the last good one stays, and the leader writes it again
-	}
-	b, err := bundle.Parse(r.td, u.Bundle)
-	if err != nil {
-		return fmt.Errorf("decode %s: %w", unionKey, err)
 	}
 	if err := r.bundles.Set(r.td, b, "replicas"); err != nil && !errors.Is(err, bundle.ErrStale) {
 		return fmt.Errorf("own bundle: %w", err)
@@ -273,7 +331,7 @@ func (r *roots) merging(ctx context.Context) {
 		if !r.replicas.leads() {
 			continue
 		}
-		if err := r.merge(ctx); err != nil && ctx.Err() == nil {
+		if err := errors.Join(r.decide(ctx), r.merge(ctx)); err != nil && ctx.Err() == nil {
 			r.log.Warn("the bundle of all replicas is not made; tried again", "err", err)
 			pause(ctx, 200*time.Millisecond)
 			kick(r.dirty)
@@ -284,13 +342,14 @@ func (r *roots) merging(ctx context.Context) {
 // merge writes the bundle if it is not what the replicas' roots make, and forgets replicas that are gone for good.
 func (r *roots) merge(ctx context.Context) error {
 	r.mu.Lock()
-	records, was, rev := maps.Clone(r.records), r.union, r.unionRev
+	records, was, rev, revoked := maps.Clone(r.records), r.union, r.unionRev, r.revoked
 	r.mu.Unlock()
 	alive := map[string]bool{}
 	for _, x := range *r.replicas.seen.Load() {
 		alive[x.ID] = true
 	}
-	b, from, gone := joinRoots(r.td, records, alive, r.now())
+	b, from, gone := joinRoots(r.td, records, revoked, alive, r.now())
+	leave := slices.Sorted(maps.Keys(revoked))
 	kv := etcd.NewKV(r.leader, "")
 	for _, id := range gone {
 		r.log.Info("a replica is gone for good, its roots have left the bundle", "replica", records[id].Name, "id", id)
@@ -310,7 +369,7 @@ func (r *roots) merge(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("decode %s: %w", unionKey, err)
 		}
-		if old.X509Bundle().Equal(b.X509Bundle()) && old.JWTBundle().Equal(b.JWTBundle()) && maps.Equal(was.From, from) {
+		if old.X509Bundle().Equal(b.X509Bundle()) && old.JWTBundle().Equal(b.JWTBundle()) && maps.Equal(was.From, from) && slices.Equal(was.Leave, leave) {
 			return nil
 		}
 		sequence, _ = old.SequenceNumber()
@@ -324,7 +383,7 @@ func (r *roots) merge(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("encode the bundle: %w", err)
 	}
-	value, err := json.Marshal(union{Bundle: raw, From: from})
+	value, err := json.Marshal(union{Bundle: raw, From: from, Leave: leave})
 	if err != nil {
 		return err
 	}
@@ -340,10 +399,16 @@ func (r *roots) merge(ctx context.Context) error {
 	return nil
 }
 
-// joinRoots makes the bundle of what the replicas have said. Roots of one that is not alive are in it until what it signed has expired;
-// one that has none left is gone.
-func joinRoots(td spiffeid.TrustDomain, records map[string]rootsRecord, alive map[string]bool, now time.Time) (b *spiffebundle.Bundle, from map[string]uint64, gone []string) {
+// joinRoots makes the bundle of what the replicas have said, without what is revoked. Roots of one that is not alive are in it until what it
+// signed has expired; one that has none left is gone.
+func joinRoots(td spiffeid.TrustDomain, records map[string]rootsRecord, revoked map[string]revocation, alive map[string]bool, now time.Time) (b *spiffebundle.Bundle, from map[string]uint64, gone []string) {
 	b, from = spiffebundle.New(td), map[string]uint64{}
+	out := map[string]bool{}
+	for _, v := range revoked {
+		if v.Revoked {
+			out[v.Authority], out[v.JWTKeyID] = true, true
+		}
+	}
 	for _, id := range slices.Sorted(maps.Keys(records)) {
 		rec := records[id]
 		own, err := bundle.Parse(td, rec.Bundle)
@@ -356,11 +421,14 @@ func joinRoots(td spiffeid.TrustDomain, records map[string]rootsRecord, alive ma
 		}
 		from[id], _ = own.SequenceNumber()
 		for _, c := range own.X509Authorities() {
-			if now.Before(c.NotAfter) {
+			if now.Before(c.NotAfter) && !out[bundle.AuthorityID(c)] {
 				b.AddX509Authority(c)
 			}
 		}
 		for kid, key := range own.JWTAuthorities() {
+			if out[kid] {
+				continue
+			}
 			if err := b.AddJWTAuthority(kid, key); err != nil {
 				continue // an empty key ID
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -26,6 +27,7 @@ type signer struct {
 	*roots
 	dir   string
 	acked atomic.Bool // everybody has its root
+	run   func()
 	stop  func()
 }
 
@@ -75,23 +77,23 @@ func newSigner(t *testing.T, store etcd.Store, dir, name string, now func() time
 	if err := s.enroll(t.Context(), a); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{}, 3)
-	for _, run := range []func(context.Context) error{s.Run, s.RunSigning, a.Run} {
-		go func() {
-			if err := run(ctx); err != nil {
-				t.Error(err)
-			}
-			ended <- struct{}{}
-		}()
-	}
-	s.stop = func() {
-		cancel()
-		for range 3 {
-			<-ended
+	s.run = func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		var running sync.WaitGroup
+		for _, run := range []func(context.Context) error{s.Run, s.RunSigning, a.Run} {
+			running.Go(func() {
+				if err := run(ctx); err != nil {
+					t.Error(err)
+				}
+			})
 		}
-		s.stop = func() {}
+		s.stop = func() {
+			cancel()
+			running.Wait()
+			s.stop = func() {}
+		}
 	}
+	s.run()
 	t.Cleanup(func() { s.stop() })
 	return s
 }

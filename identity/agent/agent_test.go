@@ -706,7 +706,7 @@ func TestTaintedRoot(t *testing.T) {
 		if on := s.api.RestingOn(old); len(on) != 1 {
 			t.Fatalf("%v rest on the only root", on)
 		}
-		_, _, err := s.authority.Rotate()
+		_, err := s.authority.Rotate()
 		check(t, err)
 		check(t, s.authority.Activate())
 		time.Sleep(10 * time.Second) // two syncs

@@ -172,6 +172,9 @@ func (a *Authority) replaceExpired(now time.Time, first bool) error {
 	if act != nil && now.Before(act.cert.NotAfter) || act == nil && next != nil && now.Before(next.cert.NotAfter) {
 		return nil
 	}
+	if act == nil && !first && a.cfg.Peers != nil { // the one that was prepared was withdrawn; others sign meanwhile
+		return a.Prepare()
+	}
 	if !first {
 		a.log.Error("root expired, a fresh one signs at once; whoever does not know it refuses its SVIDs", "known_successor", next != nil)
 	}

@@ -3,6 +3,7 @@ package ca
 import (
 	"context"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
@@ -49,6 +50,38 @@ func (a *Authority) Rejoin() error {
 		return fmt.Errorf("begin anew as a replica of %s: %w", a.cfg.TrustDomain, err)
 	}
 	a.log.Warn("this replica's roots have left the bundle; a fresh one is prepared", "root", next)
+	return nil
+}
+
+// Retire makes the active root with that key ID an old, tainted one, though no successor is acknowledged: a replica that was away learns
+// so that its root was revoked. A fresh root is prepared unless one is; until it is acknowledged, Peers sign.
+func (a *Authority) Retire(keyID string) error {
+	fail := func(err error) error { return fmt.Errorf("retire root %s of %s: %w", keyID, a.cfg.TrustDomain, err) }
+	next, err := newRoot(a.cfg, a.cfg.Now())
+	if err != nil {
+		return fail(err)
+	}
+	found := false
+	err = a.change(func(n *state) bool {
+		for i, r := range n.roots {
+			if r.phase == active && hex.EncodeToString(r.cert.SubjectKeyId) == keyID {
+				c := *r
+				c.phase, c.tainted, found = old, true, true
+				n.roots[i] = &c
+			}
+		}
+		if found && n.with(prepared) == nil {
+			n.roots = append(n.roots, next)
+		}
+		return found
+	})
+	switch {
+	case err != nil:
+		return fail(err)
+	case !found:
+		return fail(ErrWrongPhase)
+	}
+	a.log.Warn("the active root was revoked by others and signs no more; another is prepared", "key_id", keyID, "sequence", a.Sequence())
 	return nil
 }
 

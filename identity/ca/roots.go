@@ -47,14 +47,14 @@ func (a *Authority) Roots() []Root {
 func (a *Authority) PrepareHeld() error { return a.prepare(true) }
 
 // Rotate prepares a root, unless one is, for Run to activate as soon as it is acknowledged: one that a person held back is so no
-// more. It returns that root, and when Run activates it though not all have acknowledged it.
-func (a *Authority) Rotate() (Root, time.Time, error) {
+// more. It returns that root.
+func (a *Authority) Rotate() (Root, error) {
 	if err := a.Prepare(); err != nil {
-		return Root{}, time.Time{}, err
+		return Root{}, err
 	}
 	if r := a.state.Load().with(prepared); r != nil && r.held {
 		if err := a.editRoot("", prepared, false, func(r *root) { r.held = false }); err != nil {
-			return Root{}, time.Time{}, fmt.Errorf("rotate root of %s: %w", a.cfg.TrustDomain, err)
+			return Root{}, fmt.Errorf("rotate root of %s: %w", a.cfg.TrustDomain, err)
 		}
 	}
 	st := a.state.Load()
@@ -65,10 +65,20 @@ func (a *Authority) Rotate() (Root, time.Time, error) {
 	for _, r := range a.Roots() {
 		if r.KeyID == hex.EncodeToString(next.cert.SubjectKeyId) {
 			a.kick()
-			return r, patience(st.with(active), next), nil
+			return r, nil
 		}
 	}
-	return Root{}, time.Time{}, fmt.Errorf("rotate root of %s: %w", a.cfg.TrustDomain, ErrUnknownRoot)
+	return Root{}, fmt.Errorf("rotate root of %s: %w", a.cfg.TrustDomain, ErrUnknownRoot)
+}
+
+// Deadline is when Run activates the prepared root though not all have acknowledged it; zero where none is prepared.
+func (a *Authority) Deadline() time.Time {
+	st := a.state.Load()
+	next := st.with(prepared)
+	if next == nil {
+		return time.Time{}
+	}
+	return patience(st.with(active), next)
 }
 
 // kick makes Run look at once.

@@ -1168,6 +1168,10 @@ func TestMissing(t *testing.T) {
 	if !slices.Equal(again.Missing(west, f.authority.Sequence()), id) {
 		t.Error("just after a restart nobody is known to have loaded anything")
 	}
+	again.Moved(id)
+	if got := again.Missing(west, f.authority.Sequence()); len(got) != 0 {
+		t.Errorf("an agent that follows another replica: %v", got)
+	}
 }
 
 func TestSweep(t *testing.T) {

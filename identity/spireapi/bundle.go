@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
+	"maps"
 	"slices"
 	"time"
 
@@ -404,6 +405,9 @@ func maskBundle(from *types.Bundle, m *types.BundleMask, to *types.Bundle) {
 // markTainted tells agents which authorities of the own bundle to leave, and when JWT keys end.
 func (s *service) markTainted(p *types.Bundle) {
 	tainted := map[string]bool{}
+	if s.cfg.Tainted != nil {
+		maps.Copy(tainted, s.cfg.Tainted())
+	}
 	for _, r := range s.cfg.Authority.Roots() {
 		if r.Tainted {
 			tainted[r.KeyID], tainted[r.JWTKeyID] = true, true

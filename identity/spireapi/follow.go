@@ -27,6 +27,7 @@ func following(ctx context.Context) bool {
 // follower is a stream on which an agent is told of changes.
 type follower struct {
 	*watcher
+	since  time.Time
 	cancel context.CancelFunc
 }
 
@@ -84,6 +85,34 @@ func (s *entryService) sequences(entries []*entryRecord) []uint64 {
 	return out
 }
 
+// Followers names the agents that follow their changes here and began to within the time: what other replicas are to hear by Moved.
+func (s *Server) Followers(within time.Duration) []string {
+	now := s.cfg.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []string
+	for id, f := range s.followed {
+		if now.Sub(f.since) <= within {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+// Moved notes that these agents follow their changes at another replica, which answers for what they have loaded: those that do not do so
+// here are waited for here no more.
+func (s *Server) Moved(ids []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range ids {
+		if s.followed[id] == nil {
+			act := s.seen[id]
+			act.at = time.Time{}
+			s.seen[id] = act
+		}
+	}
+}
+
 // follow sends an agent an empty response now and whenever its entries, or bundles that they need, have changed: it then asks for them as
 // ever. An agent has one such stream, its newest.
 func (s *entryService) follow(stream entryv1.Entry_SyncAuthorizedEntriesServer, id string) error {
@@ -93,7 +122,7 @@ func (s *entryService) follow(stream entryv1.Entry_SyncAuthorizedEntriesServer, 
 		older.cancel()
 	}
 	w := newWatcher()
-	self := &follower{w, cancel}
+	self := &follower{w, s.cfg.Now(), cancel}
 	s.followed[id] = self
 	s.mu.Unlock()
 	defer func() {

@@ -59,6 +59,8 @@ type Config struct {
 
 	// OwnBundle is the bundle of the whole trust domain, with the roots of every replica. Default: Authority.Bundle.
 	OwnBundle func() *spiffebundle.Bundle
+	// Tainted are key IDs of authorities that agents are to leave besides those that Authority has tainted: other replicas'. May be nil.
+	Tainted func() map[string]bool
 	// Refresh pulls the bundle of a related trust domain from its endpoint, for RefreshBundle. May be nil.
 	Refresh func(ctx context.Context, td spiffeid.TrustDomain) error
 

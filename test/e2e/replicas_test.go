@@ -288,3 +288,190 @@ func TestReplicasRotate(t *testing.T) {
 	local.none(l, "rotation with replicas, within a cluster")
 	across.none(l, "rotation with replicas, across clusters")
 }
+
+// rootOf is a root as hanse trust show names it: the beginning of its name, whose it is and what it does.
+func (l *lab) rootOf(c, replica, phase string) (string, error) {
+	td := strings.TrimSuffix(c, "-2") + ".test"
+	out, err := l.hanse(c, "", "trust", "show", td, "-o", "json")
+	if err != nil {
+		return "", err
+	}
+	var page trustPage
+	if err := json.Unmarshal([]byte(out), &page); err != nil {
+		return "", err
+	}
+	for _, a := range page.Authorities {
+		if strings.Contains(a, ", replica "+replica+": "+phase) {
+			name, _, _ := strings.Cut(a, "…")
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("replica %s has no root that is %s: %v", replica, phase, page.Authorities)
+}
+
+// newRoot waits until a replica signs with another root than that one, and returns it.
+func (l *lab) newRoot(c, replica, than string) (name string) {
+	l.t.Helper()
+	l.eventually(time.Minute, fmt.Sprintf("%s says that replica %s signs with a new root", c, replica), func() (err error) {
+		if name, err = l.rootOf(c, replica, "active"); err == nil && name == than {
+			err = fmt.Errorf("it still is %s", name)
+		}
+		return err
+	})
+	return name
+}
+
+// TestReplicasTrust rotates and revokes the roots of two hansed of one cluster under load, while one after the other dies in the midst of it:
+// what was ordered is done by all, also by one that was away, and no call fails.
+func TestReplicasTrust(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, replicaTimers, "west", "east")
+	west := l.cluster("west")
+	two := l.second(west, replicaTimers)
+	etcd := l.etcd(west)
+	etcd.start()
+	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
+	l.up()
+	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--etcd-endpoints", etcd.at.String(), "--replica", "two")
+	l.ready("west-2/hansed", two.Admin)
+	l.leads("west", "one", 2)
+	is := map[string]string{"one": l.newRoot("west", "one", ""), "two": l.newRoot("west", "two", "")}
+	admins := map[string]string{"west": west.Admin, "west-2": two.Admin}
+	back := func(c string) {
+		t.Helper()
+		l.start(c + "/hansed")
+		l.ready(c+"/hansed", admins[c])
+		l.eventually(30*time.Second, "both replicas are there", func() error {
+			rows, err := l.replicas("west")
+			if err == nil && len(rows) != 2 {
+				err = fmt.Errorf("%+v", rows)
+			}
+			return err
+		})
+	}
+	// rotated waits until both have replaced the roots that they had.
+	rotated := func(at string) {
+		t.Helper()
+		for _, r := range []string{"one", "two"} {
+			is[r] = l.newRoot(at, r, is[r])
+		}
+	}
+	local := l.load("west", payments, 2)
+	l.kill("east/pay-a", "east/pay-a-app", "east/pay-b", "east/pay-b-app")
+	across := l.load("east", payments, 2) // east has none left: its calls cross
+	across.from(l, 20*time.Second, "west")
+	settled := func(what string) {
+		t.Helper()
+		local.none(l, what+", within the cluster")
+		across.none(l, what+", across clusters")
+	}
+
+	// Asked at the follower, both rotate, and it says so when both have.
+	r := get[rotation](l, "west-2", "trust", "rotate")
+	if r.State != "active" || len(r.Missing) > 0 || r.Old[:8] != is["two"] || r.Root[:8] == is["two"] {
+		t.Fatalf("%+v", r)
+	}
+	rotated("west-2")
+	if is["two"] != r.Root[:8] {
+		t.Errorf("it signs with %s, and said %s", is["two"], r.Root)
+	}
+	settled("rotation of both")
+
+	// The one that is asked dies at once: the other one, the leader or not, goes on, and it goes on itself when it is back.
+	askedOnes := []string{"west"}
+	if soak() {
+		askedOnes = append(askedOnes, "west-2")
+	}
+	for _, asked := range askedOnes {
+		other := map[string]string{"west": "west-2", "west-2": "west"}[asked]
+		name := map[string]string{"west": "one", "west-2": "two"}
+		said := make(chan struct{})
+		go func() {
+			defer close(said)
+			_, _ = l.hanse(asked, "", "trust", "rotate")
+		}()
+		l.eventually(10*time.Second, "a rotation has begun", func() error {
+			_, err := l.rootOf(other, name[other], "prepared")
+			if err != nil {
+				if x, again := l.rootOf(other, name[other], "active"); again == nil && x != is[name[other]] {
+					return nil // it is through with it
+				}
+			}
+			return err
+		})
+		l.kill(asked + "/hansed")
+		<-said
+		is[name[other]] = l.newRoot(other, name[other], is[name[other]])
+		back(asked)
+		is[name[asked]] = l.newRoot(other, name[asked], is[name[asked]])
+		settled("the replica that was asked to rotate died, " + asked)
+	}
+
+	// One that is away when it is ordered is named, and does it when it is back.
+	l.kill("west-2/hansed")
+	l.leads("west", "one", 1)
+	r = get[rotation](l, "west", "trust", "rotate")
+	if r.State != "active" || !reflect.DeepEqual(r.Away, []string{"two"}) {
+		t.Errorf("%+v", r)
+	}
+	was := is["two"]
+	is["one"] = l.newRoot("west", "one", is["one"])
+
+	// Meanwhile its root, with which it would have signed, is revoked: all leave it, and it finds another when it is back.
+	if out, err := l.hanse("west", "", "trust", "distrust", is["one"], "--yes"); err == nil || !strings.Contains(err.Error(), "signs now") {
+		t.Errorf("the root that signs is revoked: %s %v", out, err)
+	}
+	d := get[distrusted](l, "west", "trust", "distrust", was, "--yes")
+	t.Logf("the root of a replica that is away is revoked: %+v", d)
+	if len(d.Missing) > 0 || d.Confirmed == 0 {
+		t.Errorf("%+v", d)
+	}
+	for _, c := range []string{"west", "east"} {
+		l.eventually(10*time.Second, c+" does not have the root any more", func() error {
+			for _, a := range get[trustPage](l, c, "trust", "show", "west.test").Authorities {
+				if strings.HasPrefix(a, was) {
+					return fmt.Errorf("%s", a)
+				}
+			}
+			return nil
+		})
+	}
+	settled("the root of a replica that was away was revoked")
+	back("west-2")
+	is["two"] = l.newRoot("west", "two", was)
+	l.kill("west/pay-b") // what comes now is signed by either
+	l.start("west/pay-b")
+	l.ready("west/pay-b", west.workload("pay-b").Admin)
+	l.green()
+	settled("that replica is back")
+
+	// An old root of the one is revoked by the other.
+	old, err := l.rootOf("west", "one", "old")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := get[distrusted](l, "west-2", "trust", "distrust", old, "--yes"); len(d.Missing) > 0 {
+		t.Errorf("%+v", d)
+	}
+	for _, c := range []string{"west", "west-2"} {
+		if out := l.must(c, "", "trust", "show", "west.test"); strings.Contains(out, old) {
+			t.Errorf("%s has the revoked root still:\n%s", c, out)
+		}
+	}
+	settled("an old root was revoked by the other replica")
+
+	// Without etcd nothing is half done.
+	etcd.stop()
+	if out, err := l.hanse("west-2", "", "trust", "rotate"); err == nil || !strings.Contains(err.Error(), "nothing was changed") {
+		t.Errorf("a rotation without etcd: %s %v", out, err)
+	}
+	etcd.start()
+	l.green()
+	rotatedNot, err := l.rootOf("west-2", "two", "active")
+	if err != nil || rotatedNot != is["two"] {
+		t.Errorf("%s signs, want %s: %v", rotatedNot, is["two"], err)
+	}
+	local.stop()
+	across.stop()
+	settled("rotation and revocation with replicas")
+}

@@ -16,6 +16,7 @@ type rotation struct {
 	Root    string
 	Old     string
 	Missing []string
+	Away    []string
 	Elapsed float64 `json:"elapsedSeconds"`
 }
 

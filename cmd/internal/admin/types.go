@@ -340,6 +340,8 @@ type Rotation struct {
 	OldUntil *time.Time `json:"oldUntil,omitempty"`
 	OldLeft  float64    `json:"oldSeconds,omitempty"`
 	Forced   bool       `json:"forced,omitempty"` // activated though not acknowledged by all
+	// Away are replicas of hansed that are not there: each replaces its root when it is back.
+	Away []string `json:"away,omitempty"`
 }
 
 // DistrustRequest is POST /v1/trust-distrust (streamed).

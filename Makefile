@@ -106,7 +106,7 @@ bench-proxy: build ## Two sidecars beside nginx, HAProxy and Envoy, where they a
 	$(GO) run ./test/bench -write docs/benchmarks.md
 
 .PHONY: bench-kube
-bench-kube: bin/tools/kube-apiserver ## A million endpoints in a real kube-apiserver: time and memory until the first Snapshot, and from a change to xDS; with all exported, and over a restart of the API server (5 minutes)
+bench-kube: bin/tools/kube-apiserver ## A million endpoints in a real kube-apiserver: time and memory until the first Snapshot, and from a change to xDS; with all exported, over a restart of the API server, and when all must be listed again (6 minutes)
 	$(GO) test -run '^$$' -bench 'Source|Hansed|Exported' -benchtime 1x -timeout 20m ./test/kube
 
 .PHONY: bench-envoy

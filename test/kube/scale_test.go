@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -309,20 +310,74 @@ func benchmarkHansed(b *testing.B, exported bool) {
 		b.ReportMetric(float64(peak), "MB-peak")
 		b.ReportMetric(float64(rss), "MB-settled")
 
-		// The API server goes away and comes back: watches go on, or all is listed again, as it decides.
-		if err := os.WriteFile("/proc/"+pid+"/clear_refs", []byte("5"), 0); err != nil { // the peak is counted anew
-			b.Fatal(err)
+		// The API server goes away and comes back: watches go on; or etcd has forgotten meanwhile what came after them, and all is listed again.
+		for _, what := range []string{"restart", "relist"} {
+			forgotten := what == "relist"
+			if err := os.WriteFile("/proc/"+pid+"/clear_refs", []byte("5"), 0); err != nil { // the peak is counted anew
+				b.Fatal(err)
+			}
+			_, before := memory(pid)
+			cpu = ticks(pid)
+			s.kill()
+			if forgotten {
+				s.forget()
+			}
+			s.run()
+			began := time.Now()
+			pushed, _ := h.change(b, s, stream, forgotten)
+			b.ReportMetric(pushed.Seconds(), "s-push-after-"+what)
+			listed := h.settle(b)
+			peak, rss := memory(pid)
+			b.ReportMetric(listed.Sub(began).Seconds(), "s-busy-"+what)
+			b.ReportMetric(float64(ticks(pid)-cpu)/100, "s-CPU-"+what)
+			b.ReportMetric(float64(peak), "MB-peak-"+what)
+			b.Logf("%s: %d MB before, %d MB at most, %d MB after; %d lists of EndpointSlices", what, before, peak, rss, s.lists("endpointslices"))
 		}
-		cpu = ticks(pid)
-		s.kill()
-		s.run()
-		pushed, _ := h.change(b, s, stream, false)
-		b.ReportMetric(pushed.Seconds(), "s-push-after-restart")
-		h.settle(b)
-		peak, _ = memory(pid)
-		b.ReportMetric(float64(ticks(pid)-cpu)/100, "s-CPU-restart")
-		b.ReportMetric(float64(peak), "MB-peak-restart")
 	}
+}
+
+// forget makes etcd forget all revisions but the last, of which nobody knows.
+func (s *server) forget() {
+	s.t.Helper()
+	client := v3client.New(s.etcd.Server)
+	defer client.Close()
+	var last int64
+	for range 2 {
+		put, err := client.Put(context.Background(), "unrelated", "")
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		last = put.Header.Revision
+	}
+	if _, err := client.Compact(context.Background(), last); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// lists counts the lists of a resource that the API server has answered since it started, as streams or not.
+func (s *server) lists(resource string) int {
+	s.t.Helper()
+	client := http.Client{Transport: &http.Transport{TLSClientConfig: insecure(), DisableKeepAlives: true}, Timeout: time.Minute}
+	req, err := http.NewRequest("GET", "https://"+s.addr+"/metrics", nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer admintoken")
+	resp, err := client.Do(req)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	all, n := bufio.NewScanner(io.LimitReader(resp.Body, 64<<20)), 0
+	all.Buffer(nil, 1<<20)
+	for all.Scan() {
+		series, value, _ := strings.Cut(all.Text(), "} ")
+		if strings.Contains(series, `resource="`+resource+`"`) && (strings.HasPrefix(series, "apiserver_request_total{") && strings.Contains(series, `verb="LIST"`) || strings.HasPrefix(series, "apiserver_watch_list_duration_seconds_count{")) {
+			v, _ := strconv.ParseFloat(value, 64)
+			n += int(v)
+		}
+	}
+	return n
 }
 
 // change writes the probe's last endpoint as ready or not, and returns after how long a subscriber has it, and how long the API server took.
@@ -348,17 +403,19 @@ func (h *hansed) change(t testing.TB, s *server, stream discoveryv3.AggregatedDi
 }
 
 // settle waits until hansed does next to nothing, but no longer than a minute: ServiceImports and statuses of 10,000 exports are written for
-// longer than that.
-func (h *hansed) settle(t testing.TB) {
+// longer than that. It returns since when.
+func (h *hansed) settle(t testing.TB) (since time.Time) {
 	t.Helper()
 	pid := strconv.Itoa(h.cmd.Process.Pid)
+	since = time.Now()
 	for quiet, deadline := 0, time.Now().Add(time.Minute); quiet < 3 && time.Now().Before(deadline); {
 		before := ticks(pid)
 		time.Sleep(time.Second)
 		if quiet++; ticks(pid)-before > 5 {
-			quiet = 0
+			quiet, since = 0, time.Now()
 		}
 	}
+	return since
 }
 
 // profile writes one of hansed's profiles into the directory that HANSE_TEST_PROFILE names, if it does.

@@ -72,11 +72,9 @@ type Client struct {
 }
 
 // Dial connects to the first address of the token that answers with a chain that the token pins. Nothing secret has been sent when it
-// returns. Close must be called.
+// returns. Close must be called. A token that has expired by this clock is tried all the same: the issuer's clock decides, and if this one is
+// wrong, Preview says so.
 func Dial(ctx context.Context, cfg ClientConfig, t *Token) (*Client, error) {
-	if !cfg.Now().Before(t.Expires) {
-		return nil, ErrExpired
-	}
 	if cfg.Dial == nil {
 		cfg.Dial = (&net.Dialer{}).DialContext
 	}
@@ -91,7 +89,11 @@ func Dial(ctx context.Context, cfg ClientConfig, t *Token) (*Client, error) {
 			break
 		}
 	}
-	return nil, errors.Join(errs...)
+	err := errors.Join(errs...)
+	if !errors.Is(err, ErrExpired) && !cfg.Now().Before(t.Expires) {
+		return nil, fmt.Errorf("%w by this cluster's clock, at %s, and the issuer cannot be asked: %w", ErrExpired, t.Expires.Format(time.RFC3339), err)
+	}
+	return nil, err
 }
 
 // dial makes the first handshake itself, so that its error can be told, and hands the connection to gRPC.

@@ -197,7 +197,9 @@ func TestTokens(t *testing.T) {
 		}
 		late := tokenFor(west, "north")
 		settle(16 * time.Minute)
-		fails("expired by this clock", north, late, join.ErrExpired, "")
+		w.partition("north", "west", true)
+		fails("expired by this clock, nobody to ask", north, late, join.ErrExpired, "cannot be asked")
+		w.partition("north", "west", false)
 		north.skew = -10 * time.Minute
 		north.stop()
 		north.start()
@@ -210,6 +212,68 @@ func TestTokens(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestTokenClockSkew: while two clusters' clocks are more than 30 s apart, a join is refused for that reason, and not because the token had
+// expired; neither side changes, and the same token serves once the clocks are right. Only the issuer's clock says when its life is over.
+func TestTokenClockSkew(t *testing.T) {
+	const ten = 10 * time.Minute
+	for _, c := range []struct {
+		name         string
+		issuer, join time.Duration
+	}{
+		{"issuer ahead", ten, 0}, {"issuer behind", -ten, 0}, {"joiner ahead", 0, ten}, {"joiner behind", 0, -ten},
+		{"issuer ahead, joiner behind", ten, -ten}, {"issuer behind, joiner ahead", -ten, ten},
+		{"both ahead", ten, ten}, {"both behind", -ten, -ten}, {"29 s apart", -ten, 29*time.Second - ten},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				defer w.stop()
+				west, east := w.make("west", 1), w.make("east", 2)
+				west.skew, east.skew = c.issuer, c.join
+				for _, c := range []*cluster{west, east} {
+					c.start()
+				}
+				settle(time.Second)
+				token, _, err := west.mesh.Load().CreateToken(t.Context(), "east", 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				settle(14 * time.Minute)
+				if apart := (c.issuer - c.join).Abs(); apart > 30*time.Second {
+					before := [2]map[string]string{west.own.Dump(""), east.own.Dump("")}
+					var failed *join.CheckError
+					_, err := east.mesh.Load().Join(t.Context(), token, silent)
+					if !errors.As(err, &failed) || len(failed.Failed) != 1 || !strings.Contains(err.Error(), fmt.Sprintf("clocks agree: %.1fs apart", apart.Seconds())) {
+						t.Errorf("a join with clocks %v apart: %v", apart, err)
+					}
+					if diff := cmp.Diff(before, [2]map[string]string{west.own.Dump(""), east.own.Dump("")}); diff != "" {
+						t.Errorf("it changed something: %s", diff)
+					}
+					east.skew = west.skew
+					east.stop()
+					east.start()
+				}
+				if _, err := east.mesh.Load().Join(t.Context(), token, silent); err != nil {
+					t.Errorf("a join with clocks that agree: %v", err)
+				}
+				for name, skew := range map[string]time.Duration{"north": west.skew, "south": west.skew - ten} { // their clocks save no old token
+					late, _, err := west.mesh.Load().CreateToken(t.Context(), name, 0)
+					if err != nil {
+						t.Fatal(err)
+					}
+					settle(15*time.Minute + time.Second)
+					c := w.make(name, byte(len(w.clusters)+1))
+					c.skew = skew
+					c.start()
+					if _, err := c.mesh.Load().Join(t.Context(), late, silent); !errors.Is(err, join.ErrExpired) {
+						t.Errorf("%s with an old token: %v", name, err)
+					}
+				}
+			})
+		})
+	}
 }
 
 // TestPreview: each check fails for its reason, with a remedy, and nothing is changed on either side.

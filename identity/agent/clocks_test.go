@@ -18,6 +18,7 @@ import (
 
 	"github.com/hanse-mesh/hanse/identity"
 	"github.com/hanse-mesh/hanse/identity/agent"
+	"github.com/hanse-mesh/hanse/identity/attest"
 	"github.com/hanse-mesh/hanse/identity/bundle"
 	"github.com/hanse-mesh/hanse/identity/ca"
 )
@@ -444,6 +445,67 @@ func TestDistrustOutlives(t *testing.T) {
 				w.sofar()
 				time.Sleep(time.Hour)
 				w.none("trusted again")
+			})
+		})
+	}
+}
+
+// TestTokenClockSkew: hansed alone says whether an agent token lives, by the clock with which it made it, so that wrong clocks neither shorten
+// nor lengthen its life. Where the agent's clock is too far behind to verify hansed, the token is not sent, and serves once the clock is right.
+func TestTokenClockSkew(t *testing.T) {
+	const ten = 10 * time.Minute
+	for _, c := range []struct {
+		name          string
+		hansed, agent time.Duration
+		verifies      bool
+	}{
+		{"right clocks", 0, 0, true},
+		{"hansed ahead", ten, 0, true}, {"hansed behind", -ten, 0, true},
+		{"agent ahead", 0, ten, true}, {"agent behind", 0, -ten, true},
+		{"both ahead", ten, ten, true}, {"both behind", -ten, -ten, true},
+		{"hansed behind, agent ahead", -ten, ten, true},
+		{"hansed ahead, agent behind by more than 15 minutes of it", ten, -ten, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newServer(t, "west.demo", options{now: func() time.Time { return time.Now().Add(c.hansed) }})
+				s.start()
+				token := func() string {
+					token, _, err := s.tokens.Create(t.Context(), attest.Grant{ID: spiffeid.RequireFromString(frontend)}, time.Minute)
+					check(t, err)
+					return token
+				}
+				var ahead atomic.Int64
+				ahead.Store(int64(c.agent))
+				config := func(token string) agent.Config {
+					cfg := s.agentConfig(token)
+					cfg.Now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+					return cfg
+				}
+				young := config(token())
+				time.Sleep(40 * time.Second)
+				a, _ := runAgent(t, young)
+				time.Sleep(10 * time.Second)
+				if svid, err := a.Source().GetX509SVID(); (err == nil) != c.verifies {
+					t.Fatalf("with a token of 10 more seconds: %v, %v", svid, err)
+				}
+				ahead.Store(0)
+				time.Sleep(6 * time.Second) // one try
+				_, err := a.Source().GetX509SVID()
+				check(t, err)
+				ahead.Store(int64(c.agent))
+				old := config(token())
+				time.Sleep(61 * time.Second)
+				if !c.verifies {
+					ahead.Store(0)
+				}
+				b, err := agent.New(old)
+				check(t, err)
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				if err := b.Run(ctx); !errors.Is(err, agent.ErrTokenRefused) || !strings.Contains(err.Error(), "expired, at ") {
+					t.Errorf("with a token that expired a second ago: %v", err)
+				}
 			})
 		})
 	}

@@ -176,8 +176,8 @@ func (t *Tokens) Redeem(ctx context.Context, token string, keyHash [32]byte) (Re
 	if used != nil && subtle.ConstantTimeCompare(used, keyHash[:]) == 0 {
 		return Redemption{}, ErrUsed
 	}
-	if !t.now().Before(r.Expires) {
-		return Redemption{}, fmt.Errorf("%w, at %s", ErrExpired, r.Expires.Format(time.RFC3339))
+	if now := t.now(); !now.Before(r.Expires) { // replicas' clocks may differ: say whose said so
+		return Redemption{}, fmt.Errorf("%w, at %s; the server's clock says %s", ErrExpired, r.Expires.Format(time.RFC3339), now.UTC().Format(time.RFC3339))
 	}
 	red := Redemption{AgentID: t.agentID(token)}
 	if r.ID != "" {

@@ -241,3 +241,24 @@ func FuzzRedeem(f *testing.F) {
 		}
 	})
 }
+
+// A replica whose clock differs by ten minutes from that of the one that made a token ends the token so much sooner or later, and says by which
+// clock; at no time may it be used twice.
+func TestReplicasClocks(t *testing.T) {
+	for _, skew := range []time.Duration{10 * time.Minute, -10 * time.Minute} {
+		f := newFixture()
+		other := attest.New(west, f.store, func() time.Time { return f.now.Add(skew) })
+		token, _, err := f.Create(t.Context(), attest.Grant{ID: frontend}, 0)
+		check(t, err)
+		f.now = f.now.Add(attest.DefaultTTL - skew - time.Second)
+		_, err = other.Redeem(t.Context(), token, keyA)
+		check(t, err)
+		if _, err := f.Redeem(t.Context(), token, keyB); !errors.Is(err, attest.ErrUsed) {
+			t.Errorf("%v: another agent, elsewhere: %v", skew, err)
+		}
+		f.now = f.now.Add(time.Second)
+		if _, err := other.Redeem(t.Context(), token, keyA); !errors.Is(err, attest.ErrExpired) || !strings.Contains(err.Error(), f.now.Add(skew).Format(time.RFC3339)) {
+			t.Errorf("%v: at the end, by the other replica's clock: %v", skew, err)
+		}
+	}
+}

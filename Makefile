@@ -183,8 +183,11 @@ bin/images/pause.tar: test/kube/pause/main.go
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/tools/pause ./test/kube/pause
 	$(GO) run ./deploy/images -version $(VERSION) bin/tools/pause
 
+bin/images/etcd.tar: bin/tools/etcd
+	$(GO) run ./deploy/images -version $(VERSION) bin/tools/etcd
+
 .PHONY: kube-tools
-kube-tools: $(KUBERNETES_PROGRAMS) bin/tools/etcd bin/tools/coredns bin/images/pause.tar ## Build what a Kubernetes cluster consists of, once (15 CPU minutes)
+kube-tools: $(KUBERNETES_PROGRAMS) bin/tools/etcd bin/tools/coredns bin/images/pause.tar bin/images/etcd.tar ## Build what a Kubernetes cluster consists of, once (15 CPU minutes)
 
 .PHONY: lab
 lab: kube-tools images ## Two real Kubernetes clusters, a and b, until interrupted: test/kube/lab/labctl (root; containerd and others from the distribution)
@@ -196,8 +199,8 @@ e2e-kube: kube-tools images ## A mesh's whole life on two real Kubernetes cluste
 	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run '^TestTwoClusters$$' ./test/kube/e2e
 
 .PHONY: e2e-kube-more
-MORE := TestFlatNetwork TestUpgrade TestSidecars
-e2e-kube-more: kube-tools images ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load; sidecars from first moment to last (root, as make e2e-kube)
+MORE := TestFlatNetwork TestUpgrade TestSidecars TestReplicas TestZones
+e2e-kube-more: kube-tools images ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load; sidecars from first moment to last; several hansed; zones and drained nodes (root, as make e2e-kube)
 	for t in $(MORE); do HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run "^$$t$$" ./test/kube/e2e || exit 1; done
 
 .PHONY: conformance-gateway

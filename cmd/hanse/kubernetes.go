@@ -163,6 +163,11 @@ func (c *cli) bring(ctx context.Context, k *install.Cluster, i *installing, valu
 	if err != nil {
 		return err
 	}
+	if objects, err = k.WithEtcdSecret(ctx, objects, c.now()); apierrors.IsForbidden(err) {
+		return unreachable(k, err)
+	} else if err != nil {
+		return err
+	}
 	p := c.palette()
 	plan := install.Plan{Objects: objects, Values: values, Version: i.version, Force: i.force}
 	if !upgrade {
@@ -302,6 +307,9 @@ field by field, by the API server's own dry run, and asks. What an earlier versi
 					return usage("hanse uninstall, and install anew", "%s is %q, and stays so for the life of an installation, not %v", fixed, was, values[fixed])
 				}
 			}
+			if was, is := etcdOf(kept), etcdOf(values); was != is {
+				return usage("hanse leave and hanse uninstall, and install anew", "this cluster keeps its state in %s, and does so for the life of an installation: with %s it would begin without authority and mesh", was, is)
+			}
 			return c.bring(cmd.Context(), k, &i, values, true)
 		},
 	}
@@ -309,6 +317,18 @@ field by field, by the API server's own dry run, and asks. What an earlier versi
 	cmd.Flags().BoolVar(&reset, "reset-values", false, "forget the values that it was given before")
 	cmd.Flags().BoolVarP(&i.yes, "yes", "y", false, "do not ask")
 	return cmd
+}
+
+// etcdOf is where an installation keeps what it knows.
+func etcdOf(values map[string]any) string {
+	e, _ := values["etcd"].(map[string]any)
+	if l, _ := e["endpoints"].([]any); len(l) > 0 {
+		return "an etcd of your own"
+	}
+	if n := fmt.Sprint(cmp.Or(e["replicas"], any("0"))); n != "0" {
+		return "an etcd of " + n + " members"
+	}
+	return "the etcd that hansed embeds"
 }
 
 func (c *cli) uninstallCommand() *cobra.Command {

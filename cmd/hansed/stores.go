@@ -72,17 +72,24 @@ func openStores(ctx context.Context, cfg *Config, log *slog.Logger) (*stores, er
 	return s, nil
 }
 
+// etcdTLS reads the client's certificate at each handshake: whoever renews the files need not restart hansed.
 func etcdTLS(c Etcd) (*tls.Config, error) {
 	if c.CertFile == "" && c.CAFile == "" {
 		return nil, nil
 	}
 	t := &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true}
 	if c.CertFile != "" {
-		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("etcd client certificate: %w", err)
+		load := func() (*tls.Certificate, error) {
+			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+			if err != nil {
+				return nil, fmt.Errorf("etcd client certificate: %w", err)
+			}
+			return &cert, nil
 		}
-		t.Certificates = []tls.Certificate{cert}
+		if _, err := load(); err != nil {
+			return nil, err
+		}
+		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return load() }
 	}
 	if c.CAFile != "" {
 		pem, err := os.ReadFile(c.CAFile)

@@ -85,6 +85,8 @@ var variants = map[string][]string{
 	"webhooks":  {"webhooks.enabled=true"},
 	"bare":      {"webhooks.enabled=false", "gateway.enabled=false", "networkPolicy.enabled=false", "mcs.crds=false", "spire.crds=false", "podDisruptionBudget.enabled=false", "hansed.persistence.enabled=false"},
 	"replicas":  {"hansed.replicas=3", "etcd.endpoints={https://etcd-0:2379,https://etcd-1:2379}", "etcd.tlsSecret=etcd"},
+	"etcd":      {"hansed.replicas=3", "etcd.replicas=3", "etcd.persistence.storageClass=fast", "images.pullSecrets={a}", "etcd.nodeSelector.x=y"},
+	"etcd-bare": {"etcd.replicas=1", "etcd.persistence.enabled=false", "podDisruptionBudget.enabled=false", "networkPolicy.enabled=false", "etcd.tlsSecret=mine"},
 	"addresses": {"federation.advertise={west.example:7443}", "federation.service.type=ClusterIP", "gateway.addresses={gw.example:15443}", "gateway.service.type=ClusterIP", "gateway.hostPort=15443", "region=eu-1", "network=flat", "labels.tier=gold"},
 	"ports":     {"federation.service.type=NodePort", "federation.service.nodePort=30743", "gateway.service.type=NodePort", "gateway.service.nodePort=30443", "gateway.replicas=1"},
 	"node":      {"capture.mode=node", "images.pullSecrets={a}", "capture.nodeSelector.x=y"},
@@ -136,8 +138,8 @@ func podSpec(t *testing.T, all []*unstructured.Unstructured, kind, name string) 
 
 // What Pod Security calls restricted, field by field.
 func TestPodsAreRestricted(t *testing.T) {
-	all := render(t, west())
-	for kind, name := range map[string]string{"StatefulSet": "hansed", "Deployment": "hanse-gateway"} {
+	all := render(t, west("etcd.replicas=3"))
+	for name, kind := range map[string]string{"hansed": "StatefulSet", "hanse-etcd": "StatefulSet", "hanse-gateway": "Deployment"} {
 		p := podSpec(t, all, kind, name)
 		if s := p.SecurityContext; !*s.RunAsNonRoot || *s.RunAsUser != 65532 || s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault || p.HostNetwork || p.HostPID || p.HostIPC {
 			t.Errorf("%s: %+v", name, s)

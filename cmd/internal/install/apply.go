@@ -243,7 +243,7 @@ func (c *Cluster) obsolete(ctx context.Context, want []*unstructured.Unstructure
 }
 
 // removal is the order in which kinds go: webhooks first, or nothing could be created without hansed; then what writes, so that nothing comes back.
-var removal = []string{"MutatingWebhookConfiguration", "ValidatingWebhookConfiguration", "DaemonSet", "Deployment", "StatefulSet", "PodDisruptionBudget", "NetworkPolicy", "Service", "ConfigMap", "RoleBinding", "Role", "ClusterRoleBinding", "ClusterRole", "ServiceAccount"}
+var removal = []string{"MutatingWebhookConfiguration", "ValidatingWebhookConfiguration", "DaemonSet", "Deployment", "StatefulSet", "PodDisruptionBudget", "NetworkPolicy", "Service", "Secret", "ConfigMap", "RoleBinding", "Role", "ClusterRoleBinding", "ClusterRole", "ServiceAccount"}
 
 // installed are the objects of an installation, without definitions and the namespace, in the order in which they are to go.
 func (c *Cluster) installed(ctx context.Context) ([]*unstructured.Unstructured, error) {

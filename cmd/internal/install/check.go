@@ -193,6 +193,9 @@ func (c *Cluster) After(ctx context.Context, objects []*unstructured.Unstructure
 			say(c.hansedMay(ctx, o))
 		}
 	}
+	if names := etcdNames(objects, c.Namespace); names != nil {
+		say(c.etcdCertificate(ctx, names, time.Now()))
+	}
 	waiting, err := c.waiting(ctx)
 	switch {
 	case err != nil:

@@ -120,6 +120,7 @@ var kinds = map[string]struct {
 	"Namespace":                      {gvr("", "v1", "namespaces"), true},
 	"ServiceAccount":                 {gvr("", "v1", "serviceaccounts"), false},
 	"ConfigMap":                      {gvr("", "v1", "configmaps"), false},
+	"Secret":                         {gvr("", "v1", "secrets"), false},
 	"Service":                        {gvr("", "v1", "services"), false},
 	"StatefulSet":                    {gvr("apps", "v1", "statefulsets"), false},
 	"Deployment":                     {gvr("apps", "v1", "deployments"), false},

@@ -27,7 +27,7 @@ const (
 	sidecarNote    = "hanse.mesh/sidecar"
 	pageSize       = 500
 	goneEvery      = time.Second
-	dataClaimLabel = nameLabel + "=" + hansed
+	dataClaimLabel = nameLabel + " in (" + hansed + "," + etcdName + ")"
 )
 
 // Leftovers is what people have to know before an uninstallation.

@@ -27,6 +27,10 @@ func TestMain(m *testing.M) { os.Exit(inLab(m)) }
 
 // inLab runs the tests in namespaces of their own.
 func inLab(m *testing.M) int {
+	if pairs := os.Getenv(forwarding); pairs != "" {
+		fmt.Println("test/kube/e2e: forward:", forward(pairs))
+		return 1
+	}
 	if os.Getenv(wanted) == "" {
 		fmt.Println("test/kube/e2e: SKIPPED: it takes minutes and a machine of its own; `make e2e-kube` runs it")
 		return 0
@@ -65,7 +69,7 @@ func needs() error {
 	if err := lab.Needs(filepath.Join(bin, "tools")); err != nil {
 		return err
 	}
-	for _, f := range []string{"hanse", "images/pause.tar", "images/hansed.tar", "images/hanse-proxy.tar", "images/echo.tar"} {
+	for _, f := range []string{"hanse", "images/pause.tar", "images/hansed.tar", "images/hanse-proxy.tar", "images/echo.tar", "images/etcd.tar"} {
 		if _, err := os.Stat(filepath.Join(bin, f)); err != nil {
 			return fmt.Errorf("%w: `make e2e-kube` builds it", err)
 		}
@@ -176,7 +180,7 @@ func TestTwoClusters(t *testing.T) {
 		s.until(30*time.Second, func() error { return s.hasLeft("west", "east") })
 		west.mustFail("frontend", "http://"+catalog+":8080/", "")
 	})
-	s.mixed(west, s.machine(s.metal))
+	s.mixed(west, s.machine(s.hosts["metal"]))
 	s.step("uninstall", func() {
 		for _, c := range s.both() {
 			c.kubectl("delete", "namespace", "shop", "--wait=false")

@@ -22,12 +22,12 @@ import (
 
 const system = "hanse-system" // the namespace of the control plane
 
-// scene is two clusters and what is asked of them.
+// scene is two clusters, or west alone, and what is asked of them.
 type scene struct {
 	t          *testing.T
 	ctx        context.Context
 	west, east *cluster
-	metal      *lab.Host // beside them, without Kubernetes
+	hosts      map[string]*lab.Host // beside them, without Kubernetes
 }
 
 // cluster fails the test where it cannot do what it is asked for.
@@ -36,11 +36,14 @@ type cluster struct {
 	s *scene
 }
 
-// up starts two clusters, with what Hanse needs of a cluster: a volume. Their pods do not reach each other, unless cfg says so.
+// up starts two clusters, or those of cfg, with what Hanse needs of a cluster: a volume. Their pods do not reach each other, unless cfg says so.
 func up(t *testing.T, cfg lab.Config) *scene {
 	t.Helper()
-	cfg.Clusters, cfg.Tools, cfg.Pause, cfg.Dir, cfg.Log = []string{"west", "east"}, filepath.Join(bin, "tools"), "hanse.mesh/pause:"+version, filepath.Join(os.Getenv(stateDir), "lab"), t.Output()
-	for _, name := range []string{"pause", "hansed", "hanse-proxy", "echo"} {
+	if cfg.Clusters == nil {
+		cfg.Clusters = []string{"west", "east"}
+	}
+	cfg.Tools, cfg.Pause, cfg.Dir, cfg.Log = filepath.Join(bin, "tools"), "hanse.mesh/pause:"+version, filepath.Join(os.Getenv(stateDir), "lab"), t.Output()
+	for _, name := range []string{"pause", "hansed", "hanse-proxy", "echo", "etcd"} {
 		cfg.Images = append(cfg.Images, filepath.Join(bin, "images", name+".tar"))
 	}
 	began := time.Now()
@@ -49,20 +52,28 @@ func up(t *testing.T, cfg lab.Config) *scene {
 		t.Fatal(err)
 	}
 	t.Cleanup(l.Down)
-	t.Logf("two clusters after %.1f s", time.Since(began).Seconds())
-	s := &scene{t: t, ctx: t.Context(), metal: l.Hosts["metal"]}
-	s.west, s.east = &cluster{l.Clusters["west"], s}, &cluster{l.Clusters["east"], s}
+	t.Logf("clusters after %.1f s", time.Since(began).Seconds())
+	s := &scene{t: t, ctx: t.Context(), hosts: l.Hosts}
+	s.west = &cluster{l.Clusters["west"], s}
+	if east := l.Clusters["east"]; east != nil {
+		s.east = &cluster{east, s}
+	}
 	for _, c := range s.both() {
-		c.volume()
+		c.volume("hansed")
 		s.until(time.Minute, func() error { // the last thing that a new cluster makes
-			_, err := c.Kubectl(s.ctx, "-n", "kube-node-lease", "get", "lease", "node-"+c.Name)
+			_, err := c.Kubectl(s.ctx, "-n", "kube-node-lease", "get", "lease", c.Nodes[len(c.Nodes)-1].Name)
 			return err
 		})
 	}
 	return s
 }
 
-func (s *scene) both() []*cluster { return []*cluster{s.west, s.east} }
+func (s *scene) both() []*cluster {
+	if s.east == nil {
+		return []*cluster{s.west}
+	}
+	return []*cluster{s.west, s.east}
+}
 
 // step is a part of the story; the rest of it makes no sense once one has failed.
 func (s *scene) step(name string, f func()) {
@@ -188,7 +199,7 @@ type result struct {
 	Status string `json:"status"`
 	Error  string `json:"error"`
 	Text   string `json:"text"`
-	Answer struct{ Service, Cluster, Caller string }
+	Answer struct{ Service, Cluster, Zone, Caller string }
 
 	Seconds float64 `json:"seconds"`
 }
@@ -327,7 +338,7 @@ func (l *load) read(ctx context.Context, pod, app string) {
 			continue
 		}
 		l.mu.Lock()
-		l.calls[app+" → "+r.Answer.Cluster]++
+		l.calls[app+" → "+strings.TrimSpace(r.Answer.Cluster+" "+r.Answer.Zone)]++
 		l.slowest = max(l.slowest, r.Seconds)
 		if !r.OK {
 			l.failures = append(l.failures, fmt.Sprintf("%s %s: %s", time.Now().Format("15:04:05.000"), pod, lines.Text()))

@@ -11,22 +11,22 @@ import (
 	"strings"
 )
 
-// volume is where hansed keeps its state: the lab has no storage of its own.
-func (c *cluster) volume() {
+// volume is where a program keeps its state: the lab has no storage of its own.
+func (c *cluster) volume(name string) {
 	c.s.t.Helper()
-	dir := filepath.Join(os.Getenv(stateDir), "volume-"+c.Name)
+	dir := filepath.Join(os.Getenv(stateDir), "volume-"+c.Name+"-"+name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		c.s.t.Fatal(err)
 	}
 	c.apply(fmt.Sprintf(`apiVersion: v1
 kind: PersistentVolume
-metadata: {name: hansed}
+metadata: {name: %s}
 spec:
   capacity: {storage: 8Gi}
   accessModes: [ReadWriteOnce]
   local: {path: %s}
   nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [node-%s]}]}]}}
-`, dir, c.Name))
+`, name, dir, c.Name))
 }
 
 // install puts Hanse into a cluster as its users do, with further values; other clusters reach it by ports of its node.
@@ -51,7 +51,11 @@ func (s *scene) hanse(args ...string) string {
 
 func (s *scene) tryHanse(args ...string) (string, error) {
 	cmd := s.west.Command(s.ctx, filepath.Join(bin, "hanse"), args...)
-	cmd.Env = append(cmd.Env, "KUBECONFIG="+s.west.Kubeconfig+":"+s.east.Kubeconfig)
+	var files []string
+	for _, c := range s.both() {
+		files = append(files, c.Kubeconfig)
+	}
+	cmd.Env = append(cmd.Env, "KUBECONFIG="+strings.Join(files, ":"))
 	if _, err := os.Stat(s.contexts()); err == nil {
 		cmd.Env = append(cmd.Env, "HANSE_CONFIG="+s.contexts())
 	}

@@ -13,7 +13,8 @@ import (
 
 const next = "v0.2.0" // the same programs by another name, which is all that Kubernetes sees of an upgrade
 
-// TestUpgrade: other images and values under load cost no call, nor does an image that there is not; the next upgrade mends that.
+// TestUpgrade: other images and values under load cost no call, nor does an image that there is not; the next upgrade mends that. hansed's authority and membership are in its volume,
+// and outlive its Pods.
 func TestUpgrade(t *testing.T) {
 	s := up(t, lab.Config{})
 	west, east := s.west, s.east
@@ -38,6 +39,7 @@ func TestUpgrade(t *testing.T) {
 			}
 		}
 	})
+	roots := map[*cluster]string{west: s.roots("west"), east: s.roots("east")}
 	underLoad := func(calls int, f func()) {
 		s.t.Helper()
 		loads := []*load{west.load(), east.load()}
@@ -98,11 +100,16 @@ func TestUpgrade(t *testing.T) {
 	s.step("the mesh is as it was", func() {
 		s.until(time.Minute, func() error { return s.joined(west, east) })
 		s.until(time.Minute, func() error { return s.joined(east, west) })
+		for _, c := range s.both() { // of its volume, in each new Pod
+			if now := s.roots(c.Name); now != roots[c] {
+				s.t.Errorf("%s: roots were\n%s\nand are\n%s", c.Name, roots[c], now)
+			}
+		}
 		west.kubectl("-n", "shop", "scale", "deployment/payments", "--replicas=1")
 		s.until(time.Minute, func() error { return west.answered("frontend", paymentsURL, "west") })
 		east.export("catalog")
 		s.until(30*time.Second, func() error {
-			return west.answered("frontend", "http://catalog.shop.svc.clusterset.local:8080/", "east")
+			return west.answered("frontend", catalogURL, "east")
 		})
 	})
 }

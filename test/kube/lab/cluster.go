@@ -17,38 +17,38 @@ import (
 	"time"
 )
 
-// Cluster is one Kubernetes cluster with one node.
+// Cluster is one Kubernetes cluster.
 type Cluster struct {
 	Name       string
-	IP         string // of the node, which other nodes reach
+	IP         string // of its first node, on which its control plane is
 	Kubeconfig string // of an administrator, with a context of the cluster's name; it works in the networks of the nodes only
+	Nodes      []*Node
 
 	lab      *Lab
 	dir      string
 	pods     []string // ranges: one, or one of each family
-	podsHere []string // of the node
 	services []string
-	pid      int // containerd's, whose mounts are the node's
 }
 
 const apiPort = 6443
 
 func (l *Lab) cluster(name string, i int) *Cluster {
 	dir := filepath.Join(l.cfg.Dir, name)
-	c := &Cluster{Name: name, IP: nodeIP(i), Kubeconfig: filepath.Join(dir, "admin.conf"), lab: l, dir: dir, pods: []string{podRange(i)}, podsHere: []string{fmt.Sprintf("10.%d.1.0/24", 244+i)},
-		services: []string{fmt.Sprintf("10.%d.0.0/16", 96+i)}}
+	c := &Cluster{Name: name, IP: nodeIP(i, 0), Kubeconfig: filepath.Join(dir, "admin.conf"), lab: l, dir: dir, pods: []string{podRange(i)}, services: []string{fmt.Sprintf("10.%d.0.0/16", 96+i)}}
 	if l.cfg.Dual {
-		c.pods, c.podsHere, c.services = append(c.pods, podRange6(i)), append(c.podsHere, fmt.Sprintf("fd00:%d:0:1::/64", 244+i)), append(c.services, fmt.Sprintf("fd00:%d::/112", 96+i))
+		c.pods, c.services = append(c.pods, podRange6(i)), append(c.services, fmt.Sprintf("fd00:%d::/112", 96+i))
+	}
+	for n := range l.cfg.Nodes {
+		node := &Node{Name: "node-" + netOf(name, n), IP: nodeIP(i, n), c: c, net: netOf(name, n), dir: dir, pods: []string{podsOf(i, n)}}
+		if n > 0 {
+			node.dir = filepath.Join(dir, fmt.Sprint("node-", n+1))
+		}
+		if l.cfg.Dual {
+			node.pods = append(node.pods, podsOf6(i, n))
+		}
+		c.Nodes = append(c.Nodes, node)
 	}
 	return c
-}
-
-// ips are the node's addresses.
-func (c *Cluster) ips() string {
-	if c.lab.cfg.Dual {
-		return c.IP + "," + sixth(c.IP)
-	}
-	return c.IP
 }
 
 func (c *Cluster) path(name string) string { return filepath.Join(c.dir, name) }
@@ -81,24 +81,28 @@ func (c *Cluster) Apply(ctx context.Context, yaml string) error {
 	return err
 }
 
-// LoadImage makes the node have the images of an OCI archive.
+// LoadImage makes the nodes have the images of an OCI archive.
 func (c *Cluster) LoadImage(ctx context.Context, archive string) error {
 	archive, err := filepath.Abs(archive)
 	if err != nil {
 		return err
 	}
-	_, err = run("", exec.CommandContext(ctx, "nsenter", append(c.node(), "ctr", "-n", "k8s.io", "images", "import", archive)...))
-	return err
+	return c.ctr(ctx, "import", archive)
 }
 
-// TagImage gives an image of the node a second name.
+// TagImage gives an image of the nodes a second name.
 func (c *Cluster) TagImage(ctx context.Context, image, as string) error {
-	_, err := run("", exec.CommandContext(ctx, "nsenter", append(c.node(), "ctr", "-n", "k8s.io", "images", "tag", image, as)...))
-	return err
+	return c.ctr(ctx, "tag", image, as)
 }
 
-// node are nsenter's arguments for the node's mounts and network.
-func (c *Cluster) node() []string { return []string{"-t", fmt.Sprint(c.pid), "-m", "-n"} }
+func (c *Cluster) ctr(ctx context.Context, args ...string) error {
+	for _, n := range c.Nodes {
+		if err := n.ctr(ctx, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 func (c *Cluster) up(ctx context.Context) error {
 	if err := os.MkdirAll(c.path("pki"), 0o700); err != nil {
@@ -107,16 +111,26 @@ func (c *Cluster) up(ctx context.Context) error {
 	if err := c.controlPlane(ctx); err != nil {
 		return err
 	}
-	if err := c.startNode(ctx); err != nil {
+	for _, n := range c.Nodes {
+		if err := n.up(ctx); err != nil {
+			return err
+		}
+	}
+	if _, err := c.start("coredns", c.tool("coredns"), "-conf", c.path("Corefile")); err != nil {
 		return err
 	}
-	return eventually(ctx, time.Minute, func() error {
-		out, err := c.Kubectl(ctx, "get", "node", "node-"+c.Name, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
-		if err == nil && out != "True" {
-			err = fmt.Errorf("node-%s is not ready (%s)", c.Name, c.path("kubelet.log"))
+	for _, n := range c.Nodes {
+		if err := eventually(ctx, time.Minute, func() error {
+			out, err := c.Kubectl(ctx, "get", "node", n.Name, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
+			if err == nil && out != "True" {
+				err = fmt.Errorf("%s is not ready (%s)", n.Name, n.path("kubelet.log"))
+			}
+			return err
+		}); err != nil {
+			return err
 		}
-		return err
-	})
+	}
+	return nil
 }
 
 // controlPlane starts what is not a node.
@@ -132,8 +146,11 @@ func (c *Cluster) controlPlane(ctx context.Context) error {
 	if err := c.write("sa.key", string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}))); err != nil {
 		return err
 	}
-	users := map[string][2]string{"admin": {"admin", "system:masters"}, "cm": {"system:kube-controller-manager", ""}, "sched": {"system:kube-scheduler", ""}, "kubelet": {"system:node:node-" + c.Name, "system:nodes"},
+	users := map[string][2]string{"admin": {"admin", "system:masters"}, "cm": {"system:kube-controller-manager", ""}, "sched": {"system:kube-scheduler", ""},
 		"proxy": {"system:kube-proxy", ""}}
+	for _, n := range c.Nodes {
+		users[n.kubelet()] = [2]string{"system:node:" + n.Name, "system:nodes"}
+	}
 	var tokens strings.Builder
 	for name, u := range users {
 		secret := rand.Text()
@@ -146,6 +163,11 @@ contexts: [{name: %[1]q, context: {cluster: %[1]q, user: %[1]q}}]
 current-context: %[1]q
 `, c.Name, c.IP, apiPort, c.path("pki/apiserver.crt"), secret))
 		if err != nil {
+			return err
+		}
+	}
+	for file, text := range map[string]string{"Corefile": c.corefile(), "hosts": ""} {
+		if err := c.write(file, text); err != nil {
 			return err
 		}
 	}
@@ -183,4 +205,50 @@ current-context: %[1]q
 		_, err := c.Kubectl(ctx, "get", "serviceaccount", "default", "-o", "name")
 		return err
 	})
+}
+
+// corefile is the configuration of the cluster's DNS.
+func (c *Cluster) corefile() string {
+	return fmt.Sprintf(`.:53 {
+  bind %[1]s
+  errors
+  hosts %[3]s {
+    ttl 1
+    reload 1s
+    fallthrough
+  }
+  kubernetes cluster.local {
+    kubeconfig %[2]s
+    pods insecure
+  }
+  cache 1
+}
+clusterset.local.:53 {
+  bind %[1]s
+  errors
+  kubernetes clusterset.local {
+    kubeconfig %[2]s
+    multicluster clusterset.local
+  }
+  cache 1
+}
+`, c.IP, c.path("admin.conf"), c.path("hosts"))
+}
+
+// SetName makes the cluster's DNS answer a name with addresses, within two seconds; none: no more.
+func (c *Cluster) SetName(name string, ips ...string) error {
+	b, err := os.ReadFile(c.path("hosts"))
+	if err != nil {
+		return err
+	}
+	var lines []string
+	for line := range strings.Lines(string(b)) {
+		if !strings.HasSuffix(strings.TrimSpace(line), " "+name) {
+			lines = append(lines, line)
+		}
+	}
+	for _, ip := range ips {
+		lines = append(lines, ip+" "+name+"\n")
+	}
+	return c.write("hosts", strings.Join(lines, ""))
 }

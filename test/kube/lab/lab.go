@@ -25,6 +25,7 @@ import (
 // Config describes a Lab.
 type Config struct {
 	Clusters []string  // names, at most 8; default a and b
+	Nodes    int       // of each cluster, at most 4; default 1. The first one has the control plane, too
 	Hosts    []string  // names of machines beside them, on the same network, with nothing on them; at most 8
 	Tools    string    // directory of etcd, kube-apiserver, …; required
 	Images   []string  // OCI archives that every node has; the pause image must be among them
@@ -156,6 +157,12 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	if len(cfg.Clusters) > 8 || len(cfg.Hosts) > 8 {
 		return nil, fmt.Errorf("%d clusters and %d hosts: at most 8 each", len(cfg.Clusters), len(cfg.Hosts))
 	}
+	if cfg.Nodes == 0 {
+		cfg.Nodes = 1
+	}
+	if cfg.Nodes < 0 || cfg.Nodes > 4 || cfg.Nodes > 1 && cfg.Flat {
+		return nil, fmt.Errorf("%d nodes: at most 4; and one, if the network is flat", cfg.Nodes)
+	}
 	if err := Needs(cfg.Tools); err != nil {
 		return nil, err
 	}
@@ -214,8 +221,12 @@ func (l *Lab) network(ctx context.Context) error {
 			lines = append(lines, fmt.Sprintf("-n %s addr add %s/64 dev eth0 nodad", n, sixth(ip)))
 		}
 	}
-	for i, n := range l.cfg.Clusters {
-		machine(n, fmt.Sprintf("v%d", i), nodeIP(i))
+	var nodes []string
+	for i, c := range l.cfg.Clusters {
+		for n := range l.cfg.Nodes {
+			machine(netOf(c, n), fmt.Sprintf("v%d-%d", i, n), nodeIP(i, n))
+			nodes = append(nodes, netOf(c, n))
+		}
 	}
 	for i, n := range l.cfg.Hosts {
 		machine(n, fmt.Sprintf("h%d", i), hostIP(i))
@@ -229,7 +240,7 @@ func (l *Lab) network(ctx context.Context) error {
 	if l.cfg.Dual {
 		forward = append(forward, "net.ipv6.conf.all.forwarding=1")
 	}
-	for _, n := range l.cfg.Clusters {
+	for _, n := range nodes {
 		if _, err := run("", exec.CommandContext(ctx, "nsenter", append([]string{"--net=/run/netns/" + n, "sysctl", "-qw"}, forward...)...)); err != nil {
 			return err
 		}
@@ -237,26 +248,63 @@ func (l *Lab) network(ctx context.Context) error {
 	return l.Routes(ctx, l.cfg.Flat)
 }
 
-// Routes lets pods of all clusters reach each other, or not. Where they do, the nodes must not hide them: see Config.Flat.
+// masquerades says that what Pods send to machines comes from their node. Not by the plugin where there are several nodes, which would hide Pods of one from those of the other.
+func (l *Lab) masquerades() bool { return !l.cfg.Flat && l.cfg.Nodes == 1 }
+
+// Routes lets pods of all clusters reach each other, or not. Where they do, the nodes must not hide them: see Config.Flat. Pods of one cluster reach each other in any case.
 func (l *Lab) Routes(ctx context.Context, flat bool) error {
-	for i, n := range l.cfg.Clusters {
-		for j := range l.cfg.Clusters {
-			if i == j {
+	ip := func(args ...string) error {
+		_, err := run("", exec.CommandContext(ctx, "ip", args...))
+		return err
+	}
+	for i, c := range l.cfg.Clusters {
+		for n := range l.cfg.Nodes {
+			net := netOf(c, n)
+			for j := range l.cfg.Clusters {
+				if i == j {
+					continue
+				}
+				via := map[string]string{podRange(j): nodeIP(j, 0)}
+				if l.cfg.Dual {
+					via[podRange6(j)] = sixth(nodeIP(j, 0))
+				}
+				for pods, node := range via {
+					to := []string{"blackhole", pods}
+					if flat {
+						to = []string{pods, "via", node}
+					}
+					if err := errors.Join(ip("-n", net, "route", "flush", pods), ip(append([]string{"-n", net, "route", "add"}, to...)...)); err != nil {
+						return err
+					}
+				}
+			}
+			if l.cfg.Nodes == 1 {
 				continue
 			}
-			via := map[string]string{podRange(j): nodeIP(j)}
+			ranges := map[string]string{podRange(i): "iptables"}
 			if l.cfg.Dual {
-				via[podRange6(j)] = sixth(nodeIP(j))
+				ranges[podRange6(i)] = "ip6tables"
 			}
-			for pods, node := range via {
-				if _, err := run("", exec.CommandContext(ctx, "ip", "-n", n, "route", "flush", pods)); err != nil {
+			for m := range l.cfg.Nodes {
+				if m == n {
+					continue
+				}
+				if err := ip("-n", net, "route", "replace", podsOf(i, m), "via", nodeIP(i, m)); err != nil {
 					return err
 				}
-				to := []string{"blackhole", pods}
-				if flat {
-					to = []string{pods, "via", node}
+				if l.cfg.Dual {
+					if err := ip("-n", net, "route", "replace", podsOf6(i, m), "via", sixth(nodeIP(i, m))); err != nil {
+						return err
+					}
 				}
-				if _, err := run("", exec.CommandContext(ctx, "ip", append([]string{"-n", n, "route", "add"}, to...)...)); err != nil {
+			}
+			for pods, tables := range ranges {
+				rule := []string{"POSTROUTING", "-s", pods, "!", "-d", pods, "-j", "MASQUERADE"}
+				in := []string{"--net=/run/netns/" + net, tables, "-w", "-t", "nat"}
+				if _, err := run("", exec.CommandContext(ctx, "nsenter", append(append(in, "-C"), rule...)...)); err == nil {
+					continue
+				}
+				if _, err := run("", exec.CommandContext(ctx, "nsenter", append(append(in, "-A"), rule...)...)); err != nil {
 					return err
 				}
 			}
@@ -265,7 +313,21 @@ func (l *Lab) Routes(ctx context.Context, flat bool) error {
 	return nil
 }
 
-func nodeIP(i int) string    { return fmt.Sprintf("10.9.0.%d", i+1) }
+// netOf is the network namespace of a node.
+func netOf(cluster string, n int) string {
+	if n == 0 {
+		return cluster
+	}
+	return fmt.Sprintf("%s-%d", cluster, n+1)
+}
+
+// nodeIP is the address of node n of cluster i.
+func nodeIP(i, n int) string { return fmt.Sprintf("10.9.0.%d", 10*n+i+1) }
+
+// podsOf are the addresses of a node's Pods.
+func podsOf(i, n int) string  { return fmt.Sprintf("10.%d.%d.0/24", 244+i, n+1) }
+func podsOf6(i, n int) string { return fmt.Sprintf("fd00:%d:0:%d::/64", 244+i, n+1) }
+
 func hostIP(i int) string    { return fmt.Sprintf("10.9.0.%d", i+101) }
 func podRange(i int) string  { return fmt.Sprintf("10.%d.0.0/16", 244+i) }
 func podRange6(i int) string { return fmt.Sprintf("fd00:%d::/56", 244+i) }

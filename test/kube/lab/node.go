@@ -16,60 +16,102 @@ import (
 
 const cniPlugins = "/usr/lib/cni"
 
-// startNode starts containerd, kubelet, kube-proxy and the cluster's DNS. containerd and kubelet have mounts of their own, bound to directories of the lab where they would use the
-// machine's.
-func (c *Cluster) startNode(ctx context.Context) error {
-	binds := ""
-	for at, to := range map[string]string{"run-containerd": "/run/containerd", "lib-containerd": "/var/lib/containerd", "lib-kubelet": "/var/lib/kubelet", "log-pods": "/var/log/pods",
-		"log-containers": "/var/log/containers", "lib-cni": "/var/lib/cni", "etc-cni": "/etc/cni/net.d"} {
-		if err := os.MkdirAll(c.path(at), 0o755); err != nil {
-			return err
-		}
-		binds += fmt.Sprintf("mkdir -p %s && mount --bind %s %s && ", to, c.path(at), to)
+// Node is a machine of a Cluster, on which its Pods run.
+type Node struct {
+	Name string
+	IP   string // which other nodes reach
+
+	c    *Cluster
+	net  string // its network namespace
+	dir  string
+	pods []string // ranges: one, or one of each family
+	pid  int      // containerd's, whose mounts are the node's
+}
+
+func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
+
+// kubelet is the kubelet's name among the users of the cluster, and before .conf that of its kubeconfig.
+func (n *Node) kubelet() string { return "kubelet-" + n.net }
+
+// ips are its addresses.
+func (n *Node) ips() string {
+	if n.c.lab.cfg.Dual {
+		return n.IP + "," + sixth(n.IP)
 	}
-	if err := c.writeNodeFiles(); err != nil {
-		return err
-	}
-	if err := makeCgroups(c.Name); err != nil {
-		return err
-	}
-	containerd, err := c.start("containerd", "unshare", "-m", "--propagation", "private", "sh", "-c", "mount --make-rshared / && mount -t tmpfs none /run/netns && "+binds+"exec containerd -c "+c.path("containerd.toml"))
-	if err != nil {
-		return err
-	}
-	c.pid = containerd.Process.Pid
-	if err := eventually(ctx, 30*time.Second, func() error {
-		_, err := run("", exec.CommandContext(ctx, "nsenter", append(c.node(), "ctr", "--connect-timeout", "1s", "version")...))
-		return err
-	}); err != nil {
-		return fmt.Errorf("containerd (%s): %w", c.path("containerd.log"), err)
-	}
-	for _, archive := range c.lab.cfg.Images {
-		if err := c.LoadImage(ctx, archive); err != nil {
-			return err
-		}
-	}
-	if _, err := c.lab.start(c.path("kubelet.log"), "nsenter", append(c.node(), c.tool("kubelet"), "--kubeconfig="+c.path("kubelet.conf"), "--config="+c.path("kubelet.yaml"), "--hostname-override=node-"+c.Name,
-		"--node-ip="+c.ips(), "--root-dir=/var/lib/kubelet", "--cert-dir="+c.path("pki"))...); err != nil {
-		return err
-	}
-	if _, err := c.start("kube-proxy", c.tool("kube-proxy"), "--config="+c.path("proxy.yaml")); err != nil {
-		return err
-	}
-	_, err = c.start("coredns", c.tool("coredns"), "-conf", c.path("Corefile"))
+	return n.IP
+}
+
+// in are nsenter's arguments for its mounts and network.
+func (n *Node) in() []string { return []string{"-t", fmt.Sprint(n.pid), "-m", "-n"} }
+
+// ctr runs a command of `ctr images`.
+func (n *Node) ctr(ctx context.Context, args ...string) error {
+	_, err := run("", exec.CommandContext(ctx, "nsenter", append(append(n.in(), "ctr", "-n", "k8s.io", "images"), args...)...))
 	return err
 }
 
-func (c *Cluster) writeNodeFiles() error {
+// start starts a program in its network.
+func (n *Node) start(name, program string, args ...string) (*exec.Cmd, error) {
+	return n.c.lab.start(n.path(name+".log"), "nsenter", append([]string{"--net=/run/netns/" + n.net, program}, args...)...)
+}
+
+// up starts containerd, kubelet and kube-proxy. containerd and kubelet have mounts of their own, bound to directories of the lab where they would use the machine's.
+func (n *Node) up(ctx context.Context) error {
+	binds := ""
+	for at, to := range map[string]string{"run-containerd": "/run/containerd", "lib-containerd": "/var/lib/containerd", "lib-kubelet": "/var/lib/kubelet", "log-pods": "/var/log/pods",
+		"log-containers": "/var/log/containers", "lib-cni": "/var/lib/cni", "etc-cni": "/etc/cni/net.d", "pki": ""} {
+		if err := os.MkdirAll(n.path(at), 0o755); err != nil {
+			return err
+		}
+		if to != "" {
+			binds += fmt.Sprintf("mkdir -p %s && mount --bind %s %s && ", to, n.path(at), to)
+		}
+	}
+	if err := n.writeFiles(); err != nil {
+		return err
+	}
+	if err := makeCgroups(n.net); err != nil {
+		return err
+	}
+	containerd, err := n.start("containerd", "unshare", "-m", "--propagation", "private", "sh", "-c", "mount --make-rshared / && mount -t tmpfs none /run/netns && "+binds+"exec containerd -c "+n.path("containerd.toml"))
+	if err != nil {
+		return err
+	}
+	n.pid = containerd.Process.Pid
+	if err := eventually(ctx, 30*time.Second, func() error {
+		_, err := run("", exec.CommandContext(ctx, "nsenter", append(n.in(), "ctr", "--connect-timeout", "1s", "version")...))
+		return err
+	}); err != nil {
+		return fmt.Errorf("containerd (%s): %w", n.path("containerd.log"), err)
+	}
+	for _, archive := range n.c.lab.cfg.Images {
+		archive, err := filepath.Abs(archive)
+		if err != nil {
+			return err
+		}
+		if err := n.ctr(ctx, "import", archive); err != nil {
+			return err
+		}
+	}
+	if _, err := n.c.lab.start(n.path("kubelet.log"), "nsenter", append(n.in(), n.c.tool("kubelet"), "--kubeconfig="+n.c.path(n.kubelet()+".conf"), "--config="+n.path("kubelet.yaml"), "--hostname-override="+n.Name,
+		"--node-ip="+n.ips(), "--root-dir=/var/lib/kubelet", "--cert-dir="+n.path("pki"))...); err != nil {
+		return err
+	}
+	_, err = n.start("kube-proxy", n.c.tool("kube-proxy"), "--config="+n.path("proxy.yaml"))
+	return err
+}
+
+func (n *Node) writeFiles() error {
+	c := n.c
 	ranges, routes := "", ""
-	for i, subnet := range c.podsHere {
+	for i, subnet := range n.pods {
 		ranges += fmt.Sprintf(`,[{"subnet":%q}]`, subnet)
 		routes += fmt.Sprintf(`,{"dst":%q}`, []string{"0.0.0.0/0", "::/0"}[i])
 	}
 	for name, text := range map[string]string{
 		"etc-cni/10-lab.conflist": fmt.Sprintf(`{"cniVersion":"1.0.0","name":"lab","plugins":[
 {"type":"bridge","bridge":"cni0","isGateway":true,"hairpinMode":true,"ipMasq":%v,"ipam":{"type":"host-local","dataDir":"/var/lib/cni/networks","ranges":[%s],"routes":[%s]}},
-{"type":"portmap","capabilities":{"portMappings":true}}]}`, !c.lab.cfg.Flat, ranges[1:], routes[1:]),
+{"type":"portmap","capabilities":{"portMappings":true}}]}`, c.lab.masquerades(), ranges[1:], routes[1:]),
 		"containerd.toml": fmt.Sprintf(`version = 2
 root = "/var/lib/containerd"
 state = "/run/containerd"
@@ -99,36 +141,17 @@ containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 resolvConf: %s
 evictionHard: {memory.available: 100Mi, nodefs.available: 1%%, imagefs.available: 1%%}
 imageGCHighThresholdPercent: 100
-`, cgroup(c.Name), c.IP, c.path("resolv.conf")),
+`, cgroup(n.net), c.IP, n.path("resolv.conf")),
 		"proxy.yaml": fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection: {kubeconfig: %s}
 mode: nftables
 clusterCIDR: %s
-hostnameOverride: node-%s
+hostnameOverride: %s
 conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
-`, c.path("admin.conf"), strings.Join(c.pods, ","), c.Name),
-		"Corefile": fmt.Sprintf(`.:53 {
-  bind %[1]s
-  errors
-  kubernetes cluster.local {
-    kubeconfig %[2]s
-    pods insecure
-  }
-  cache 1
-}
-clusterset.local.:53 {
-  bind %[1]s
-  errors
-  kubernetes clusterset.local {
-    kubeconfig %[2]s
-    multicluster clusterset.local
-  }
-  cache 1
-}
-`, c.IP, c.path("admin.conf")),
+`, c.path("admin.conf"), strings.Join(c.pods, ","), n.Name),
 	} {
-		if err := c.write(name, text); err != nil {
+		if err := os.WriteFile(n.path(name), []byte(text), 0o600); err != nil {
 			return err
 		}
 	}

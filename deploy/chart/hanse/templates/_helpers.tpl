@@ -13,6 +13,20 @@ helm.sh/chart: hanse-{{ .Chart.Version }}
 {{ .Values.network | default .Values.cluster }}
 {{- end }}
 
+{{- /* etcds that are shared by replicas: there already, or the chart's own; none if hansed embeds it */ -}}
+{{- define "hanse.etcdEndpoints" -}}
+{{- $own := list }}
+{{- range $i := until (int .Values.etcd.replicas) }}
+{{- $own = append $own (printf "https://hanse-etcd-%d.hanse-etcd.%s.svc:2379" $i $.Release.Namespace) }}
+{{- end }}
+{{- toJson (default $own .Values.etcd.endpoints) }}
+{{- end }}
+
+{{- /* the chart's own etcd has one that "hanse install" makes, if none is given */ -}}
+{{- define "hanse.etcdSecret" -}}
+{{- if .Values.etcd.tlsSecret }}{{ .Values.etcd.tlsSecret }}{{ else if gt (int .Values.etcd.replicas) 0 }}hanse-etcd{{ end }}
+{{- end }}
+
 {{- define "hanse.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 65532
@@ -76,10 +90,10 @@ federation:
 health:
   listen: ":7441"
   metrics: {{ .Values.metrics.enabled }}
-{{- with .Values.etcd.endpoints }}
+{{- with fromJsonArray (include "hanse.etcdEndpoints" .) }}
 etcd:
   endpoints: {{ toJson . }}
-  {{- if $.Values.etcd.tlsSecret }}
+  {{- if include "hanse.etcdSecret" $ }}
   certFile: /etc/hanse/etcd/tls.crt
   keyFile: /etc/hanse/etcd/tls.key
   caFile: /etc/hanse/etcd/ca.crt

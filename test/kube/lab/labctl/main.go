@@ -24,6 +24,7 @@ func main() {
 	flat := flag.Bool("flat", false, "pods of all clusters reach each other")
 	dual := flag.Bool("dual", false, "nodes, pods and services have addresses of both families")
 	clusters := flag.String("clusters", "a,b", "names, separated by commas")
+	nodes := flag.Int("nodes", 1, "of each cluster; the second one is CLUSTER-2 for commands")
 	hosts := flag.String("hosts", "", "names of machines without Kubernetes, separated by commas")
 	dir := flag.String("dir", filepath.Join(os.TempDir(), "hanse-clusters"), "state and logs; another lab needs another one")
 	tools := flag.String("tools", "bin/tools", "directory of kube-apiserver and the others")
@@ -31,7 +32,7 @@ func main() {
 	version := flag.String("version", "v0.1.0", "of the images")
 	check := flag.Bool("check", false, "see whether this machine can run clusters at all: start them and a pod in each, and end them")
 	flag.Usage = func() {
-		fmt.Fprintln(flag.CommandLine.Output(), "usage: labctl [flags]                    keep clusters up until interrupted\n       labctl [flags] CLUSTER COMMAND…   run a command in the network of a cluster, with its KUBECONFIG, or of a host\n       labctl [flags] CLUSTER load FILE  give its node the images of an OCI archive")
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: labctl [flags]                    keep clusters up until interrupted\n       labctl [flags] CLUSTER COMMAND…   run a command in the network of a cluster, with its KUBECONFIG, or of a host\n       labctl [flags] CLUSTER load FILE  give its nodes the images of an OCI archive")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -39,7 +40,7 @@ func main() {
 	if flag.NArg() > 1 {
 		code, err = in(*dir, *tools, flag.Arg(0), flag.Args()[1:])
 	} else {
-		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Hosts: strings.FieldsFunc(*hosts, func(r rune) bool { return r == ',' }), Tools: *tools, Flat: *flat, Dual: *dual, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images, *check)
+		code, err = up(lab.Config{Clusters: strings.Split(*clusters, ","), Nodes: *nodes, Hosts: strings.FieldsFunc(*hosts, func(r rune) bool { return r == ',' }), Tools: *tools, Flat: *flat, Dual: *dual, Dir: *dir, Pause: "hanse.mesh/pause:" + *version, Log: os.Stderr}, *images, *check)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "labctl:", err)
@@ -118,7 +119,7 @@ func in(dir, tools, cluster string, command []string) (int, error) {
 		if err != nil {
 			return 1, err
 		}
-		command = []string{"nsenter", "--net=/run/netns/" + cluster, "ctr", "-a", filepath.Join(dir, cluster, "run-containerd/containerd.sock"), "-n", "k8s.io", "images", "import", archive}
+		command = []string{"nsenter", "--net=/run/netns/" + cluster, "ctr", "-a", filepath.Join(nodeDir(dir, cluster), "run-containerd/containerd.sock"), "-n", "k8s.io", "images", "import", archive}
 	}
 	cmd := exec.Command("nsenter", append(lab, command...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -130,11 +131,27 @@ func in(dir, tools, cluster string, command []string) (int, error) {
 	return 0, err
 }
 
+// nodeDir is where a node has its state: CLUSTER, or CLUSTER-2 for the second one.
+func nodeDir(dir, name string) string {
+	if i := strings.LastIndexByte(name, '-'); i > 0 {
+		if second := filepath.Join(dir, name[:i], "node-"+name[i+1:]); exists(second) {
+			return second
+		}
+	}
+	return filepath.Join(dir, name)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
 // kubeconfig is a cluster's; a host has those of all clusters.
 func kubeconfig(dir, name string) string {
-	own := filepath.Join(dir, name, "admin.conf")
-	if _, err := os.Stat(own); err == nil {
-		return own
+	for _, d := range []string{nodeDir(dir, name), filepath.Dir(nodeDir(dir, name))} {
+		if own := filepath.Join(d, "admin.conf"); exists(own) {
+			return own
+		}
 	}
 	all, _ := filepath.Glob(filepath.Join(dir, "*", "admin.conf"))
 	return strings.Join(all, string(filepath.ListSeparator))

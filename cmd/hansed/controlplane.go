@@ -328,6 +328,7 @@ func (p *controlPlane) Run(ctx context.Context) error {
 	run("distrust", p.distrusts.Run)
 	run("connections", func(ctx context.Context) error { return p.board.watch(ctx, p.log) })
 	run("bundle endpoints", p.puller.Run)
+	run("who polls the bundle", p.followPolls)
 	if p.files != nil {
 		run("files", p.files.Run)
 	}

@@ -33,12 +33,21 @@ func (s *Store) Handler() http.Handler {
 			http.Error(w, "no bundle yet", http.StatusServiceUnavailable)
 			return
 		}
-		s.polled.Store(s.cfg.Now().UnixNano())
+		s.NotePolled(s.cfg.Now())
 		s.answer(w, b)
 	})
 }
 
-// Polled is when somebody last fetched this trust domain's bundle from its endpoint; zero if nobody has since the start.
+// NotePolled notes that somebody fetched it at t, here or from another replica.
+func (s *Store) NotePolled(t time.Time) {
+	for at := t.UnixNano(); ; {
+		if was := s.polled.Load(); was >= at || s.polled.CompareAndSwap(was, at) {
+			return
+		}
+	}
+}
+
+// Polled is when somebody last fetched this trust domain's bundle from an endpoint; zero if that is not known.
 func (s *Store) Polled() time.Time {
 	if at := s.polled.Load(); at != 0 {
 		return time.Unix(0, at)

@@ -362,6 +362,10 @@ func TestCommands(t *testing.T) {
 	l.run("entry delete -entryID "+id, "Deleted entry")
 	l.refuse("entry show -entryID "+id, "not found")
 	l.refuse("agent show -spiffeID spiffe://west.demo/spire/agent/none", "not found")
+	l.run("agent count", "0 attested agents")
+	l.run("agent purge", "No agents to purge")
+	l.refuse("upstreamauthority taint -subjectKeyID "+strings.Repeat("ab", 20), "NotFound")
+	l.refuse("upstreamauthority revoke -subjectKeyID "+strings.Repeat("ab", 20), "NotFound")
 
 	l.refuse("bundle set -id spiffe://east.demo -format spiffe -path "+l.save("w.json", l.run("bundle show -format spiffe")), "bundle of east.demo")
 	l.run("bundle set -id spiffe://east.demo -format spiffe -path "+l.save("e.json", l.eastBundle()), "bundle set")

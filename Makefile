@@ -70,7 +70,7 @@ bin/tools/spiffe-venv/ready: test/interop/python/requirements.txt
 	@touch $@
 
 .PHONY: test-spire
-test-spire: build bin/tools/spire-server ## Unmodified spire-agent and spire-server CLI v1.13.3 against hansed
+test-spire: build bin/tools/spire-server bin/tools/etcd ## Unmodified spire-agent and spire-server CLI v1.13.3 against hansed
 	cd test/spire && $(GO) vet . && $(GO) test -count=1 -parallel 4 -timeout 10m .
 
 bin/tools/spire-server: test/spire/go.mod

@@ -28,7 +28,7 @@ func TestFailuresAreTested(t *testing.T) {
 			})
 		}
 	}
-	if len(tables) != 3 || rows != 12 {
-		t.Errorf("%d tables with %d rows, want 2 with 12", len(tables)-1, rows)
+	if len(tables) != 3 || rows != 14 {
+		t.Errorf("%d tables with %d rows, want 2 with 14", len(tables)-1, rows)
 	}
 }

@@ -61,8 +61,7 @@ const firstPatience = 30 * time.Second
 // openSPIRE makes SPIRE the issuer.
 func (p *controlPlane) openSPIRE(ctx context.Context, reg prometheus.Registerer) error {
 	c := p.cfg.Identity.SPIRE
-	leads := func() bool { return p.replicas.alone() || p.replicas.leads() }
-	s, err := onspire.New(onspire.Config{Address: c.Server, WorkloadAPI: c.WorkloadAPI, TrustDomain: p.td, Relay: relayAddress(p.cfg), Linger: c.Linger.Duration, Leads: leads,
+	s, err := onspire.New(onspire.Config{Address: c.Server, WorkloadAPI: c.WorkloadAPI, TrustDomain: p.td, Relay: relayAddress(p.cfg), Linger: c.Linger.Duration, Lead: p.replicas.term,
 		Log: p.log.With("part", "spire"), Registerer: reg})
 	if err != nil {
 		return err

@@ -21,6 +21,7 @@ import (
 	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/peering"
 	"github.com/hanse-mesh/hanse/identity/atomicfile"
+	"github.com/hanse-mesh/hanse/identity/onspire"
 )
 
 // replica is what a hansed tells the others of its cluster, by its candidate's key.
@@ -51,7 +52,8 @@ type replicas struct {
 // office is what this replica does at a time.
 type office struct {
 	leads   bool
-	store   etcd.Store // for the writes of a leader
+	ctx     context.Context // of a leadership
+	store   etcd.Store      // for the writes of a leader
 	changed chan struct{}
 }
 
@@ -60,7 +62,7 @@ func newReplicas(cfg *Config, s *stores, id, version string, log *slog.Logger, r
 		self: replica{Name: cfg.Replica, ID: id, Addresses: cfg.Federation.Advertise, Version: version, Started: time.Now().UTC().Truncate(time.Second)}}
 	r.seen.Store(&[]replica{})
 	if s.external == nil {
-		r.office.Store(&office{leads: true, store: s.own})
+		r.office.Store(&office{leads: true, ctx: context.Background(), store: s.own})
 	} else {
 		r.office.Store(&office{changed: make(chan struct{})})
 		r.election = etcd.NewElection(etcd.ElectionConfig{Client: s.external.Client(), Store: s.own, ID: cfg.Replica, TTL: cfg.Timers.Leader.Duration,
@@ -113,6 +115,27 @@ func (r *replicas) key() string {
 // leads reports whether this replica leads, as far as it knows. What it writes says for certain.
 func (r *replicas) leads() bool { return r.office.Load().leads }
 
+// term is the present leadership, for writes to what knows no fence: their contexts end with it, and with this candidate's lease by the monotonic
+// clock, so that a replica that was paused sees at once that its time is over, before etcd says so.
+func (r *replicas) term() (onspire.Term, bool) {
+	p := r.office.Load()
+	if !p.leads {
+		return nil, false
+	}
+	return func(ctx context.Context) (context.Context, context.CancelFunc, error) {
+		if r.alone() {
+			return ctx, func() {}, nil
+		}
+		until := r.election.Until()
+		if p.ctx.Err() != nil || !time.Now().Before(until) {
+			return nil, nil, fmt.Errorf("replica %s: %w", r.self.Name, etcd.ErrNotLeader)
+		}
+		ctx, cancel := context.WithDeadline(ctx, until)
+		stop := context.AfterFunc(p.ctx, cancel)
+		return ctx, func() { stop(); cancel() }, nil
+	}, true
+}
+
 // Run stands for election until ctx ends.
 func (r *replicas) Run(ctx context.Context) error {
 	if r.alone() {
@@ -127,7 +150,7 @@ func (r *replicas) Run(ctx context.Context) error {
 			}
 			return nil
 		}
-		r.play(&office{leads: true, store: store})
+		r.play(&office{leads: true, ctx: ctx, store: store})
 		<-ctx.Done()
 		r.play(&office{})
 		return nil

@@ -8,8 +8,10 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -37,7 +39,10 @@ type Candidate struct {
 
 // Election makes one of several replicas the leader: the candidate that has stood for longest. A candidate's key has a lease, and
 // nothing else has one.
-type Election struct{ cfg ElectionConfig }
+type Election struct {
+	cfg   ElectionConfig
+	until atomic.Pointer[time.Time] // of the present candidacy's lease; nil without one
+}
 
 // NewElection returns an Election.
 func NewElection(cfg ElectionConfig) *Election {
@@ -55,6 +60,15 @@ func NewElection(cfg ElectionConfig) *Election {
 	}
 	cfg.Log = orDiscard(cfg.Log)
 	return &Election{cfg: cfg}
+}
+
+// Until is until when etcd keeps this candidate at least, by this machine's monotonic clock: a leader that writes to what knows no fence must
+// have done so by then. It is counted from before the lease was asked for. Zero without a lease.
+func (e *Election) Until() time.Time {
+	if t := e.until.Load(); t != nil {
+		return *t
+	}
+	return time.Time{}
 }
 
 // Run stands for election, and calls lead each time that this replica is elected, with a Store of which each Txn holds only while it leads.
@@ -94,6 +108,7 @@ var (
 func (e *Election) term(ctx context.Context, lead func(context.Context, Store) error) (led bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var work sync.WaitGroup
+	defer e.until.Store(nil)
 	defer work.Wait()
 	defer cancel(nil)
 	lease, err := e.lease(ctx, &work, cancel)
@@ -127,20 +142,37 @@ func (e *Election) term(ctx context.Context, lead func(context.Context, Store) e
 func (e *Election) lease(ctx context.Context, work *sync.WaitGroup, cancel context.CancelCauseFunc) (clientv3.LeaseID, error) {
 	call, done := context.WithTimeout(ctx, requestTimeout)
 	defer done()
+	asked := time.Now()
 	r, err := e.cfg.Client.Grant(call, int64(max(1, e.cfg.TTL/time.Second)))
 	if err != nil {
 		return 0, fmt.Errorf("take a lease: %w", err)
 	}
-	alive, err := e.cfg.Client.KeepAlive(ctx, r.ID)
-	if err != nil {
-		return 0, fmt.Errorf("keep a lease: %w", err)
-	}
-	work.Go(func() {
-		for range alive { // closed when the lease has run out, by this machine's clock too
-		}
-		cancel(errLease)
-	})
+	life := time.Duration(r.TTL) * time.Second
+	until := asked.Add(life)
+	e.until.Store(&until)
+	work.Go(func() { e.keep(ctx, r.ID, life, until, cancel) })
 	return r.ID, nil
+}
+
+// keep renews a lease each third of its time. It cancels when it has run out, by etcd's word or by this machine's clock.
+func (e *Election) keep(ctx context.Context, lease clientv3.LeaseID, life time.Duration, until time.Time, cancel context.CancelCauseFunc) {
+	for sleep(ctx, max(time.Until(until)-life*2/3, 0)) {
+		call, done := context.WithDeadline(ctx, until)
+		asked := time.Now()
+		_, err := e.cfg.Client.KeepAliveOnce(call, lease)
+		done()
+		switch {
+		case err == nil:
+			next := asked.Add(life)
+			until = next
+			e.until.Store(&next)
+		case errors.Is(err, rpctypes.ErrLeaseNotFound), !time.Now().Before(until):
+			cancel(errLease)
+			return
+		default:
+			sleep(ctx, 200*time.Millisecond)
+		}
+	}
 }
 
 // stand makes this replica a candidate.

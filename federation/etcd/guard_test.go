@@ -342,9 +342,11 @@ func TestElection(t *testing.T) {
 	e := startEmbedded(t, t.TempDir())
 	led := make(chan string, 8)
 	var stores [2]etcd.Store
+	var elections [2]*etcd.Election
 	stop := func(i int) func() {
 		id := fmt.Sprint("replica ", i)
 		el := etcd.NewElection(etcd.ElectionConfig{Client: e.Client(), Store: e.Store(), ID: id, TTL: 2 * time.Second, Log: testLog(t)})
+		elections[i] = el
 		return background(t, func(ctx context.Context) error {
 			return el.Run(ctx, func(ctx context.Context, s etcd.Store) error {
 				stores[i] = s
@@ -359,6 +361,14 @@ func TestElection(t *testing.T) {
 		t.Fatal(id)
 	}
 	stop(1)
+	until := elections[0].Until()
+	if left := time.Until(until); left <= 0 || left > 2*time.Second {
+		t.Errorf("it leads for %s more, want what is left of its lease", left)
+	}
+	time.Sleep(time.Until(until)) // on which it is renewed
+	if !elections[0].Until().After(until) {
+		t.Error("the lease is not renewed")
+	}
 	op := []etcd.Op{{Key: "k", Value: []byte("v")}}
 	if ok, _, err := stores[0].Txn(t.Context(), nil, op); !ok || err != nil {
 		t.Errorf("the leader writes: %v %v", ok, err)
@@ -367,6 +377,9 @@ func TestElection(t *testing.T) {
 		t.Errorf("a compare of its own: %v %v", ok, err)
 	}
 	stop0()
+	if left := elections[0].Until(); !left.IsZero() {
+		t.Errorf("without a lease it leads until %s", left)
+	}
 	if id := <-led; id != "replica 1" {
 		t.Fatal(id)
 	}

@@ -52,13 +52,17 @@ type Config struct {
 
 	// Linger is how long an entry outlives what it was made for, so that a service that comes back finds its workloads with their SVIDs; default 1 min.
 	Linger time.Duration
-	// Leads says whether this replica writes. Nil: always.
-	Leads func() bool
+	// Lead says whether this replica writes, and for which term. Nil: always.
+	Lead func() (Term, bool)
 
 	Now        func() time.Time
 	Log        *slog.Logger
 	Registerer prometheus.Registerer // may be nil
 }
+
+// Term is a time in which a replica leads. It gives each write a context that ends with it, or an error if it is over: spire-server knows no
+// fences, so a replica that was paused must find out for itself that another one leads now.
+type Term func(ctx context.Context) (context.Context, context.CancelFunc, error)
 
 // Server is a spire-server as this control plane uses it. It is safe for concurrent use.
 type Server struct {
@@ -82,6 +86,7 @@ type Server struct {
 	kept        []*types.Entry                                // guarded by mu; not changed in place
 	status      Status                                        // guarded by mu
 	unwanted    map[string]time.Time                          // owned by Run: since when an entry of ours is not wanted
+	term        Term                                          // owned by Run: in which what is written was planned
 }
 
 // Status is how things stand with SPIRE.
@@ -104,8 +109,10 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	if cfg.Leads == nil {
-		cfg.Leads = func() bool { return true }
+	if cfg.Lead == nil {
+		cfg.Lead = func() (Term, bool) {
+			return func(ctx context.Context) (context.Context, context.CancelFunc, error) { return ctx, func() {}, nil }, true
+		}
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -253,15 +260,28 @@ func (s *Server) Run(ctx context.Context) error {
 	defer s.Close()
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
-	var due time.Time // of the next whole look
-	dirty := true
+	var due, settled time.Time // of the next whole look; when no predecessor's write can be under way any more
+	dirty, led := true, false
 	for {
+		term, leads := s.cfg.Lead()
+		if leads && !led {
+			dirty, settled = true, s.cfg.Now().Add(callTime)
+		}
+		led = leads
 		if err := s.readBundle(ctx); err != nil && ctx.Err() == nil {
 			s.failed("bundle", err)
 			dirty = true // it may come back with what it had long ago
-		} else if (dirty || !s.cfg.Now().Before(due)) && s.cfg.Leads() {
+		} else if leads && (dirty || !s.cfg.Now().Before(due)) {
+			s.term = term
 			next, err := s.reconcile(ctx)
-			if err != nil && ctx.Err() == nil {
+			if left := settled.Sub(s.cfg.Now()); left > 0 {
+				next = min(next, left)
+			}
+			switch {
+			case err == nil || ctx.Err() != nil:
+			case s.over(ctx):
+				s.log.Info("this replica leads no more: what is left to write is another's", "err", err)
+			default:
 				s.failed("reconcile", err)
 			}
 			dirty, due = err != nil, s.cfg.Now().Add(next)
@@ -274,6 +294,15 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// over reports whether the term is.
+func (s *Server) over(ctx context.Context) bool {
+	_, end, err := s.term(ctx)
+	if err == nil {
+		end()
+	}
+	return err != nil
 }
 
 // failed notes a failure, and says it once.
@@ -371,7 +400,7 @@ func (s *Server) trust(ctx context.Context, want map[spiffeid.TrustDomain]*spiff
 	for _, b := range have {
 		held[b.TrustDomain] = true
 	}
-	err = batches(ctx, plan.set, func(ctx context.Context, part []*types.Bundle) error {
+	err = batches(ctx, s.term, plan.set, func(ctx context.Context, part []*types.Bundle) error {
 		r, err := s.bundles.BatchSetFederatedBundle(ctx, &bundlev1.BatchSetFederatedBundleRequest{Bundle: part})
 		for i, x := range r.GetResults() {
 			if i < len(part) && s.took(now, "set", "bundle of "+part[i].TrustDomain, x.GetStatus()) {
@@ -383,7 +412,7 @@ func (s *Server) trust(ctx context.Context, want map[spiffeid.TrustDomain]*spiff
 	if err != nil {
 		return nil, nil, fmt.Errorf("set federated bundles: %w", err)
 	}
-	err = batches(ctx, plan.create, func(ctx context.Context, part []*types.FederationRelationship) error {
+	err = batches(ctx, s.term, plan.create, func(ctx context.Context, part []*types.FederationRelationship) error {
 		r, err := s.relations.BatchCreateFederationRelationship(ctx, &trustdomainv1.BatchCreateFederationRelationshipRequest{FederationRelationships: part})
 		for i, x := range r.GetResults() {
 			if i < len(part) {
@@ -395,7 +424,7 @@ func (s *Server) trust(ctx context.Context, want map[spiffeid.TrustDomain]*spiff
 	if err != nil {
 		return nil, nil, fmt.Errorf("create federation relationships: %w", err)
 	}
-	err = batches(ctx, plan.update, func(ctx context.Context, part []*types.FederationRelationship) error {
+	err = batches(ctx, s.term, plan.update, func(ctx context.Context, part []*types.FederationRelationship) error {
 		r, err := s.relations.BatchUpdateFederationRelationship(ctx, &trustdomainv1.BatchUpdateFederationRelationshipRequest{FederationRelationships: part,
 			InputMask: &types.FederationRelationshipMask{BundleEndpointUrl: true, BundleEndpointProfile: true}})
 		for i, x := range r.GetResults() {
@@ -417,9 +446,9 @@ func (s *Server) trust(ctx context.Context, want map[spiffeid.TrustDomain]*spiff
 	return federates, plan.remove, nil
 }
 
-// untrust removes relationships of ours and their bundles. Entries, ours or not, lose them.
+// untrust removes bundles of ours, and their relationships. Entries, ours or not, lose them.
 func (s *Server) untrust(ctx context.Context, domains []string, now *Status) error {
-	return batches(ctx, domains, func(ctx context.Context, part []string) error {
+	err := batches(ctx, s.term, domains, func(ctx context.Context, part []string) error {
 		b, err := s.bundles.BatchDeleteFederatedBundle(ctx, &bundlev1.BatchDeleteFederatedBundleRequest{TrustDomains: part, Mode: bundlev1.BatchDeleteFederatedBundleRequest_DISSOCIATE})
 		if err != nil {
 			return fmt.Errorf("remove federated bundles: %w", err)
@@ -429,6 +458,12 @@ func (s *Server) untrust(ctx context.Context, domains []string, now *Status) err
 				s.took(now, "removed", "bundle of "+part[i], x.GetStatus())
 			}
 		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return batches(ctx, s.term, domains, func(ctx context.Context, part []string) error {
 		r, err := s.relations.BatchDeleteFederationRelationship(ctx, &trustdomainv1.BatchDeleteFederationRelationshipRequest{TrustDomains: part})
 		if err != nil {
 			return fmt.Errorf("remove federation relationships: %w", err)
@@ -459,7 +494,7 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 			kept[h.Id] = h
 		}
 	}
-	err = batches(ctx, plan.create, func(ctx context.Context, part []*types.Entry) error {
+	err = batches(ctx, s.term, plan.create, func(ctx context.Context, part []*types.Entry) error {
 		r, err := s.entries.BatchCreateEntry(ctx, &entryv1.BatchCreateEntryRequest{Entries: part})
 		for i, x := range r.GetResults() {
 			if i >= len(part) {
@@ -478,7 +513,7 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 	if err != nil {
 		return 0, fmt.Errorf("create entries: %w", err)
 	}
-	err = batches(ctx, plan.update, func(ctx context.Context, part []*types.Entry) error {
+	err = batches(ctx, s.term, plan.update, func(ctx context.Context, part []*types.Entry) error {
 		r, err := s.entries.BatchUpdateEntry(ctx, &entryv1.BatchUpdateEntryRequest{Entries: part, InputMask: &types.EntryMask{X509SvidTtl: true, JwtSvidTtl: true, FederatesWith: true}})
 		for i, x := range r.GetResults() {
 			if i < len(part) && s.took(now, "updated", "entry of "+show(part[i].SpiffeId), x.GetStatus()) {
@@ -490,7 +525,7 @@ func (s *Server) register(ctx context.Context, want []Entry, federates []string,
 	if err != nil {
 		return 0, fmt.Errorf("update entries: %w", err)
 	}
-	err = batches(ctx, remove, func(ctx context.Context, part []string) error {
+	err = batches(ctx, s.term, remove, func(ctx context.Context, part []string) error {
 		r, err := s.entries.BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: part})
 		for i, x := range r.GetResults() {
 			if i < len(part) && s.took(now, "removed", "entry "+part[i], x.GetStatus()) {
@@ -565,12 +600,17 @@ func pages[T any](ctx context.Context, page func(ctx context.Context, token stri
 	}
 }
 
-// batches calls f for parts of all.
-func batches[T any](ctx context.Context, all []T, f func(ctx context.Context, part []T) error) error {
+// batches calls f, which writes, for parts of all.
+func batches[T any](ctx context.Context, term Term, all []T, f func(ctx context.Context, part []T) error) error {
 	for part := range slices.Chunk(all, batchSize) {
-		call, cancel := context.WithTimeout(ctx, callTime)
-		err := f(call, part)
+		write, end, err := term(ctx)
+		if err != nil {
+			return err
+		}
+		call, cancel := context.WithTimeout(write, callTime)
+		err = f(call, part)
 		cancel()
+		end()
 		if err != nil {
 			return err
 		}

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -251,7 +253,7 @@ func TestServerDown(t *testing.T) {
 func TestFollowerOnlyReads(t *testing.T) {
 	t.Parallel()
 	s := newSPIRE(t)
-	o := s.run(func(c *onspire.Config) { c.Leads = func() bool { return false } })
+	o := s.run(func(c *onspire.Config) { c.Lead = func() (onspire.Term, bool) { return nil, false } })
 	o.SetBundles(bundles(foreign(t)))
 	o.SetEntries([]onspire.Entry{entry("a", "unix:uid:2")})
 	eventually(t, "the own bundle is read", func() error {
@@ -263,6 +265,51 @@ func TestFollowerOnlyReads(t *testing.T) {
 	time.Sleep(100 * time.Millisecond)
 	if got := s.held(); len(got) != 0 {
 		t.Errorf("a replica that does not lead has made %q", got)
+	}
+}
+
+// TestPausedLeader: a leader that was paused between what it read and what it would write, until after another had taken over, writes nothing.
+func TestPausedLeader(t *testing.T) {
+	t.Parallel()
+	s := newSPIRE(t)
+	var pausing, over atomic.Bool
+	paused, resume := make(chan struct{}), make(chan struct{})
+	once := sync.OnceFunc(func() { close(paused) })
+	first := s.run(func(c *onspire.Config) {
+		c.Lead = func() (onspire.Term, bool) {
+			return func(ctx context.Context) (context.Context, context.CancelFunc, error) {
+				if pausing.Load() {
+					once()
+					<-resume
+				}
+				if over.Load() {
+					return nil, nil, errors.New("another leads")
+				}
+				return ctx, func() {}, nil
+			}, !over.Load()
+		}
+	})
+	first.SetBundles(bundles(nil))
+	first.SetEntries([]onspire.Entry{entry("a", "unix:uid:2"), entry("b", "unix:uid:3")})
+	s.eventually("/ns/shop/sa/a", "/ns/shop/sa/b")
+	pausing.Store(true)
+	first.SetEntries([]onspire.Entry{entry("c", "unix:uid:4")})
+	<-paused
+	second := s.run(nil)
+	b := foreign(t)
+	second.SetBundles(bundles(b))
+	second.SetEntries([]onspire.Entry{entry("a", "unix:uid:2"), entry("d", "unix:uid:5")})
+	want := []string{"/ns/shop/sa/a east.demo", "/ns/shop/sa/d east.demo"}
+	s.eventually(want...)
+	over.Store(true)
+	close(resume)
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if got := s.held(); !slices.Equal(got, want) {
+			t.Fatalf("after the first went on: %q, want %q", got, want)
+		}
+	}
+	if st := first.Status(); st.Err != nil {
+		t.Errorf("that another leads is no failure of SPIRE's: %v", st.Err)
 	}
 }
 

@@ -59,6 +59,8 @@ type member struct {
 	rootLife  string // of hansed's own authority; default 2h
 	web       string // of hansed's: its https_web bundle endpoint
 	sync      string // of spire-agent's configuration
+	more      string // of hansed.yaml
+	xds       string // of a proxy's configuration: more addresses
 	ownSock   string // Workload API of hansed, which then has a spire-agent to itself; "": agentSock
 
 	startServer, stopServer func()
@@ -232,10 +234,10 @@ func (c *member) up(x509Life string) {
 	c.program("frontend", "hanse-proxy")
 	c.program("pay", "hanse-proxy")
 	c.agentSock = filepath.Join(c.dir, "w.sock")
-	life, more := "  x509Life: "+x509Life+"\n", ""
+	life, more := "  x509Life: "+x509Life+"\n", c.more
 	if c.gateway {
 		c.program("gateway", "hanse-proxy")
-		more = fmt.Sprintf("gateways: [\"%s:15443\"]\n", c.ip(9))
+		more += fmt.Sprintf("gateways: [\"%s:15443\"]\n", c.ip(9))
 	}
 	if c.kind == realSPIRE {
 		c.startSPIRE()
@@ -386,8 +388,8 @@ func (c *member) sidecars() {
 		} else {
 			more = fmt.Sprintf("outbound: {listen: \"%s:15001\"}\n", c.ip(2))
 		}
-		conf := c.save(w+".yaml", fmt.Sprintf("role: sidecar\ncluster: %s\ntrustDomain: %s\nnetwork: %s\nnamespace: shop\nstateDir: %s-state\nadmin: {listen: \"%s:15020\"}\nlog: {access: %s.access.log}\ncontrolPlane:\n%s  xds: [\"%s:7445\"]\n%s",
-			c.name, c.td, c.network(), w, c.ip(2+i), w, source(w, "--agent", "shop/"+w), c.ip(1), more))
+		conf := c.save(w+".yaml", fmt.Sprintf("role: sidecar\ncluster: %s\ntrustDomain: %s\nnetwork: %s\nnamespace: shop\nstateDir: %s-state\nadmin: {listen: \"%s:15020\"}\nlog: {access: %s.access.log}\ncontrolPlane:\n%s  xds: [\"%s:7445\"%s]\n%s",
+			c.name, c.td, c.network(), w, c.ip(2+i), w, source(w, "--agent", "shop/"+w), c.ip(1), c.xds, more))
 		c.start(w, filepath.Join(c.dir, w), "--config", conf)
 	}
 }

@@ -239,6 +239,11 @@ func (w *Writer) exportsToLookAt(set *objects.Set, view *discovery.Clusterset) {
 	was := &w.seen.exported
 	set.Differ(was.set, "ServiceExport", mark)
 	set.Differ(was.set, "Service", mark)
+	set.Differ(was.set, "EndpointSlice", func(n discovery.Name) { // a Pod that turns out to have no sidecar changes no Service
+		if o, ok := set.Get(objects.Key{Kind: "EndpointSlice", Namespace: n.Namespace, Name: n.Name}); ok && o.Value.GetAnnotations()[annotationTransport] == string(discovery.Plaintext) {
+			mark(discovery.Name{Namespace: n.Namespace, Name: o.Value.GetLabels()[discoveryv1.LabelServiceName]})
+		}
+	})
 	discovery.Diff(was.imports, view.Imports, func(n discovery.Name, _, _ *discovery.Import) { mark(n) })
 	discovery.Diff(was.services, view.Local.Services, func(n discovery.Name, _, _ *discovery.Service) { mark(n) })
 	was.set, was.imports, was.services = set, view.Imports, view.Local.Services

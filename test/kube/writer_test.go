@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -323,4 +324,30 @@ func TestExportSaysWhatStaysAtHome(t *testing.T) {
 	}
 	c.apply(podYAML("p2", "payments", `hanse.mesh/sidecar: "v1"`))
 	ready("other clusters may read it")
+}
+
+// TestAPodThatIsReadAfterItsEndpoint may have a sidecar until then. That it has none changes nothing in the mesh, and is told all the same.
+func TestAPodThatIsReadAfterItsEndpoint(t *testing.T) {
+	t.Parallel()
+	s, src, m := mcs(t)
+	s.apply([]byte("apiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {name: payments, namespace: shop}\n"))
+	until(t, "the export is read", func() bool { return len(src.Set().List("ServiceExport", "shop")) == 1 })
+	local, _ := snapshot(t, src.Set())
+	message := func() string {
+		list, _, _ := unstructured.NestedSlice(s.get(exports, "shop", "payments").Object, "status", "conditions")
+		for _, c := range list {
+			if m := c.(map[string]any); m["type"] == "Ready" {
+				return m["message"].(string)
+			}
+		}
+		return ""
+	}
+	m.set(local)
+	until(t, "it is exported", func() bool { return message() == "other clusters may read it" })
+	time.Sleep(time.Second) // what was written comes back as a change
+	s.apply(podYAML("p2", "payments", ""))
+	until(t, "Ready names the Pod", func() bool {
+		m.set(local)
+		return strings.HasPrefix(message(), "1 of 3 endpoints are not exported: pod p2 has no sidecar")
+	})
 }

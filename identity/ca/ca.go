@@ -314,28 +314,27 @@ func (a *Authority) SignJWT(ctx context.Context, id spiffeid.ID, audience []stri
 		}
 		return j, nil
 	}
+	token, err := r.signJWT(jwt.Claims{Subject: id.String(), Audience: audience, IssuedAt: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(expires)})
+	if err != nil {
+		return JWTSVID{}, fmt.Errorf("sign JWT-SVID %s: %w", id, err)
+	}
+	a.metrics.signed.WithLabelValues("jwt").Inc()
+	return JWTSVID{Token: token, ID: id, IssuedAt: now.Truncate(time.Second), Expires: expires}, nil
+}
+
+func (r *root) signJWT(claims jwt.Claims) (string, error) {
 	algorithm := jose.ES256
 	if r.jwtKey.Curve == elliptic.P384() {
 		algorithm = jose.ES384
 	}
 	signer, err := jose.NewSigner(jose.SigningKey{
 		Algorithm: algorithm,
-		Key:       jose.JSONWebKey{Key: cryptosigner.Opaque(r.jwtKey), KeyID: r.kid},
+		Key:       jose.JSONWebKey{Key: cryptosigner.Opaque(checkedKey{r.jwtKey}), KeyID: r.kid},
 	}, new(jose.SignerOptions).WithType("JWT"))
 	if err != nil {
-		return JWTSVID{}, fmt.Errorf("sign JWT-SVID %s: %w", id, err)
+		return "", err
 	}
-	token, err := jwt.Signed(signer).Claims(jwt.Claims{
-		Subject:  id.String(),
-		Audience: audience,
-		IssuedAt: jwt.NewNumericDate(now),
-		Expiry:   jwt.NewNumericDate(expires),
-	}).Serialize()
-	if err != nil {
-		return JWTSVID{}, fmt.Errorf("sign JWT-SVID %s: %w", id, err)
-	}
-	a.metrics.signed.WithLabelValues("jwt").Inc()
-	return JWTSVID{Token: token, ID: id, IssuedAt: now.Truncate(time.Second), Expires: expires}, nil
+	return jwt.Signed(signer).Claims(claims).Serialize()
 }
 
 func (a *Authority) checkID(id spiffeid.ID) error {

@@ -10,12 +10,14 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"math/big"
 	"net/url"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -141,4 +143,60 @@ func FuzzLeaf(f *testing.F) {
 		}
 		checkLeafDER(t, leafRoots()[choice%2], l)
 	})
+}
+
+// TestFaultySignature: with one bit of a key flipped nothing that it signs leaves.
+func TestFaultySignature(t *testing.T) {
+	for _, r := range leafRoots() {
+		now := time.Now()
+		good := &root{key: r.key, cert: r.cert, jwtKey: r.key, kid: "k"}
+		raw, err := r.key.Bytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw[20] ^= 1
+		flipped, err := ecdsa.ParseRawPrivateKey(r.key.Curve, raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		flipped.PublicKey = r.key.PublicKey
+		for _, c := range []struct {
+			root *root
+			want error
+		}{{good, nil}, {&root{key: flipped, cert: r.cert, jwtKey: flipped, kid: "k"}, errFault}} {
+			l := leaf{serial: big.NewInt(1), notBefore: now, notAfter: now.Add(time.Hour), key: leafKeys()[0], uri: "spiffe://west.demo/ns/shop/sa/app"}
+			if der, err := c.root.sign(l); !errors.Is(err, c.want) || (err == nil) != (der != nil) {
+				t.Errorf("%s: X509-SVID of %d bytes, %v, want %v", r.key.Params().Name, len(der), err, c.want)
+			}
+			if j, err := c.root.signJWT(jwt.Claims{Subject: l.uri}); !errors.Is(err, c.want) || (err == nil) != (j != "") {
+				t.Errorf("%s: JWT-SVID %.20q, %v, want %v", r.key.Params().Name, j, err, c.want)
+			}
+		}
+	}
+}
+
+// BenchmarkSignatureCheck is what a signature costs without its check, and the check alone.
+func BenchmarkSignatureCheck(b *testing.B) {
+	digest := make([]byte, 48)
+	for _, r := range leafRoots() {
+		digest := digest[:r.key.Params().BitSize/8]
+		signature, err := ecdsa.SignASN1(rand.Reader, r.key, digest)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run(r.key.Params().Name+"/sign", func(b *testing.B) {
+			for b.Loop() {
+				if _, err := ecdsa.SignASN1(rand.Reader, r.key, digest); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+		b.Run(r.key.Params().Name+"/check", func(b *testing.B) {
+			for b.Loop() {
+				if !ecdsa.VerifyASN1(&r.key.PublicKey, digest, signature) {
+					b.Fatal("it does not verify")
+				}
+			}
+		})
+	}
 }

@@ -99,8 +99,7 @@ spec:
 		call  = `args: [call, --proxy, "", --count, "0", --interval, 20ms, --timeout, 5s`
 	)
 	for name, text := range map[string]string{
-		"payments": `{replicas: 2, ` + serve + `, more: {startupProbe: {grpc: {port: 8080}, periodSeconds: 1}, readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}, livenessProbe: {tcpSocket: {port: 9090}, periodSeconds: 1},
-  lifecycle: {preStop: {httpGet: {path: /, port: 8080}}}}}`,
+		"payments":  `{replicas: 2, ` + serve + `, more: {startupProbe: {grpc: {port: 8080}, periodSeconds: 1}, readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}, livenessProbe: {tcpSocket: {port: 9090}, periodSeconds: 1}}}`,
 		"frontend":  `{replicas: 1, account: caller, ` + idle + `, more: {readinessProbe: {exec: {command: [/echo, call, --proxy, "", "http://127.0.0.1:8080/"]}, periodSeconds: 1, timeoutSeconds: 5}}}`,
 		"stranger":  `{replicas: 1, ` + idle + `}`,
 		"optout":    `{replicas: 1, ` + idle + `, labels: "hanse.mesh/inject: disabled"}`,
@@ -109,10 +108,12 @@ spec:
 		"load-grpc": `{replicas: 0, account: caller, ` + call + `, "grpc://payments.shop:8080"]}`,
 		"greeter": `{replicas: 0, account: caller, args: [call, --proxy, "", --count, "0", --interval, 50ms, --timeout, 5s, --linger, 2s, "` + paymentsAt + `"],
   more: {lifecycle: {preStop: {exec: {command: [/echo, call, --proxy, "", --count, "20", --interval, 50ms, --timeout, 5s, "` + paymentsAt + `"]}}}}}`,
+		"hooked":    fmt.Sprintf(`{replicas: 1, args: [serve, --http, ":8080", --latency, %s], more: {lifecycle: {preStop: {httpGet: {path: /, port: 8080}}}}}`, hookTakes),
 		"sick-http": `{replicas: 1, ` + serve + `, more: {readinessProbe: {httpGet: {path: /status/503, port: 8080}, periodSeconds: 1}}}`,
 		"sick-tcp":  `{replicas: 1, ` + serve + `, more: {livenessProbe: {tcpSocket: {port: 9091}, periodSeconds: 1, failureThreshold: 3}}}`,
 		"sick-grpc": `{replicas: 1, ` + serve + `, more: {readinessProbe: {grpc: {port: 8080, service: nope}, periodSeconds: 1}}}`,
 		"sick-exec": `{replicas: 1, ` + serve + `, more: {readinessProbe: {exec: {command: [/echo, call, --proxy, "", "http://127.0.0.1:8081/"]}, periodSeconds: 1}}}`,
+		"sick-hook": `{replicas: 1, ` + serve + `, more: {lifecycle: {preStop: {exec: {command: [/echo, call, --proxy, "", "http://127.0.0.1:8081/"]}}}}}`,
 	} {
 		b.WriteString(deployment("shop", name, text))
 	}

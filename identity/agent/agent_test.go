@@ -695,6 +695,61 @@ func TestFilesAreConsistent(t *testing.T) {
 	}
 }
 
+// A root that is announced costs no new connection, or 10,000 agents would all make one at once; a server that the new bundle does not verify does.
+func TestAnnouncedRootKeepsConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, "west.demo", options{})
+		s.start()
+		cfg := s.agentConfig(s.token(frontend))
+		var dials atomic.Int32
+		dial := cfg.Dial
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			dials.Add(1)
+			return dial(ctx, addr)
+		}
+		a, _ := runAgent(t, cfg)
+		wait(t, a.Source())
+		time.Sleep(10 * time.Second)
+		before := dials.Load()
+		old := s.authority.Roots()[0].KeyID
+		_, err := s.authority.Rotate()
+		check(t, err)
+		roots := func() int {
+			b, err := a.Source().GetX509BundleForTrustDomain(s.td)
+			check(t, err)
+			return len(b.X509Authorities())
+		}
+		time.Sleep(10 * time.Second)
+		if n := dials.Load() - before; n != 0 || roots() != 2 {
+			t.Errorf("%d new connections for an announced root, and it has %d roots", n, roots())
+		}
+		check(t, s.authority.Activate())
+		check(t, s.authority.Taint(old))
+		time.Sleep(10 * time.Second) // the agent's own SVID is another one now, and so is its connection
+		before = dials.Load()
+		check(t, s.authority.Revoke(old))
+		time.Sleep(10 * time.Second)
+		if n := dials.Load() - before; roots() != 1 || n > 1 {
+			t.Errorf("%d new connections after the old root has gone, and it has %d roots", n, roots())
+		}
+		if on := s.api.RestingOn(old); len(on) != 0 {
+			t.Errorf("%v rest on it", on)
+		}
+
+		// Revoked at once, while the server's SVID on this connection rests on it.
+		old = s.authority.Roots()[0].KeyID
+		_, err = s.authority.Rotate()
+		check(t, err)
+		check(t, s.authority.Activate())
+		before = dials.Load()
+		check(t, s.authority.Revoke(old))
+		time.Sleep(2 * time.Minute)
+		if dials.Load() == before {
+			t.Error("goes on over a connection to a server whose root was revoked")
+		}
+	})
+}
+
 // What a tainted root signed is left at the next sync, the agent's own SVID first: then the root can be revoked, and nobody is shut out.
 func TestTaintedRoot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

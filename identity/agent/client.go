@@ -3,9 +3,11 @@ package agent
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -24,6 +26,8 @@ import (
 // client is one connection to one server.
 type client struct {
 	addr      string
+	trust     atomic.Pointer[spiffebundle.Bundle] // by which servers are verified
+	server    atomic.Pointer[[]*x509.Certificate] // of the last handshake
 	conn      *grpc.ClientConn
 	agents    agentv1.AgentClient
 	svids     svidv1.SVIDClient
@@ -37,11 +41,26 @@ func (c *client) close() {
 	}
 }
 
+// believes goes on with a newer bundle, unless the server could not be verified by it.
+func (c *client) believes(b *spiffebundle.Bundle, now time.Time) bool {
+	server := c.server.Load()
+	if server == nil {
+		return false
+	}
+	if _, err := identity.Verify(*server, b, now); err != nil {
+		return false
+	}
+	c.trust.Store(b)
+	return true
+}
+
 // connect makes the client for the first address. It trusts exactly spiffe://<td>/spire/server by the given bundle, and
 // presents cred if there is one.
 func (a *Agent) connect(trust *spiffebundle.Bundle, cred *credential) (*client, error) {
 	addr := a.addrs[0]
 	server := identity.SPIREServerID(a.cfg.TrustDomain)
+	c := &client{addr: addr}
+	c.trust.Store(trust)
 	tlsConfig := &tls.Config{
 		MinVersion:             tls.VersionTLS12, // SPIRE's own servers
 		InsecureSkipVerify:     true,             // no host names: VerifyConnection verifies chain and ID
@@ -51,13 +70,14 @@ func (a *Agent) connect(trust *spiffebundle.Bundle, cred *credential) (*client, 
 			if len(state.PeerCertificates) == 0 {
 				return errors.New("the server presented no certificate")
 			}
-			id, err := identity.Verify(state.PeerCertificates, trust, a.cfg.Now())
+			id, err := identity.Verify(state.PeerCertificates, c.trust.Load(), a.cfg.Now())
 			if err != nil {
 				return fmt.Errorf("verify server: %w", err)
 			}
 			if id != server {
 				return fmt.Errorf("the server is %s, want %s", id, server)
 			}
+			c.server.Store(&state.PeerCertificates)
 			return nil
 		},
 	}
@@ -81,9 +101,10 @@ func (a *Agent) connect(trust *spiffebundle.Bundle, cred *credential) (*client, 
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", addr, err)
 	}
-	a.client = &client{addr: addr, conn: conn, agents: agentv1.NewAgentClient(conn), svids: svidv1.NewSVIDClient(conn),
-		entries: entryv1.NewEntryClient(conn), bundleAPI: bundlev1.NewBundleClient(conn)}
-	return a.client, nil
+	c.conn, c.agents, c.svids = conn, agentv1.NewAgentClient(conn), svidv1.NewSVIDClient(conn)
+	c.entries, c.bundleAPI = entryv1.NewEntryClient(conn), bundlev1.NewBundleClient(conn)
+	a.client = c
+	return c, nil
 }
 
 // mutual returns the client that presents the agent's SVID.

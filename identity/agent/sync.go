@@ -367,7 +367,7 @@ func (a *Agent) sync(ctx context.Context) error {
 	if was := a.state.bundles[a.cfg.TrustDomain]; a.state.svid != nil && a.state.svid.id != id || was != nil && !was.JWTBundle().Equal(own.JWTBundle()) {
 		a.jwts.drop() // of another ID, or by a key that is no more
 	}
-	if was := a.state.bundles[a.cfg.TrustDomain]; was == nil || !was.X509Bundle().Equal(own.X509Bundle()) {
+	if !c.believes(own, now) {
 		defer a.dropClient(false) // the next connection is verified by the new bundle
 	}
 	a.state = next

@@ -66,6 +66,7 @@ type member struct {
 	startServer, stopServer func()
 	hansed                  *proc
 	agent, ownAgent         *spireAgentOf
+	stop                    map[string]func() // of sidecars
 }
 
 func newMesh(t *testing.T, kinds map[string]kind, names ...string) *mesh {
@@ -247,20 +248,12 @@ func (c *member) up(x509Life string) {
 			c.ownAgent = c.spireAgent("own-agent", c.ownSock, host, port)
 		}
 		server := "unix://" + c.spireAPI
-		own := fmt.Sprintf("    controlPlane:\n    - {parent: \"spiffe://{{.TrustDomain}}/node\", selectors: [\"unix:path:%s/hansed\"]}\n", c.dir)
+		own := c.ownEntry()
 		if c.remote {
 			server, own = host+":"+port, ""
 			c.spire(fmt.Sprintf("entry create -admin -parentID spiffe://%s/node -spiffeID spiffe://%s/hanse/control-plane -selector unix:path:%s/hansed", c.td, c.td, c.dir), "Entry ID")
 		}
-		c.hansedConfig(life+fmt.Sprintf(`  spire:
-    server: %q
-    workloadAPI: unix://%s
-    linger: 2s
-    gateways:
-    - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/gateway"]}
-%s    entries:
-    - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/{{.ServiceAccount}}"]}
-`, server, cmp.Or(c.ownSock, c.agentSock), c.dir, own, c.dir), more)
+		c.hansedConfig(life+c.onSPIRE(server, own), more)
 	} else {
 		c.spireAPI = filepath.Join(c.dir, "d/spire-server/api.sock")
 		c.hansedConfig(life+"  rootLife: "+cmp.Or(c.rootLife, "2h")+"\n", more)
@@ -271,6 +264,24 @@ func (c *member) up(x509Life string) {
 	if c.kind == spireAgent {
 		c.agent = c.spireAgent("spire-agent", c.agentSock, c.ip(1), "7444")
 	}
+}
+
+// ownEntry is the part of it that makes the control plane's entry.
+func (c *member) ownEntry() string {
+	return fmt.Sprintf("    controlPlane:\n    - {parent: \"spiffe://{{.TrustDomain}}/node\", selectors: [\"unix:path:%s/hansed\"]}\n", c.dir)
+}
+
+// onSPIRE is the section of hansed.yaml for a cluster on its SPIRE.
+func (c *member) onSPIRE(server, own string) string {
+	return fmt.Sprintf(`  spire:
+    server: %q
+    workloadAPI: unix://%s
+    linger: 2s
+    gateways:
+    - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/gateway"]}
+%s    entries:
+    - {parent: "spiffe://{{.TrustDomain}}/node", selectors: ["unix:path:%s/{{.ServiceAccount}}"]}
+`, server, cmp.Or(c.ownSock, c.agentSock), c.dir, own, c.dir)
 }
 
 func (c *member) serverAddress() (host, port string) { return c.ip(8), "8081" }
@@ -369,29 +380,38 @@ func (c *member) sidecars() {
 		}
 	}
 	c.start("app", tools+"echo", "serve", "--http", "unix:"+filepath.Join(c.dir, "app.sock"), "--service", "pay-"+c.name, "--cluster", c.name)
-	source := func(w string, of ...string) string {
-		if c.kind != ownAgents {
-			return fmt.Sprintf("  workloadAPI: unix://%s\n", c.agentSock)
-		}
-		return fmt.Sprintf("  identity: [\"%s:7444\"]\n  trustBundle: %s\n  tokenFile: %s\n", c.ip(1),
-			c.save("bundle.json", c.must("", "trust", "show", c.td, "-o", "bundle")), c.save(w+".token", c.must("", append([]string{"token", "create"}, of...)...)))
-	}
 	if c.gateway {
 		conf := c.save("gateway.yaml", fmt.Sprintf("role: gateway\ncluster: %s\ntrustDomain: %s\nstateDir: gateway-state\nadmin: {listen: \"%s:15020\"}\ngateway: {listen: \"%s:15443\"}\ncontrolPlane:\n%s  xds: [\"%s:7445\"]\n",
-			c.name, c.td, c.ip(9), c.ip(9), source("gateway", "--gateway"), c.ip(1)))
+			c.name, c.td, c.ip(9), c.ip(9), c.source("gateway", "--gateway"), c.ip(1)))
 		c.start("gateway", filepath.Join(c.dir, "gateway"), "--config", conf)
 	}
-	for i, w := range []string{"frontend", "pay"} {
-		more := ""
-		if w == "pay" {
-			more = fmt.Sprintf("outbound: {listen: none}\nworkloads:\n- address: %s\n  ports: {\"8080\": \"unix:%s\"}\n", c.ip(3), filepath.Join(c.dir, "app.sock"))
-		} else {
-			more = fmt.Sprintf("outbound: {listen: \"%s:15001\"}\n", c.ip(2))
-		}
-		conf := c.save(w+".yaml", fmt.Sprintf("role: sidecar\ncluster: %s\ntrustDomain: %s\nnetwork: %s\nnamespace: shop\nstateDir: %s-state\nadmin: {listen: \"%s:15020\"}\nlog: {access: %s.access.log}\ncontrolPlane:\n%s  xds: [\"%s:7445\"%s]\n%s",
-			c.name, c.td, c.network(), w, c.ip(2+i), w, source(w, "--agent", "shop/"+w), c.ip(1), c.xds, more))
-		c.start(w, filepath.Join(c.dir, w), "--config", conf)
+	c.sidecar("frontend")
+	c.sidecar("pay")
+}
+
+// source is the part of a proxy's configuration by which it gets its identity.
+func (c *member) source(w string, of ...string) string {
+	c.m.t.Helper()
+	if c.kind != ownAgents {
+		return fmt.Sprintf("  workloadAPI: unix://%s\n", c.agentSock)
 	}
+	return fmt.Sprintf("  identity: [\"%s:7444\"]\n  trustBundle: %s\n  tokenFile: %s\n", c.ip(1),
+		c.save("bundle.json", c.must("", "trust", "show", c.td, "-o", "bundle")), c.save(w+".token", c.must("", append([]string{"token", "create"}, of...)...)))
+}
+
+// sidecar starts that of frontend or pay, with the identities of the member's kind.
+func (c *member) sidecar(w string) {
+	c.m.t.Helper()
+	host, more := c.ip(2), fmt.Sprintf("outbound: {listen: \"%s:15001\"}\n", c.ip(2))
+	if w == "pay" {
+		host, more = c.ip(3), fmt.Sprintf("outbound: {listen: none}\nworkloads:\n- address: %s\n  ports: {\"8080\": \"unix:%s\"}\n", c.ip(3), filepath.Join(c.dir, "app.sock"))
+	}
+	conf := c.save(w+".yaml", fmt.Sprintf("role: sidecar\ncluster: %s\ntrustDomain: %s\nnetwork: %s\nnamespace: shop\nstateDir: %s-state\nadmin: {listen: \"%s:15020\"}\nlog: {access: %s.access.log}\ncontrolPlane:\n%s  xds: [\"%s:7445\"%s]\n%s",
+		c.name, c.td, c.network(), w, host, w, c.source(w, "--agent", "shop/"+w), c.ip(1), c.xds, more))
+	if c.stop == nil {
+		c.stop = map[string]func(){}
+	}
+	c.stop[w] = c.start(w, filepath.Join(c.dir, w), "--config", conf)
 }
 
 func ready(addr string) error {

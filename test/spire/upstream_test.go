@@ -76,7 +76,7 @@ func TestDownstream(t *testing.T) {
 	})
 	defer app.Close()
 
-	c.hansedConfig(fmt.Sprintf("  x509Life: 60s\n  rootLife: 2h\n  upstream: {spire: {server: \"%s:%s\", workloadAPI: \"unix://%s\"}}\n", host, port, c.agentSock), "")
+	c.hansedConfig(fmt.Sprintf("  x509Life: 1h\n  rootLife: 2h\n  upstream: {spire: {server: \"%s:%s\", workloadAPI: \"unix://%s\"}}\n", host, port, c.agentSock), "")
 	c.startHansed()
 	m.eventually("hansed is ready", func() error { return ready(c.ip(1) + ":7440") })
 	hansed := *m.lab

@@ -76,7 +76,7 @@ func TestDownstream(t *testing.T) {
 	})
 	defer app.Close()
 
-	c.hansedConfig(fmt.Sprintf("  x509Life: 1h\n  rootLife: 2h\n  upstream: {spire: {server: \"%s:%s\", workloadAPI: \"unix://%s\"}}\n", host, port, c.agentSock), "")
+	c.hansedConfig(fmt.Sprintf("  x509Life: 20m\n  rootLife: 12h\n  upstream: {spire: {server: \"%s:%s\", workloadAPI: \"unix://%s\"}}\n", host, port, c.agentSock), "")
 	c.startHansed()
 	m.eventually("hansed is ready", func() error { return ready(c.ip(1) + ":7440") })
 	hansed := *m.lab
@@ -188,7 +188,7 @@ func TestDownstream(t *testing.T) {
 	}
 
 	t.Run("root revoked without a successor", func(*testing.T) {
-		before, next := next, ""
+		before, next, paused := next, "", time.Now()
 		_ = c.hansed.Process.Signal(syscall.SIGSTOP) // it sees the end only
 		next = spire.find(c.spire("localauthority x509 prepare"), `Authority ID: (\S+)`)
 		m.eventually("the upstream's agent has the prepared root", func() error {
@@ -208,6 +208,7 @@ func TestDownstream(t *testing.T) {
 			return err
 		})
 		c.spire("localauthority x509 revoke -authorityID "+before, before)
+		t.Logf("SPIRE had revoked its root after %s", time.Since(paused).Round(100*time.Millisecond))
 		began := time.Now()
 		_ = c.hansed.Process.Signal(syscall.SIGCONT)
 		m.eventually("hansed's CA rests on the new root", func() error {
@@ -225,6 +226,7 @@ func TestDownstream(t *testing.T) {
 			c.save(w+".token", c.must("", "token", "create", "--agent", "shop/"+w))
 		}
 		restsOn(next)
+		t.Logf("agents had attested anew after %s", time.Since(began).Round(100*time.Millisecond))
 		c.green()
 	})
 	t.Run("SPIRE away", func(*testing.T) {

@@ -13,7 +13,7 @@ import (
 
 // What the chart writes for gateways is a configuration that hanse-proxy takes.
 func TestChartsGateway(t *testing.T) {
-	values, err := chart.Merge(nil, []string{"cluster=west", "trustDomain=west.example", "region=eu-1"})
+	values, err := chart.Merge(nil, []string{"cluster=west", "trustDomain=west.example", "region=eu-1", "identity.proxyKeys.curve=P-384"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,7 +33,7 @@ func TestChartsGateway(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	if c.Role != roleGateway || c.Health.Listen != ":15021" || c.Network != "west" || c.Region != "eu-1" || c.ControlPlane.PodToken == "" || c.Socket != none {
+	if c.Role != roleGateway || c.Health.Listen != ":15021" || c.Network != "west" || c.Region != "eu-1" || c.ControlPlane.PodToken == "" || c.Socket != none || c.Keys.Curve != "P-384" {
 		t.Errorf("configuration %s", text)
 	}
 }

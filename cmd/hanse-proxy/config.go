@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto/elliptic"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,6 +40,7 @@ type Config struct {
 	Socket       string       `json:"socket"`   // where the Workload API is served; default: stateDir/workload.sock, "none" for not at all
 	// SocketUsers may use it, beside root and the proxy's own user: user IDs, or "any" where nobody reaches the socket who may not.
 	SocketUsers SocketUsers `json:"socketUsers"`
+	Keys        Keys        `json:"keys"` // of the SVIDs: the agent's own and the workload's
 
 	Outbound  Outbound   `json:"outbound"`  // sidecar
 	Listeners []Local    `json:"listeners"` // sidecar: one service each
@@ -70,6 +72,19 @@ func (u *SocketUsers) UnmarshalJSON(b []byte) error {
 		return fmt.Errorf("socketUsers: %s is neither a list of user IDs, such as [1000], nor any", b)
 	}
 	return nil
+}
+
+// Keys says what keys are made. Those in stateDir serve until their next renewal.
+type Keys struct {
+	Curve string `json:"curve"` // P-256 (default) or P-384
+}
+
+// elliptic is the curve; validate has seen to it that there is one.
+func (k Keys) elliptic() elliptic.Curve {
+	if k.Curve == "P-384" {
+		return elliptic.P384()
+	}
+	return elliptic.P256()
 }
 
 // ControlPlane says where hansed is, and how this proxy proves who it is the first time.
@@ -386,7 +401,13 @@ func (c *Config) validateControlPlane(bad report) {
 		if c.Socket != none {
 			bad("socket", "with another agent's Workload API none is served here")
 		}
+		if c.Keys.Curve != "" {
+			bad("keys.curve", "with another agent's Workload API that agent makes the keys: remove it, and set it there")
+		}
 		return
+	}
+	if k := c.Keys.Curve; k != "" && k != "P-256" && k != "P-384" {
+		bad("keys.curve", "%q is not one of P-256, P-384", k)
 	}
 	if c.SocketUsers.Any || len(c.SocketUsers.IDs) > 0 {
 		switch dir, err := filepath.Rel(c.StateDir, c.Socket); {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto/elliptic"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -57,6 +58,27 @@ func write(t *testing.T, content string) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+func TestKeys(t *testing.T) {
+	with := func(lines string) (*Config, error) { return LoadConfig(write(t, sample+"\n"+lines+"\n"), "", "") }
+	for lines, want := range map[string]elliptic.Curve{"": elliptic.P256(), "keys: {curve: P-256}": elliptic.P256(), "keys: {curve: P-384}": elliptic.P384()} {
+		if c, err := with(lines); err != nil || c.Keys.elliptic() != want {
+			t.Errorf("%s: %v, %v", lines, c, err)
+		}
+	}
+	for lines, want := range map[string]string{
+		"keys: {curve: P-521}":   `keys.curve: "P-521" is not one of P-256, P-384`,
+		"keys: {curve: p-384}":   "is not one of",
+		"keys: {curve: RSA}":     "is not one of",
+		"keys: {storage: disk}":  "unknown field",
+		"keys: P-384":            "keys",
+		"identity: {keys: disk}": "unknown field",
+	} {
+		if _, err := with(lines); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", lines, err, want)
+		}
+	}
 }
 
 func TestSocketUsers(t *testing.T) {

@@ -17,7 +17,7 @@ import (
 
 // TestInjectedConfiguration: what the injector writes, with every setting, is a configuration, once the pod tells what it alone knows.
 func TestInjectedConfiguration(t *testing.T) {
-	v := inject.Values{Cluster: "west", TrustDomain: "west.demo", Image: "x"}
+	v := inject.Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", KeyCurve: "P-384"}
 	if err := v.Complete(); err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func TestInjectedConfiguration(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v\n%s", name, err, meta.Annotations["hanse.mesh/proxy-config"])
 		}
-		if w := c.Workloads[0]; w.Address != "10.244.1.7" || w.Listen != "10.244.1.7:15008" || !w.AnyPort || c.Zone != "eu-1a" || c.NodeID != "sidecar/west/shop/app-1" || c.Namespace != "shop" {
+		if w := c.Workloads[0]; w.Address != "10.244.1.7" || w.Listen != "10.244.1.7:15008" || !w.AnyPort || c.Zone != "eu-1a" || c.NodeID != "sidecar/west/shop/app-1" || c.Namespace != "shop" || c.Keys.Curve != "P-384" {
 			t.Errorf("%s: %+v, zone %s, node %s", name, w, c.Zone, c.NodeID)
 		}
 		own := c.rules(func(field, format string, args ...any) { t.Errorf("%s: "+format, append([]any{field}, args...)...) }, false).OwnPorts

@@ -19,6 +19,7 @@ func TestChartsConfiguration(t *testing.T) {
 		"bare":      {"webhooks.enabled=false", "gateway.enabled=false"},
 		"replicas":  {"hansed.replicas=3", "etcd.endpoints={https://etcd-0:2379}", "etcd.tlsSecret=etcd"},
 		"addresses": {"federation.advertise={west.example:7443}", "gateway.addresses={gw.example:15443,192.0.2.9:15443}", "region=eu-1", "network=flat", "labels.tier=gold"},
+		"keys":      {"identity.keys.curve=P-384", "identity.keys.storage=memory", "identity.proxyKeys.curve=P-384", "hansed.config.identity.upstream.dir=/ca"},
 		"more":      {"hansed.config.timers.suspect=30s", "hansed.config.kubeAPI.webhook.inject.logLevel=debug"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -48,6 +49,13 @@ func TestChartsConfiguration(t *testing.T) {
 				w := c.KubeAPI.Webhook
 				if w.Service != "hansed.elsewhere" || w.Inject.Image != "hanse.mesh/hanse-proxy:v0.1.0" || !slices.Equal(w.Inject.XDS, []string{"hansed.elsewhere.svc:7445"}) ||
 					c.KubeAPI.GatewayService != "elsewhere/hanse-gateway" || c.KubeAPI.FederationService != "elsewhere/hanse-federation" {
+					t.Errorf("configuration %s", text)
+				}
+				if k := c.Identity.Keys; k.Curve != "P-256" || k.Storage != "disk" || w.Inject.KeyCurve != "P-256" {
+					t.Errorf("configuration %s", text)
+				}
+			case "keys":
+				if k := c.Identity.Keys; k.Curve != "P-384" || k.Storage != "memory" || c.KubeAPI.Webhook.Inject.KeyCurve != "P-384" {
 					t.Errorf("configuration %s", text)
 				}
 			case "bare":

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -40,6 +41,9 @@ type Config struct {
 	// PodCluster is the cluster's name at the server.
 	PodToken, PodCluster string
 
+	// Curve of the agent's own keys and of the workload's: P-256 (also if nil) or P-384. Keys that are kept serve until their next renewal.
+	Curve elliptic.Curve
+
 	// WorkloadAPI is the address of another agent's Workload API (unix:///…), which then is the source of everything.
 	WorkloadAPI string
 
@@ -74,6 +78,9 @@ func (c *Config) validate() error {
 	}
 	if c.PodToken != "" && (c.PodCluster == "" || c.TokenFile != "") {
 		errs = append(errs, errors.New("a pod's token goes with the cluster's name, and excludes an agent token"))
+	}
+	if c.Curve != nil && c.Curve != elliptic.P256() && c.Curve != elliptic.P384() {
+		errs = append(errs, fmt.Errorf("curve %s: want P-256 or P-384", c.Curve.Params().Name))
 	}
 	if c.StateDir == "" {
 		errs = append(errs, errors.New("no state folder"))
@@ -114,6 +121,9 @@ func New(cfg Config) (*Agent, error) {
 	}
 	if cfg.SyncInterval <= 0 {
 		cfg.SyncInterval = 5 * time.Second
+	}
+	if cfg.Curve == nil {
+		cfg.Curve = elliptic.P256()
 	}
 	if cfg.Dial == nil {
 		dialer := &net.Dialer{Timeout: 10 * time.Second}

@@ -3,6 +3,8 @@ package agent_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -782,6 +784,68 @@ func TestTaintedRoot(t *testing.T) {
 		}
 		if n := len(a.Source().Bundles()[s.td].X509Authorities()); n != 1 {
 			t.Errorf("%d roots in the agent's bundle, want 1", n)
+		}
+	})
+}
+
+// The agent's own key and the workload's are of the chosen curve; those of before serve until they are renewed.
+func TestCurve(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, "west.demo", options{})
+		s.start()
+		cfg := s.agentConfig(s.token(frontend))
+		curves := func(a *agent.Agent) string {
+			t.Helper()
+			svid, err := a.Source().GetX509SVID()
+			check(t, err)
+			data, err := os.ReadFile(filepath.Join(cfg.StateDir, "agent.json"))
+			check(t, err)
+			var kept struct {
+				Agent, SVID struct {
+					Key   []byte
+					Chain [][]byte
+				}
+			}
+			check(t, json.Unmarshal(data, &kept))
+			out := svid.PrivateKey.(*ecdsa.PrivateKey).Params().Name
+			for _, c := range []struct {
+				Key   []byte
+				Chain [][]byte
+			}{kept.Agent, kept.SVID} {
+				key, err := x509.ParsePKCS8PrivateKey(c.Key)
+				check(t, err)
+				cert, err := x509.ParseCertificate(c.Chain[0])
+				check(t, err)
+				if !cert.PublicKey.(*ecdsa.PublicKey).Equal(key.(*ecdsa.PrivateKey).Public()) {
+					t.Error("the kept key is not the certificate's")
+				}
+				out += " " + key.(*ecdsa.PrivateKey).Params().Name
+			}
+			return out // in use, agent's, kept
+		}
+		for _, c := range []struct {
+			curve         elliptic.Curve
+			before, after string
+		}{
+			{elliptic.P384(), "P-384 P-384 P-384", "P-384 P-384 P-384"},
+			{nil, "P-384 P-384 P-384", "P-256 P-256 P-256"},
+			{elliptic.P384(), "P-256 P-256 P-256", "P-384 P-384 P-384"},
+		} {
+			cfg.Curve = c.curve
+			a, stop := runAgent(t, cfg)
+			wait(t, a.Source())
+			if got := curves(a); got != c.before {
+				t.Errorf("at the start: %s, want %s", got, c.before)
+			}
+			time.Sleep(24 * time.Hour) // an agent's SVID lives a day
+			if got := curves(a); got != c.after {
+				t.Errorf("renewed: %s, want %s", got, c.after)
+			}
+			stop()
+		}
+		cfg.Curve = elliptic.P521()
+		if _, err := agent.New(cfg); err == nil || !strings.Contains(err.Error(), "curve P-521") {
+			t.Errorf("P-521: %v", err)
 		}
 	})
 }

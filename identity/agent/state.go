@@ -3,7 +3,6 @@ package agent
 import (
 	"bytes"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/json"
@@ -57,8 +56,8 @@ func (s *state) due(now time.Time, sync time.Duration) time.Duration {
 	return max(wait, 20*time.Millisecond)
 }
 
-func newKey() (*ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+func (a *Agent) newKey() (*ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(a.cfg.Curve, rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make key: %w", err)
 	}

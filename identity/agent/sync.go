@@ -96,7 +96,7 @@ func (a *Agent) shutOut(err error) bool {
 // attestAnew attests, and leaves what the agent has in force until that has succeeded.
 func (a *Agent) attestAnew(ctx context.Context) error {
 	if a.anew == nil {
-		key, err := newKey()
+		key, err := a.newKey()
 		if err != nil {
 			return err
 		}
@@ -214,7 +214,7 @@ func (a *Agent) attest(ctx context.Context) error {
 		return fmt.Errorf("attest: %w", err)
 	}
 	if a.state.agent == nil || len(a.state.agent.chain) > 0 {
-		key, err := newKey()
+		key, err := a.newKey()
 		if err != nil {
 			return fmt.Errorf("attest: %w", err)
 		}
@@ -290,7 +290,7 @@ func (a *Agent) renewAgent(ctx context.Context) error {
 		}
 		return err
 	}
-	key, err := newKey()
+	key, err := a.newKey()
 	if err != nil {
 		return fmt.Errorf("renew agent SVID: %w", err)
 	}
@@ -408,7 +408,7 @@ func sameBundles(a, b map[spiffeid.TrustDomain]*spiffebundle.Bundle) bool {
 }
 
 func (a *Agent) newSVID(ctx context.Context, c *client, entryID string, id spiffeid.ID, own *spiffebundle.Bundle) (*credential, error) {
-	key, err := newKey()
+	key, err := a.newKey()
 	if err != nil {
 		return nil, err
 	}

@@ -294,6 +294,10 @@ func TestBadValues(t *testing.T) {
 		"two replicas":       {[]string{"hansed.replicas=2"}, []string{"hansed.replicas", "etcd.endpoints"}},
 		"a type of Service":  {[]string{"gateway.service.type=Loadbalancer"}, []string{"gateway/service/type"}},
 		"an address":         {[]string{"federation.advertise={west.example}"}, []string{"federation/advertise/0"}},
+		"a curve":            {[]string{"identity.keys.curve=P-521"}, []string{"identity/keys/curve", "P-384"}},
+		"a proxy's curve":    {[]string{"identity.proxyKeys.curve=p-384"}, []string{"identity/proxyKeys/curve"}},
+		"storage":            {[]string{"identity.keys.storage=tpm"}, []string{"identity/keys/storage", "memory"}},
+		"memory alone":       {[]string{"identity.keys.storage=memory"}, []string{"identity.keys.storage", "hansed.config.identity.upstream"}},
 		"a policy":           {[]string{"webhooks.injectFailurePolicy=fail"}, []string{"injectFailurePolicy"}},
 		"two faults at once": {[]string{"cluster=A", "gateway.replicas=-1"}, []string{"cluster", "gateway/replicas"}},
 	} {

@@ -19,6 +19,7 @@ type (
 		StateDir     string       `json:"stateDir"`
 		Socket       string       `json:"socket"`
 		SocketUsers  string       `json:"socketUsers,omitempty"`
+		Keys         keys         `json:"keys,omitzero"`
 		Workloads    []workload   `json:"workloads"`
 		Capture      capturing    `json:"capture"`
 		Health       health       `json:"health"`
@@ -29,6 +30,9 @@ type (
 		XDS         []string `json:"xds"`
 		TrustBundle string   `json:"trustBundle"`
 		PodToken    string   `json:"podToken"`
+	}
+	keys struct {
+		Curve string `json:"curve"`
 	}
 	workload struct {
 		AnyPort bool `json:"anyPort"`
@@ -76,6 +80,9 @@ func (v *Values) config(s *settings, checks map[string]probe.Check) (string, err
 	}
 	if s.workloadAPI {
 		c.Socket, c.SocketUsers = apiDir+"/workload.sock", "any" // the volume is this Pod's, whose containers have users of their own
+	}
+	if v.KeyCurve != "P-256" { // the default, also of proxies older than the field
+		c.Keys.Curve = v.KeyCurve
 	}
 	if s.logLevel != "" {
 		c.Log.Level = s.logLevel

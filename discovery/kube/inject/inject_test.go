@@ -115,6 +115,9 @@ func TestCaptureOnNode(t *testing.T) {
 	if wait := spec.InitContainers[0]; wait.Args[1] != "wait" || *wait.SecurityContext.RunAsUser == user {
 		t.Errorf("%v as user %d: the sidecar's own connections are not captured", wait.Args, *wait.SecurityContext.RunAsUser)
 	}
+	if err := (&Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", KeyCurve: "P-521"}).Complete(); err == nil || !strings.Contains(err.Error(), `keyCurve: "P-521" is not one of P-256, P-384`) {
+		t.Errorf("%v", err)
+	}
 	if err := (&Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", Capture: "cloud"}).Complete(); err == nil || !strings.Contains(err.Error(), `capture: "cloud": want pod or node`) {
 		t.Errorf("%v", err)
 	}

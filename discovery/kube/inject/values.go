@@ -31,6 +31,7 @@ type Values struct {
 
 	Resources corev1.ResourceRequirements `json:"resources"` // of the sidecar; default: requests as measured (10m, 40Mi), memory limited to 512Mi
 	LogLevel  string                      `json:"logLevel"`  // debug, info (default), warn, error
+	KeyCurve  string                      `json:"keyCurve"`  // of the sidecars' keys: P-256 (default) or P-384
 }
 
 // Defaults that other packages refer to.
@@ -64,6 +65,10 @@ func (v *Values) Complete() error {
 	fill(&v.Capture, CaptureInPod)
 	if v.Capture != CaptureInPod && v.Capture != CaptureOnNode {
 		bad("capture: %q: want %s or %s", v.Capture, CaptureInPod, CaptureOnNode)
+	}
+	fill(&v.KeyCurve, "P-256")
+	if v.KeyCurve != "P-256" && v.KeyCurve != "P-384" {
+		bad("keyCurve: %q is not one of P-256, P-384", v.KeyCurve)
 	}
 	if len(v.Identity) == 0 {
 		v.Identity = []string{"hansed." + SystemNamespace + ".svc:7444"}

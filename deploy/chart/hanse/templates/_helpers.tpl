@@ -75,10 +75,12 @@ kubeAPI:
       image: {{ include "hanse.image" (dict "root" . "name" "hanse-proxy") }}
       imagePullPolicy: {{ .Values.images.pullPolicy }}
       capture: {{ .Values.capture.mode }}
+      keyCurve: {{ .Values.identity.proxyKeys.curve }}
       identity: ["hansed.{{ .Release.Namespace }}.svc:7444"]
       xds: ["hansed.{{ .Release.Namespace }}.svc:7445"]
   {{- end }}
 identity:
+  keys: {{ toJson .Values.identity.keys }}
   kubernetes:
     cluster: {{ .Values.cluster }}
     gateways: ["{{ .Release.Namespace }}:hanse-gateway"]

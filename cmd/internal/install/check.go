@@ -202,7 +202,11 @@ func (c *Cluster) After(ctx context.Context, objects []*unstructured.Unstructure
 		say(admin.Check{Name: "pods", Detail: err.Error(), Remedy: "hanse install --context " + c.Context})
 		return false
 	case waiting != "":
-		say(admin.Check{Name: "pods", Detail: waiting, Remedy: "kubectl --context " + c.Context + " -n " + c.Namespace + " describe pods; images that no registry has are to be loaded into each node (make images)"})
+		k := admin.Check{Name: "pods", Detail: waiting, Remedy: "kubectl --context " + c.Context + " -n " + c.Namespace + " describe pods; images that no registry has are to be loaded into each node (make images)"}
+		if all, err := c.stuck(ctx, time.Now()); err == nil && len(all) > 0 {
+			k.Remedy = "hanse upgrade --context " + c.Context + " makes " + all[0].pod.GetName() + " anew, which is stuck in the revision before"
+		}
+		say(k)
 	default:
 		say(admin.Check{Name: "pods", OK: true, Detail: "hansed and gateways are ready"})
 	}

@@ -20,44 +20,62 @@ const (
 	maxWhy     = 80
 )
 
-// mend deletes the Pods of StatefulSets for which Kubernetes would wait for ever: those of an earlier revision that never become ready. A StatefulSet does not replace them although
-// its template is right by now (https://kubernetes.io/docs/concepts/workloads/controllers/statefulset/#forced-rollback). What they keep is in their volumes.
+// mend deletes the Pods for which Kubernetes would wait for ever. What they keep is in their volumes.
 func (c *Cluster) mend(ctx context.Context, now time.Time, tell func(string)) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	sets, err := c.client.Resource(kinds["StatefulSet"].GroupVersionResource).Namespace(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: partOf})
+	all, err := c.stuck(ctx, now)
 	if err != nil {
 		return err
 	}
-	pods := c.client.Resource(gvr("", "v1", "pods")).Namespace(c.Namespace)
-	for i := range sets.Items {
-		set := &sets.Items[i]
-		l, err := pods.List(ctx, metav1.ListOptions{LabelSelector: nameLabel + "=" + set.GetName(), Limit: 100})
-		if err != nil {
-			return err
-		}
-		pod, why := stuck(set, l.Items, now)
-		if pod == nil {
-			continue
-		}
-		uid := pod.GetUID()
-		err = pods.Delete(ctx, pod.GetName(), metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid}})
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	for _, s := range all {
+		uid := s.pod.GetUID()
+		err := c.client.Resource(gvr("", "v1", "pods")).Namespace(c.Namespace).Delete(ctx, s.pod.GetName(), metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid}})
 		if apierrors.IsNotFound(err) || apierrors.IsConflict(err) { // it has gone meanwhile
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("delete pod %s, which is stuck in the revision before: %w", pod.GetName(), err)
+			return fmt.Errorf("delete pod %s, which is stuck in the revision before: %w", s.pod.GetName(), err)
 		}
-		if len(why) > maxWhy {
-			why = strings.ToValidUTF8(why[:maxWhy], "") + "…"
-		}
-		tell(fmt.Sprintf("%s was stuck in the revision before (%s), where Kubernetes would leave it: deleted, and made anew", pod.GetName(), why))
+		tell(fmt.Sprintf("%s was stuck in the revision before (%s), where Kubernetes would leave it: deleted, and made anew", s.pod.GetName(), s.why))
 	}
 	return nil
 }
 
-// stuck is the first Pod of a StatefulSet that it would wait for in vain, and why; nil if there is none. One at a time: the next one may only have been waiting for it.
-func stuck(set *unstructured.Unstructured, pods []unstructured.Unstructured, now time.Time) (*unstructured.Unstructured, string) {
+// stuckPod is one of an earlier revision of its StatefulSet that never becomes ready. A StatefulSet does not replace it although its template is right by now
+// (https://kubernetes.io/docs/concepts/workloads/controllers/statefulset/#forced-rollback).
+type stuckPod struct {
+	pod *unstructured.Unstructured
+	why string
+}
+
+// stuck finds them, one of each StatefulSet.
+func (c *Cluster) stuck(ctx context.Context, now time.Time) ([]stuckPod, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	sets, err := c.client.Resource(kinds["StatefulSet"].GroupVersionResource).Namespace(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: partOf})
+	if err != nil {
+		return nil, err
+	}
+	var out []stuckPod
+	for i := range sets.Items {
+		set := &sets.Items[i]
+		l, err := c.client.Resource(gvr("", "v1", "pods")).Namespace(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: nameLabel + "=" + set.GetName(), Limit: 100})
+		if err != nil {
+			return nil, err
+		}
+		if pod, why := stuckOf(set, l.Items, now); pod != nil {
+			if len(why) > maxWhy {
+				why = strings.ToValidUTF8(why[:maxWhy], "") + "…"
+			}
+			out = append(out, stuckPod{pod, why})
+		}
+	}
+	return out, nil
+}
+
+// stuckOf is the first Pod of a StatefulSet that it would wait for in vain, and why; nil if there is none. One at a time: the next one may only have been waiting for it.
+func stuckOf(set *unstructured.Unstructured, pods []unstructured.Unstructured, now time.Time) (*unstructured.Unstructured, string) {
 	seen, _, _ := unstructured.NestedInt64(set.Object, "status", "observedGeneration")
 	revision, _, _ := unstructured.NestedString(set.Object, "status", "updateRevision")
 	if seen < set.GetGeneration() || revision == "" { // what is the right revision is not known yet

@@ -62,7 +62,7 @@ func TestStuck(t *testing.T) {
 				pods = append(pods, object(t, p))
 			}
 			got := ""
-			if p, why := stuck(&set, pods, now); p != nil {
+			if p, why := stuckOf(&set, pods, now); p != nil {
 				got = p.GetName() + ": " + why
 			}
 			if got != c.want {

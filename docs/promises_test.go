@@ -35,7 +35,7 @@ func TestPromisesAreTested(t *testing.T) {
 		}
 		return nil
 	}
-	if err := errors.Join(filepath.WalkDir("../federation", look), filepath.WalkDir("../identity", look)); err != nil {
+	if err := errors.Join(filepath.WalkDir("../federation", look), filepath.WalkDir("../identity", look), filepath.WalkDir("../test/e2e", look)); err != nil {
 		t.Fatal(err)
 	}
 	names := regexp.MustCompile(`\b(?:\w+\.)?(?:Test|Fuzz)[A-Z]\w+|\b[a-z-]+\.txtar\b`).FindAllString(string(page), -1)

@@ -134,6 +134,7 @@ func TestReplicas(t *testing.T) {
 		}
 	})
 	s.step("the same authorities, and nobody joined anew", func() {
+		s.t.Logf("memory: %s", east.memory(system))
 		for _, c := range s.both() {
 			if now := s.roots(c.Name); now != roots[c] {
 				s.t.Errorf("%s: roots were\n%s\nand are\n%s", c.Name, roots[c], now)
@@ -195,6 +196,30 @@ func (c *cluster) allReady(set string, n int) error {
 		err = fmt.Errorf("%s: %s ready", set, out)
 	}
 	return err
+}
+
+// memory is what a kubelet says that Pods use, and their CPU.
+func (c *cluster) memory(namespace string) string {
+	c.s.t.Helper()
+	var all struct {
+		Pods []struct {
+			PodRef struct{ Name, Namespace string }
+			Memory struct{ WorkingSetBytes, RSSBytes float64 }
+			CPU    struct{ UsageCoreNanoSeconds, UsageNanoCores float64 }
+		}
+	}
+	out := c.kubectl("get", "--raw", "/api/v1/nodes/"+c.Nodes[0].Name+"/proxy/stats/summary")
+	if err := json.Unmarshal([]byte(out), &all); err != nil {
+		c.s.t.Fatalf("%v: %s", err, out)
+	}
+	var lines []string
+	for _, p := range all.Pods {
+		if p.PodRef.Namespace == namespace {
+			lines = append(lines, fmt.Sprintf("%s %.0f MB (anonymous %.0f MB), %.0f mcores", p.PodRef.Name, p.Memory.WorkingSetBytes/1e6, p.Memory.RSSBytes/1e6, p.CPU.UsageNanoCores/1e6))
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "; ")
 }
 
 // evict asks what kubectl drain asks.

@@ -351,6 +351,35 @@ func TestShutOut(t *testing.T) {
 	})
 }
 
+// An agent whose root is revoked while it follows the server attests anew within seconds, though the next sync is a minute off.
+func TestShutOutWhileFollowing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, "west.demo", options{})
+		s.start()
+		cfg := s.agentConfig(s.token(frontend))
+		a, _ := runAgent(t, cfg)
+		wait(t, a.Source())
+		first, err := a.Source().GetX509SVID()
+		check(t, err)
+		old := s.authority.Roots()[0].KeyID
+		check(t, s.authority.Prepare())
+		time.Sleep(10 * time.Second)
+		check(t, s.authority.Activate())
+		time.Sleep(10 * time.Second)
+		fresh := s.agentConfig(s.token(frontend))
+		for to, from := range map[string]string{cfg.TrustBundle: fresh.TrustBundle, cfg.TokenFile: fresh.TokenFile} {
+			b, err := os.ReadFile(from)
+			check(t, err)
+			check(t, os.WriteFile(to, b, 0o600))
+		}
+		check(t, s.authority.Revoke(old))
+		time.Sleep(15 * time.Second)
+		if svid, err := a.Source().GetX509SVID(); err != nil || svid.Certificates[0].Equal(first.Certificates[0]) {
+			t.Errorf("has not attested again: %v", err)
+		}
+	})
+}
+
 func (s *server) agentID(t *testing.T) spiffeid.ID {
 	t.Helper()
 	agents, err := s.admin(t).ListAgents(t.Context(), &agentv1.ListAgentsRequest{})

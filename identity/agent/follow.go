@@ -16,14 +16,20 @@ import (
 // Without it, and at servers that tell nothing, the syncs go on as ever.
 func (a *Agent) followServer(ctx context.Context) error {
 	first := max(min(a.cfg.SyncInterval/5, time.Second), 10*time.Millisecond)
-	pause := first
+	pause, lost := first, 0
 	for {
 		told, err := a.followOnce(ctx)
 		switch {
 		case errors.Is(err, errStock):
 			pause = 10 * time.Minute
 		case told, errors.Is(err, errNotAttested):
-			pause = first
+			pause, lost = first, 0
+		default:
+			lost++
+		}
+		// The next sync may be a minute off, since changes were told: without that it is due, and at once where the server refuses this agent.
+		if lost > 1 || reason(err) != types.PermissionDeniedDetails_UNKNOWN {
+			a.kick()
 		}
 		timer := time.NewTimer(jitter(pause))
 		pause = min(2*pause, max(a.cfg.SyncInterval, first))
@@ -78,9 +84,14 @@ func (a *Agent) followOnce(ctx context.Context) (told bool, err error) {
 		}
 		told = true
 		a.told.Store(true)
-		select {
-		case a.nudge <- struct{}{}:
-		default:
-		}
+		a.kick()
+	}
+}
+
+// kick has the agent sync now.
+func (a *Agent) kick() {
+	select {
+	case a.nudge <- struct{}{}:
+	default:
 	}
 }

@@ -825,6 +825,7 @@ func TestCurve(t *testing.T) {
 		cfg := s.agentConfig(s.token(frontend))
 		curves := func(a *agent.Agent) string {
 			t.Helper()
+			synctest.Wait() // an SVID is served before it is kept
 			svid, err := a.Source().GetX509SVID()
 			check(t, err)
 			data, err := os.ReadFile(filepath.Join(cfg.StateDir, "agent.json"))

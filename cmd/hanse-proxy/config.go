@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +22,6 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
-	"github.com/hanse-mesh/hanse/identity/agent"
 )
 
 // Config is hanse-proxy's configuration file. Durations are Go's ("1h", "90s"). Paths are relative to the file.
@@ -40,7 +40,9 @@ type Config struct {
 	Socket       string       `json:"socket"`   // where the Workload API is served; default: stateDir/workload.sock, "none" for not at all
 	// SocketUsers may use it, beside root and the proxy's own user: user IDs, or "any" where nobody reaches the socket who may not.
 	SocketUsers SocketUsers `json:"socketUsers"`
-	Keys        Keys        `json:"keys"` // of the SVIDs: the agent's own and the workload's
+	// SocketGroups may, too: group IDs, of which the caller has one as its primary or a supplementary group.
+	SocketGroups SocketGroups `json:"socketGroups"`
+	Keys         Keys         `json:"keys"` // of the SVIDs: the agent's own and the workload's
 
 	Outbound  Outbound   `json:"outbound"`  // sidecar
 	Listeners []Local    `json:"listeners"` // sidecar: one service each
@@ -60,7 +62,10 @@ type Config struct {
 }
 
 // SocketUsers is a list of user IDs, or "any".
-type SocketUsers agent.SocketUsers
+type SocketUsers struct {
+	Any bool
+	IDs []uint32
+}
 
 // UnmarshalJSON takes [1000, 1001] or "any".
 func (u *SocketUsers) UnmarshalJSON(b []byte) error {
@@ -73,6 +78,20 @@ func (u *SocketUsers) UnmarshalJSON(b []byte) error {
 	}
 	return nil
 }
+
+// SocketGroups is a list of group IDs.
+type SocketGroups []uint32
+
+// UnmarshalJSON takes [1000, 1001].
+func (g *SocketGroups) UnmarshalJSON(b []byte) error {
+	if err := json.Unmarshal(b, (*[]uint32)(g)); err != nil {
+		return fmt.Errorf("socketGroups: %s is not a list of group IDs, such as [1000]", b)
+	}
+	return nil
+}
+
+// overflowGID is what the kernel calls every group that has no ID in this user namespace.
+const overflowGID = 65534
 
 // Keys says what keys are made. Those in stateDir serve until their next renewal.
 type Keys struct {
@@ -409,12 +428,17 @@ func (c *Config) validateControlPlane(bad report) {
 	if k := c.Keys.Curve; k != "" && k != "P-256" && k != "P-384" {
 		bad("keys.curve", "%q is not one of P-256, P-384", k)
 	}
-	if c.SocketUsers.Any || len(c.SocketUsers.IDs) > 0 {
+	if slices.Contains(c.SocketGroups, overflowGID) {
+		bad("socketGroups", "%d stands for any group of other user namespaces: give the socket's users a group of their own", overflowGID)
+	}
+	if field := c.socketField(); field != "" {
 		switch dir, err := filepath.Rel(c.StateDir, c.Socket); {
 		case c.Socket == none:
-			bad("socketUsers", "there is no socket: remove it, or give socket a path")
+			bad(field, "there is no socket: remove it, or give socket a path")
+		case c.SocketUsers.Any && len(c.SocketGroups) > 0:
+			bad("socketGroups", "socketUsers any lets in whoever reaches the socket: remove one of the two")
 		case err == nil && filepath.IsLocal(dir):
-			bad("socketUsers", "socket is %s, and nobody else gets into stateDir; give socket a path outside of it, such as /run/hanse/workload.sock", c.Socket)
+			bad(field, "socket is %s, and nobody else gets into stateDir; give socket a path outside of it, such as /run/hanse/workload.sock", c.Socket)
 		}
 	}
 	if len(cp.Identity) == 0 {
@@ -426,6 +450,17 @@ func (c *Config) validateControlPlane(bad report) {
 	for i, a := range cp.Identity {
 		hostPort(bad, fmt.Sprintf("controlPlane.identity[%d]", i), a)
 	}
+}
+
+// socketField is the field that lets others use the socket, or "".
+func (c *Config) socketField() string {
+	switch {
+	case c.SocketUsers.Any || len(c.SocketUsers.IDs) > 0:
+		return "socketUsers"
+	case len(c.SocketGroups) > 0:
+		return "socketGroups"
+	}
+	return ""
 }
 
 func (c *Config) validateSidecar(bad report) {

@@ -90,12 +90,27 @@ func TestSocketUsers(t *testing.T) {
 	if c, err = with("socket: /run/hanse/workload.sock\nsocketUsers: any"); err != nil || !c.SocketUsers.Any {
 		t.Errorf("%v %v", c, err)
 	}
+	if c, err = with("socket: /run/hanse/workload.sock\nsocketGroups: [2000]\nsocketUsers: [1000]"); err != nil || !slices.Equal(c.SocketGroups, []uint32{2000}) || !slices.Equal(c.SocketUsers.IDs, []uint32{1000}) {
+		t.Errorf("%v %v", c, err)
+	}
 	for lines, want := range map[string]string{
-		"outbound: {socketUsers: [1000]}":                      "unknown field",
-		"socketUsers: [1000]":                                  "outside of it",
-		"socket: none\nsocketUsers: any":                       "there is no socket",
-		"socket: /run/hanse/workload.sock\nsocketUsers: alice": "list of user IDs",
-		"socket: /run/hanse/workload.sock\nsocketUsers: [-1]":  "list of user IDs",
+		"socket: /run/hanse/workload.sock\nsocketGroups: any":     "list of group IDs",
+		"socket: /run/hanse/workload.sock\nsocketGroups: [-1]":    "list of group IDs",
+		"socket: /run/hanse/workload.sock\nsocketGroups: [65534]": "a group of their own",
+		"socket: none\nsocketGroups: [7]":                         "there is no socket",
+		"socketGroups: [7]":                                       "socket is",
+	} {
+		if _, err := with(lines); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "socketGroups") {
+			t.Errorf("%s: %v, want %s", lines, err, want)
+		}
+	}
+	for lines, want := range map[string]string{
+		"outbound: {socketUsers: [1000]}": "unknown field",
+		"socketUsers: [1000]":             "outside of it",
+		"socket: /run/hanse/workload.sock\nsocketUsers: any\nsocketGroups: [7]": "remove one of the two",
+		"socket: none\nsocketUsers: any":                                        "there is no socket",
+		"socket: /run/hanse/workload.sock\nsocketUsers: alice":                  "list of user IDs",
+		"socket: /run/hanse/workload.sock\nsocketUsers: [-1]":                   "list of user IDs",
 	} {
 		if _, err := with(lines); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "socketUsers") {
 			t.Errorf("%s: %v", lines, err)

@@ -61,7 +61,7 @@ func serve(parent context.Context, cfg *Config, stderr io.Writer) error {
 		ServerAddrs: cfg.ControlPlane.Identity, TrustDomain: td, TrustBundle: cfg.ControlPlane.TrustBundle, TokenFile: cfg.ControlPlane.TokenFile,
 		PodToken: cfg.ControlPlane.PodToken, PodCluster: cfg.Cluster,
 		StateDir: filepath.Join(cfg.StateDir, "identity"), WorkloadAPI: cfg.ControlPlane.WorkloadAPI, SocketPath: given(cfg.Socket),
-		SocketUsers: agent.SocketUsers(cfg.SocketUsers), Curve: cfg.Keys.elliptic(),
+		SocketUsers: agent.SocketUsers{Any: cfg.SocketUsers.Any, IDs: cfg.SocketUsers.IDs, Groups: cfg.SocketGroups}, Curve: cfg.Keys.elliptic(),
 		FilesDir: cfg.Agent.FilesDir, Dial: dial, SyncInterval: cfg.Timers.Sync.Duration, Log: log, Registerer: reg,
 	})
 	if err != nil {

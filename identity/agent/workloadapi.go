@@ -63,11 +63,17 @@ func (a *Agent) listenUnix() (net.Listener, error) {
 
 // SocketUsers are those who may use the Workload API's socket, beside root and the user of this process.
 type SocketUsers struct {
-	Any bool // whoever reaches the socket
-	IDs []uint32
+	Any    bool // whoever reaches the socket
+	IDs    []uint32
+	Groups []uint32 // whoever is in one of them, primary or supplementary
 }
 
-func (u SocketUsers) others() bool { return u.Any || len(u.IDs) > 0 }
+func (u SocketUsers) others() bool { return u.Any || len(u.IDs) > 0 || len(u.Groups) > 0 }
+
+func (u SocketUsers) has(c peercred.Caller) bool {
+	in := func(gid uint32) bool { return slices.Contains(u.Groups, gid) }
+	return slices.Contains(u.IDs, c.UID) || in(c.GID) || slices.ContainsFunc(c.Groups, in)
+}
 
 // admit asks the kernel who called.
 func (u SocketUsers) admit(c net.Conn) (peercred.Caller, error) {
@@ -75,14 +81,14 @@ func (u SocketUsers) admit(c net.Conn) (peercred.Caller, error) {
 	switch {
 	case u.Any:
 		return caller, nil
-	case errors.Is(err, errors.ErrUnsupported) && len(u.IDs) == 0: // the socket's mode lets only its owner in
+	case errors.Is(err, errors.ErrUnsupported) && !u.others(): // the socket's mode lets only its owner in
 		return caller, nil
 	case err != nil:
 		return caller, err
-	case caller.UID == 0, caller.UID == uint32(os.Geteuid()), slices.Contains(u.IDs, caller.UID):
+	case caller.UID == 0, caller.UID == uint32(os.Geteuid()), u.has(caller):
 		return caller, nil
 	}
-	return caller, fmt.Errorf("uid %d is not among the users of the socket", caller.UID)
+	return caller, fmt.Errorf("uid %d (gid %d, groups %v) is not among the users of the socket", caller.UID, caller.GID, caller.Groups)
 }
 
 // admitted turns away who may not call, before a byte is read.

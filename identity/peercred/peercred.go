@@ -9,8 +9,9 @@ import (
 
 // Caller is a process. It was what it is when it connected.
 type Caller struct {
-	UID, GID uint32 // effective
-	PID      int    // 0: not known, as of a process in another PID namespace
+	UID, GID uint32   // effective
+	Groups   []uint32 // supplementary; nil where the system does not tell them
+	PID      int      // 0: not known, as of a process in another PID namespace
 }
 
 func (c Caller) String() string {

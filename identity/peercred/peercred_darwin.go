@@ -12,5 +12,5 @@ func of(fd int) (Caller, error) {
 	if err != nil {
 		return Caller{}, err
 	}
-	return Caller{UID: c.Uid, GID: c.Groups[0], PID: pid}, nil
+	return Caller{UID: c.Uid, GID: c.Groups[0], Groups: c.Groups[1:min(max(int(c.Ngroups), 1), len(c.Groups))], PID: pid}, nil
 }

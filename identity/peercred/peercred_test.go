@@ -40,6 +40,9 @@ func TestOf(t *testing.T) {
 			}
 			continue
 		}
+		if groups, gerr := os.Getgroups(); gerr != nil || len(groups) != len(c.Groups) {
+			t.Errorf("groups %v; this process has %v, %v", c.Groups, groups, gerr)
+		}
 		if err != nil || c.UID != uint32(os.Geteuid()) || c.GID != uint32(os.Getegid()) || c.PID != os.Getpid() {
 			t.Errorf("%+v, %v; this is uid %d, pid %d", c, err, os.Geteuid(), os.Getpid())
 		}

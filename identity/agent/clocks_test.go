@@ -219,6 +219,7 @@ func (s *side) activeRoot() string {
 // TestPartition cuts two clusters off from each other for 12 hours, in the midst of which both want another root. Neither root signs before
 // the other cluster knows it, so no call between them is refused; nor is one after that.
 func TestPartition(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 48*time.Hour, nil) // roots live 7 days by default, and then there is more time
 		west, east := w.west.activeRoot(), w.east.activeRoot()
@@ -244,6 +245,7 @@ func TestPartition(t *testing.T) {
 // TestPartitionLongerThanPatience: when a quarter of the old root's life remains the next one signs, known or not. From then on, and not
 // before, the other cluster refuses what it signed; the end of the partition ends that.
 func TestPartitionLongerThanPatience(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 48*time.Hour, nil)
 		time.Sleep(23 * time.Hour)
@@ -264,6 +266,7 @@ func TestPartitionLongerThanPatience(t *testing.T) {
 // TestAgentWithoutControlPlane cuts a workload off from its hansed for 12 hours. It is accepted as long as its SVID is valid, half of its life
 // at the least, and again as soon as the link stands, without a new token.
 func TestAgentWithoutControlPlane(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 7*24*time.Hour, nil)
 		time.Sleep(2 * time.Hour)
@@ -297,6 +300,7 @@ func TestAgentWithoutControlPlane(t *testing.T) {
 // TestClockSkew lets clocks be ten minutes wrong while the roots of both clusters rotate, and hansed restarts in the midst of it: no call is
 // refused.
 func TestClockSkew(t *testing.T) {
+	t.Parallel()
 	const ten = int64(10 * time.Minute)
 	for name, skew := range map[string]func(west, east *side){
 		"hansed ahead":                    func(west, _ *side) { west.clock.Store(ten) },
@@ -309,6 +313,7 @@ func TestClockSkew(t *testing.T) {
 		"hansed ahead, its agents behind": func(west, _ *side) { west.clock.Store(ten / 2); west.agentClock.Store(-ten / 2) },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, 8*time.Hour, skew)
 				west, east := w.west.activeRoot(), w.east.activeRoot()
@@ -327,6 +332,7 @@ func TestClockSkew(t *testing.T) {
 		})
 	}
 	t.Run("a clock put right", func(t *testing.T) {
+		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t, 8*time.Hour, func(west, _ *side) { west.clock.Store(ten) })
 			time.Sleep(3 * time.Hour)
@@ -344,6 +350,7 @@ func TestClockSkew(t *testing.T) {
 // TestClockSkewBound: an SVID is 15 minutes old when it is made, and has half of its life left, less a tenth of that, when it is renewed. Up
 // to that a verifier's clock may be wrong, behind and ahead; beyond it, calls are refused for a time.
 func TestClockSkewBound(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		skew time.Duration
@@ -355,6 +362,7 @@ func TestClockSkewBound(t *testing.T) {
 		{"40 minutes ahead", 40 * time.Minute, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, 7*24*time.Hour, nil)
 				time.Sleep(time.Hour) // an authority that has just been made has SVIDs that are no older than it is
@@ -371,6 +379,7 @@ func TestClockSkewBound(t *testing.T) {
 
 // TestJWTClockSkew: a JWT-SVID is good for a minute longer at either end, by the verifier's clock.
 func TestJWTClockSkew(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var ahead atomic.Int64 // of the issuer
 		s := newServer(t, "west.demo", options{now: func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }})
@@ -400,12 +409,14 @@ func TestJWTClockSkew(t *testing.T) {
 
 // TestDistrustOutlives: what is distrusted stays so through a partition, through new roots of that trust domain, a restart and wrong clocks.
 func TestDistrustOutlives(t *testing.T) {
+	t.Parallel()
 	for name, skew := range map[string]func(west, east *side){
 		"right clocks":   nil,
 		"refuser ahead":  func(_, east *side) { east.clock.Store(int64(10 * time.Minute)) },
 		"refuser behind": func(_, east *side) { east.clock.Store(-int64(10 * time.Minute)) },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, 8*time.Hour, skew)
 				time.Sleep(time.Hour)
@@ -453,6 +464,7 @@ func TestDistrustOutlives(t *testing.T) {
 // TestTokenClockSkew: hansed alone says whether an agent token lives, by the clock with which it made it, so that wrong clocks neither shorten
 // nor lengthen its life. Where the agent's clock is too far behind to verify hansed, the token is not sent, and serves once the clock is right.
 func TestTokenClockSkew(t *testing.T) {
+	t.Parallel()
 	const ten = 10 * time.Minute
 	for _, c := range []struct {
 		name          string
@@ -467,6 +479,7 @@ func TestTokenClockSkew(t *testing.T) {
 		{"hansed ahead, agent behind by more than 15 minutes of it", ten, -ten, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(t, "west.demo", options{now: func() time.Time { return time.Now().Add(c.hansed) }})
 				s.start()

@@ -25,6 +25,7 @@ type backoff struct {
 	down    atomic.Bool
 	trying  atomic.Bool  // a trial's result is out
 	retryAt atomic.Int64 // clock; meaningful while down
+	failed  atomic.Int64 // clock: the last failure
 
 	// guarded by the owner's mu
 	failures int
@@ -33,6 +34,7 @@ type backoff struct {
 // fail begins the time out, or lengthens it after a failed trial. It reports whether the party was up, and whether anything
 // changed: many requests may lose one connection.
 func (o *backoff) fail(now int64) (wasUp, changed bool) {
+	o.failed.Store(now)
 	tried := o.trying.Swap(false)
 	if o.down.Load() && !tried {
 		return false, false

@@ -1,6 +1,7 @@
 package balance
 
 import (
+	"cmp"
 	"errors"
 	"math"
 	"math/bits"
@@ -314,7 +315,8 @@ func (s *state) trial(b *Balancer, now int64, exclude []string) (*candidate, *ga
 	return nil, nil
 }
 
-// pickGateway takes the gateways that are up in turn, and one that is due to be tried; where there is neither, any.
+// pickGateway takes the gateways that are up in turn, and one that is due to be tried; where there is neither, the one whose failure is longest ago: a call that has just lost the last
+// one tries another, which may be back.
 func (b *Balancer) pickGateway(gs []*gateway, turn uint64, now int64, connectTimeout time.Duration) *gateway {
 	n := uint64(len(gs))
 	for i := range n {
@@ -323,7 +325,7 @@ func (b *Balancer) pickGateway(gs []*gateway, turn uint64, now int64, connectTim
 			return g
 		}
 	}
-	return gs[turn%n]
+	return slices.MinFunc(gs, func(x, y *gateway) int { return cmp.Compare(x.failed.Load(), y.failed.Load()) })
 }
 
 // scale maps a uniform 64-bit number to [0, n).

@@ -325,6 +325,7 @@ func (a *Agent) renewAgent(ctx context.Context) error {
 
 // sync brings entry, bundles and SVID up to date, and publishes and keeps them if anything changed.
 func (a *Agent) sync(ctx context.Context) error {
+	begin := time.Now()
 	c, err := a.mutual()
 	if err != nil {
 		return fmt.Errorf("sync: %w", err)
@@ -374,7 +375,7 @@ func (a *Agent) sync(ctx context.Context) error {
 	a.publish()
 	if due {
 		a.metrics.renewals.WithLabelValues("x509").Inc()
-		a.log.Info("X509-SVID renewed", "id", id.String(), "expires", next.svid.chain[0].NotAfter, "server", c.addr)
+		a.log.Info("X509-SVID renewed", "id", id.String(), "expires", next.svid.chain[0].NotAfter, "server", c.addr, "took", time.Since(begin))
 	}
 	return a.keep()
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -154,6 +155,36 @@ func TestAllow(t *testing.T) {
 	}
 	l.must("west", "", "trust", "add", "east.test", "--allow", "shop/*=spiffe://east.test/ns/shop/sa/*")
 	withheld(0)
+	l.eventually(10*time.Second, "calls cross again", crosses)
+
+	// spec.allow is about who serves. Who calls is for the AccessPolicies of the callee, whose sidecar refuses a foreign ID that none names.
+	callers := func(pattern string) {
+		t.Helper()
+		file := filepath.Join(l.cluster("east").Dir, "callers.yaml")
+		l.save(file, fmt.Sprintf(`apiVersion: hanse.mesh/v1alpha1
+kind: AccessPolicy
+metadata: {name: payments, namespace: shop}
+spec:
+  targetRefs: [{kind: Service, name: payments}]
+  rules: [{from: [%q]}]
+`, pattern))
+		l.must("east", "", "apply", "-f", file)
+	}
+	callers("spiffe://east.test/ns/shop/sa/frontend")
+	l.eventually(10*time.Second, "east's sidecars refuse west's frontend", func() error {
+		a, err := call(client, payments)
+		if err == nil {
+			return fmt.Errorf("answered by %+v", a)
+		}
+		if !strings.HasPrefix(err.Error(), "403 Forbidden (denied)") {
+			return err
+		}
+		return nil
+	})
+	if _, err := call(l.client("east", "frontend"), payments); err != nil {
+		t.Errorf("a caller that is named: %v", err)
+	}
+	callers("spiffe://west.test/ns/shop/sa/frontend")
 	l.eventually(10*time.Second, "calls cross again", crosses)
 }
 

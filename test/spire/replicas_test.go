@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,6 +23,13 @@ func (c *member) etcd() string {
 	at, peer := "http://"+c.ip(5)+":2379", "http://"+c.ip(5)+":2380"
 	c.start("etcd", tools+"tools/etcd", "--data-dir", filepath.Join(c.dir, "etcd"), "--log-level", "error", "--unsafe-no-fsync", "--listen-client-urls", at, "--advertise-client-urls", at,
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer)
+	c.m.eventually("etcd answers", func() error {
+		conn, err := net.DialTimeout("tcp", c.ip(5)+":2379", time.Second) // it listens to clients when it serves them
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
 	return at
 }
 

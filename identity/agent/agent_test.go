@@ -864,7 +864,6 @@ func TestCurve(t *testing.T) {
 			cfg.Curve = c.curve
 			a, stop := runAgent(t, cfg)
 			wait(t, a.Source())
-			synctest.Wait() // until it is kept, too
 			if got := curves(a); got != c.before {
 				t.Errorf("at the start: %s, want %s", got, c.before)
 			}

@@ -147,6 +147,12 @@ spec:
 		return n
 	}
 	before := wrote()
+	until(t, "what was written is counted, which is a moment after it is seen", func() bool {
+		was := before
+		time.Sleep(300 * time.Millisecond)
+		before = wrote()
+		return before == was
+	})
 	s.apply([]byte("apiVersion: v1\nkind: Service\nmetadata: {name: another, namespace: shop}\nspec: {ports: [{name: http, port: 80}]}\n"))
 	until(t, "it is seen", func() bool { snap, _ := snapshot(t, src.Set()); return snap.Services.Len() >= 3 })
 	time.Sleep(300 * time.Millisecond)

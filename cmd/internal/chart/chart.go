@@ -162,6 +162,9 @@ func tidy(text string) string {
 			lines = append(lines, strings.ReplaceAll(l, "at '/", "at '"))
 		}
 	}
+	if !slices.ContainsFunc(lines, func(l string) bool { return !strings.HasPrefix(l, "at '") }) {
+		slices.Sort(lines) // the schema's faults come in no order
+	}
 	return strings.Join(lines, "; ")
 }
 

@@ -352,3 +352,19 @@ func TestValuesAreDescribed(t *testing.T) {
 	}
 	walk("", v, schema)
 }
+
+// TestFaultsHaveAnOrder: the same values get the same words each time.
+func TestFaultsHaveAnOrder(t *testing.T) {
+	const want = "at 'cluster': one; at 'trustDomain': two"
+	for _, text := range []string{
+		"values don't meet the specifications of the schema(s) in the following chart(s):\nhanse:\n- at '/trustDomain': two\n- at '/cluster': one\n",
+		"values don't meet the specifications of the schema(s) in the following chart(s):\nhanse:\n- at '/cluster': one\n- at '/trustDomain': two\n",
+	} {
+		if got := tidy(text); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	if got := tidy("b\na"); got != "b; a" {
+		t.Errorf("another error's lines: %q", got)
+	}
+}

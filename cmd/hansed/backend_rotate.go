@@ -47,6 +47,19 @@ func (t *teller) tell(v, news any) error {
 	return t.emit(ev)
 }
 
+// wait tells, and then waits until it is time to look again.
+func (t *teller) wait(ctx context.Context, v, news any) error {
+	if err := t.tell(v, news); err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(lookAgain):
+		return nil
+	}
+}
+
 // TrustRotate prepares a root and watches until it is active, at all replicas that are there. The authorities' own loops activate them: a
 // watcher that goes changes nothing.
 func (p *controlPlane) TrustRotate(ctx context.Context, req admin.RotateRequest, emit func(admin.Event) error) (admin.Rotation, error) {
@@ -113,13 +126,8 @@ func (p *controlPlane) TrustRotate(ctx context.Context, req admin.RotateRequest,
 		case !out.Forced:
 			out.Missing = behind
 		}
-		if err := t.tell(out, slices.Clone(out.Missing)); err != nil {
+		if err := t.wait(ctx, out, slices.Clone(out.Missing)); err != nil {
 			return out, err
-		}
-		select {
-		case <-ctx.Done():
-			return out, ctx.Err()
-		case <-time.After(lookAgain):
 		}
 	}
 }
@@ -307,13 +315,8 @@ func (p *controlPlane) leaveOwn(ctx context.Context, authority string, force boo
 	return p.revokeAlone(ctx, authority, force, wait, out, t)
 }
 
-// Refusals of revokeOwn.
 func refuseSigning() error {
 	return admin.Refused("first hanse trust rotate; if its key is stolen: hanse trust rotate --activate-now --force", "this root signs now: nothing could be issued without it")
-}
-
-func refuseResting(names []string, more string) error {
-	return admin.Refused(more, "the root is tainted, but not revoked: %d agents still rest on it: %s", len(names), strings.Join(names, ", "))
 }
 
 // shutOut is the note on those who were not waited for.
@@ -323,8 +326,6 @@ func shutOut(names []string) string {
 	}
 	return "shut out, and in need of new tokens: " + strings.Join(names, ", ")
 }
-
-const renewing = "agents are renewing what the root signed"
 
 // revokeAlone revokes a root where there is no other replica.
 func (p *controlPlane) revokeAlone(ctx context.Context, authority string, force bool, wait time.Duration, out admin.Distrusted, t *teller) (admin.Distrusted, error) {
@@ -344,26 +345,14 @@ func (p *controlPlane) revokeAlone(ctx context.Context, authority string, force 
 	if err := p.authority.Taint(root.KeyID); err != nil && !errors.Is(err, ca.ErrWrongPhase) {
 		return out, err
 	}
-	start := p.now()
-	for {
-		out.Missing = append([]string{}, p.spire.RestingOn(root.KeyID)...)
-		if len(out.Missing) == 0 || force && p.now().Sub(start) > agentSyncTime {
-			break
-		}
-		if p.now().Sub(start) > wait {
-			return out, refuseResting(out.Missing, "run it again when they are back; with --force they are shut out and need new tokens")
-		}
-		out.Note = renewing
-		if err := t.tell(out, slices.Clone(out.Missing)); err != nil {
-			return out, err
-		}
-		select {
-		case <-ctx.Done():
-			return out, ctx.Err()
-		case <-time.After(lookAgain):
-		}
+	out, resting, err := p.whileRenewing(ctx, wait, out, t, "run it again when they are back", func(elapsed time.Duration) ([]string, bool) {
+		resting := p.spire.RestingOn(root.KeyID)
+		return resting, len(resting) == 0 || force && elapsed > agentSyncTime
+	})
+	if err != nil {
+		return out, err
 	}
-	out.Note = shutOut(out.Missing)
+	out.Note = shutOut(resting)
 	return out, p.authority.Revoke(root.KeyID)
 }
 
@@ -385,37 +374,40 @@ func (p *controlPlane) revokeShared(ctx context.Context, authority string, force
 			}
 		}
 	}
-	start := p.now()
-	var resting []string
-	for {
-		if !inBundle(p.ownBundle(), authority) {
-			break
-		}
+	var last []string
+	out, _, err := p.whileRenewing(ctx, wait, out, t, "it goes on by itself when they are back", func(time.Duration) ([]string, bool) {
 		if v, ok := p.roots.ordered(authority); ok && !v.Revoked {
-			resting = p.roots.leaving(v.Authority)
+			last = p.roots.leaving(v.Authority)
 		}
-		out.Missing = append([]string{}, resting...)
-		if p.now().Sub(start) > wait {
-			if len(resting) == 0 {
-				resting = []string{"no replica leads"}
+		return last, !inBundle(p.ownBundle(), authority)
+	})
+	if v, ok := p.roots.ordered(authority); err == nil && ok && v.Force {
+		out.Note = shutOut(last)
+	}
+	return out, err
+}
+
+// whileRenewing waits until nobody need be waited for any more, and returns who rested on the root then.
+func (p *controlPlane) whileRenewing(ctx context.Context, wait time.Duration, out admin.Distrusted, t *teller, later string, look func(elapsed time.Duration) (resting []string, done bool)) (admin.Distrusted, []string, error) {
+	for start := p.now(); ; {
+		elapsed := p.now().Sub(start)
+		resting, done := look(elapsed)
+		if done {
+			out.Note = ""
+			return out, resting, nil
+		}
+		if elapsed > wait {
+			if len(resting) == 0 { // and nobody takes the root out
+				return out, nil, admin.Refused("hanse status says who leads; it goes on by itself", "the root is tainted, but not revoked: no replica leads")
 			}
-			return out, refuseResting(resting, "it goes on by itself when they are back; with --force they are shut out and need new tokens")
+			return out, nil, admin.Refused(later+"; with --force they are shut out and need new tokens",
+				"the root is tainted, but not revoked: %d agents still rest on it: %s", len(resting), strings.Join(resting, ", "))
 		}
-		out.Note = renewing
-		if err := t.tell(out, slices.Clone(out.Missing)); err != nil {
-			return out, err
-		}
-		select {
-		case <-ctx.Done():
-			return out, ctx.Err()
-		case <-time.After(lookAgain):
+		out.Missing, out.Note = append([]string{}, resting...), "agents are renewing what the root signed"
+		if err := t.wait(ctx, out, out.Missing); err != nil {
+			return out, nil, err
 		}
 	}
-	out.Note = ""
-	if v, ok := p.roots.ordered(authority); ok && v.Force {
-		out.Note = shutOut(resting)
-	}
-	return out, nil
 }
 
 // inBundle looks for an authority in a bundle by its name: an X.509 one's key, or a JWT key ID.

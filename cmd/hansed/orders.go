@@ -69,8 +69,8 @@ func namesOf(all []ca.Root) []namedRoot {
 	return out
 }
 
-// unread is the refusal of an order that etcd does not take.
-func unread(what string, err error) error {
+// notStored is the refusal of an order that etcd does not take.
+func notStored(what string, err error) error {
 	return &admin.Error{Status: http.StatusServiceUnavailable, Message: fmt.Sprintf("%s: etcd does not answer, and nothing was changed: %v", what, err),
 		Hint: "hanse status says how etcd is; try again when it answers"}
 }
@@ -83,7 +83,7 @@ func (r *roots) orderRotation(ctx context.Context, force bool) (int64, error) {
 	for {
 		value, rev, err := kv.Get(ctx, rotationKey)
 		if err != nil {
-			return 0, unread("rotate", err)
+			return 0, notStored("rotate", err)
 		}
 		var o rotation
 		if value != nil {
@@ -104,7 +104,7 @@ func (r *roots) orderRotation(ctx context.Context, force bool) (int64, error) {
 		}
 		ok, _, err := kv.CompareAndPut(ctx, rotationKey, value, rev)
 		if err != nil {
-			return 0, unread("rotate", err)
+			return 0, notStored("rotate", err)
 		}
 		if ok {
 			r.log.Info("rotation ordered", "number", o.Number, "force", o.Force)
@@ -239,7 +239,7 @@ func (r *roots) orderRevocation(ctx context.Context, root namedRoot, owner strin
 	for {
 		value, rev, err := kv.Get(ctx, root.Authority)
 		if err != nil {
-			return unread("revoke", err)
+			return notStored("revoke", err)
 		}
 		v := revocation{Authority: root.Authority, KeyID: root.KeyID, JWTKeyID: root.JWTKeyID, Replica: owner, At: r.now().UTC().Truncate(time.Second), Ends: root.Ends}
 		if value != nil {
@@ -256,7 +256,7 @@ func (r *roots) orderRevocation(ctx context.Context, root namedRoot, owner strin
 		}
 		ok, _, err := kv.CompareAndPut(ctx, root.Authority, value, rev)
 		if err != nil {
-			return unread("revoke", err)
+			return notStored("revoke", err)
 		}
 		if ok {
 			r.log.Warn("revocation of a root ordered", "authority", root.Authority, "replica", owner, "force", force)

@@ -43,16 +43,22 @@ func (s *signer) rests(f func() []string) {
 	s.run()
 }
 
-// TestRotationOrdered: an order reaches every replica once, also one that was away; and while it is under way the same order again is no other one.
-func TestRotationOrdered(t *testing.T) {
-	store := storetest.NewMemory(1)
-	var clock shifted
-	one := newSigner(t, store, t.TempDir(), "one", clock.now)
-	two := newSigner(t, store, t.TempDir(), "two", clock.now)
+// bothSign starts two replicas.
+func bothSign(t *testing.T, store etcd.Store, now func() time.Time) (one, two *signer) {
+	t.Helper()
+	one, two = newSigner(t, store, t.TempDir(), "one", now), newSigner(t, store, t.TempDir(), "two", now)
 	one.acked.Store(true)
 	two.acked.Store(true)
 	thereAre(one, two)
 	waitFor(t, "both sign", func() bool { return one.authority.Signs() && two.authority.Signs() })
+	return one, two
+}
+
+// TestRotationOrdered: an order reaches every replica once, also one that was away; and while it is under way the same order again is no other one.
+func TestRotationOrdered(t *testing.T) {
+	store := storetest.NewMemory(1)
+	var clock shifted
+	one, two := bothSign(t, store, clock.now)
 
 	two.stop()
 	thereAre(one)
@@ -130,12 +136,7 @@ func TestRotationForced(t *testing.T) {
 func TestRevocationOfOneAway(t *testing.T) {
 	store := storetest.NewMemory(1)
 	var clock shifted
-	one := newSigner(t, store, t.TempDir(), "one", clock.now)
-	two := newSigner(t, store, t.TempDir(), "two", clock.now)
-	one.acked.Store(true)
-	two.acked.Store(true)
-	thereAre(one, two)
-	waitFor(t, "both sign", func() bool { return one.authority.Signs() && two.authority.Signs() })
+	one, two := bothSign(t, store, clock.now)
 	root := two.authority.Active()
 	authority, svid := bundle.AuthorityID(root), two.newSVID(t)
 	waitFor(t, "it has said so", func() bool { x, _, _ := one.find(authority); return x.Phase == "active" })

@@ -314,6 +314,17 @@ func TestForgotten(t *testing.T) {
 	})
 }
 
+// admitAgain puts a new token, and a trust bundle of now, where an agent finds them.
+func (s *server) admitAgain(cfg agent.Config) {
+	s.t.Helper()
+	fresh := s.agentConfig(s.token(frontend))
+	for to, from := range map[string]string{cfg.TrustBundle: fresh.TrustBundle, cfg.TokenFile: fresh.TokenFile} {
+		b, err := os.ReadFile(from)
+		check(s.t, err)
+		check(s.t, os.WriteFile(to, b, 0o600))
+	}
+}
+
 // An agent whose root was revoked while the server was away is refused in the handshake already. It serves on, and attests anew with another token
 // and a trust bundle of now.
 func TestShutOut(t *testing.T) {
@@ -336,12 +347,7 @@ func TestShutOut(t *testing.T) {
 		if svid, err := a.Source().GetX509SVID(); err != nil || !svid.Certificates[0].Equal(first.Certificates[0]) {
 			t.Fatalf("does not serve on: %v", err)
 		}
-		fresh := s.agentConfig(s.token(frontend))
-		for to, from := range map[string]string{cfg.TrustBundle: fresh.TrustBundle, cfg.TokenFile: fresh.TokenFile} {
-			b, err := os.ReadFile(from)
-			check(t, err)
-			check(t, os.WriteFile(to, b, 0o600))
-		}
+		s.admitAgain(cfg)
 		time.Sleep(time.Minute)
 		svid, err := a.Source().GetX509SVID()
 		check(t, err)
@@ -366,12 +372,7 @@ func TestShutOutWhileFollowing(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		check(t, s.authority.Activate())
 		time.Sleep(10 * time.Second)
-		fresh := s.agentConfig(s.token(frontend))
-		for to, from := range map[string]string{cfg.TrustBundle: fresh.TrustBundle, cfg.TokenFile: fresh.TokenFile} {
-			b, err := os.ReadFile(from)
-			check(t, err)
-			check(t, os.WriteFile(to, b, 0o600))
-		}
+		s.admitAgain(cfg)
 		check(t, s.authority.Revoke(old))
 		time.Sleep(15 * time.Second)
 		if svid, err := a.Source().GetX509SVID(); err != nil || svid.Certificates[0].Equal(first.Certificates[0]) {

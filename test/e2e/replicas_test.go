@@ -72,23 +72,35 @@ func (l *lab) second(c *cluster, extra string) *cluster {
 	return &two
 }
 
+// replicated starts a lab whose cluster west has an etcd of its own, on which one hansed runs, and another one is to.
+func (l *lab) replicated(extra string) (west, two *cluster, etcd *etcdServer) {
+	l.t.Helper()
+	west = l.cluster("west")
+	two, etcd = l.second(west, extra), l.etcd(west)
+	etcd.start()
+	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
+	l.up()
+	return west, two, etcd
+}
+
+// join starts the other one.
+func (l *lab) join(two *cluster, etcd *etcdServer) {
+	l.t.Helper()
+	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--etcd-endpoints", etcd.at.String(), "--replica", "two")
+	l.ready("west-2/hansed", two.Admin)
+}
+
 const replicaTimers = "timers: {suspect: 3s, recover: 2s, probe: 1s, leader: 2s}\n"
 
 // TestReplicas runs one cluster by two hansed over one etcd, beside a cluster by one, and takes the leader away in every way, under load.
 func TestReplicas(t *testing.T) {
 	t.Parallel()
 	l := newLab(t, replicaTimers, "west", "east")
-	west := l.cluster("west")
-	two := l.second(west, replicaTimers)
-	etcd := l.etcd(west)
-	etcd.start()
-	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
-	l.up()
+	west, two, etcd := l.replicated(replicaTimers)
 	l.leads("west", "one", 1)
 
 	// A second one joins: its root is acknowledged before it signs, and it does what it is asked, or passes it on.
-	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--etcd-endpoints", etcd.at.String(), "--replica", "two")
-	l.ready("west-2/hansed", two.Admin)
+	l.join(two, etcd)
 	l.leads("west-2", "one", 2)
 	l.eventually(time.Minute, "both replicas sign", func() error {
 		rows, err := l.replicas("west-2")
@@ -240,12 +252,7 @@ func TestReplicasRotate(t *testing.T) {
 	t.Parallel()
 	lives := "identity x509Life: 4s\nidentity rootLife: 24s\n" + replicaTimers
 	l := newLab(t, lives, "west", "east")
-	west := l.cluster("west")
-	two := l.second(west, lives)
-	etcd := l.etcd(west)
-	etcd.start()
-	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
-	l.up()
+	west, two, etcd := l.replicated(lives)
 	signing := func(c string, replicas int) {
 		t.Helper()
 		l.eventually(30*time.Second, fmt.Sprintf("all of %d replicas sign", replicas), func() error {
@@ -262,8 +269,7 @@ func TestReplicasRotate(t *testing.T) {
 			return err
 		})
 	}
-	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--etcd-endpoints", etcd.at.String(), "--replica", "two")
-	l.ready("west-2/hansed", two.Admin)
+	l.join(two, etcd)
 	signing("west-2", 2)
 
 	local := l.load("west", payments, 2)
@@ -326,14 +332,8 @@ func (l *lab) newRoot(c, replica, than string) (name string) {
 func TestReplicasTrust(t *testing.T) {
 	t.Parallel()
 	l := newLab(t, replicaTimers, "west", "east")
-	west := l.cluster("west")
-	two := l.second(west, replicaTimers)
-	etcd := l.etcd(west)
-	etcd.start()
-	l.args["west/hansed"] = []string{"--etcd-endpoints", etcd.at.String(), "--replica", "one"}
-	l.up()
-	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--etcd-endpoints", etcd.at.String(), "--replica", "two")
-	l.ready("west-2/hansed", two.Admin)
+	west, two, etcd := l.replicated(replicaTimers)
+	l.join(two, etcd)
 	l.leads("west", "one", 2)
 	is := map[string]string{"one": l.newRoot("west", "one", ""), "two": l.newRoot("west", "two", "")}
 	admins := map[string]string{"west": west.Admin, "west-2": two.Admin}

@@ -48,15 +48,10 @@ func (c *member) onServer(td string) (n int, err error) {
 	l := *c.m.lab
 	l.socket = c.spireAPI
 	out, err := l.try("bundle", "list", "-id", "spiffe://"+td, "-format", "spiffe")
-	var b struct{ Keys []struct{ Use string } }
-	if err == nil {
-		err = json.Unmarshal([]byte(out), &b)
+	if err != nil {
+		return 0, err
 	}
-	for _, k := range b.Keys {
-		if k.Use == "x509-svid" {
-			n++
-		}
-	}
+	n, _, err = countKeys(out)
 	return n, err
 }
 

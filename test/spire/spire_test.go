@@ -224,6 +224,22 @@ plugins {
 	return "unix://" + api
 }
 
+// countKeys counts the authorities of a bundle in SPIFFE's JSON.
+func countKeys(bundle string) (x509Keys, jwtKeys int, err error) {
+	var b struct{ Keys []struct{ Use string } }
+	if err := json.Unmarshal([]byte(bundle), &b); err != nil {
+		return 0, 0, err
+	}
+	for _, k := range b.Keys {
+		if k.Use == "x509-svid" {
+			x509Keys++
+		} else {
+			jwtKeys++
+		}
+	}
+	return x509Keys, jwtKeys, nil
+}
+
 func authorityOf(s *x509svid.SVID) string { return fmt.Sprintf("%x", s.Certificates[0].AuthorityKeyId) }
 
 // TestAgent: join token, SVIDs with a federated bundle, renewal, rotation by an administrator, ban.

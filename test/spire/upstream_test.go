@@ -3,7 +3,6 @@ package spire
 import (
 	"context"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -41,6 +40,18 @@ func (l *lab) minted(id string) ([]*x509.Certificate, error) {
 		}
 		chain = append(chain, c)
 	}
+}
+
+// renewed waits until a workload of the upstream's agent has an SVID of that authority.
+func (m *mesh) renewed(app *workloadapi.X509Source, authority string) {
+	m.t.Helper()
+	m.eventually("the upstream's agent has renewed", func() error {
+		svid, err := app.GetX509SVID()
+		if err == nil && authorityOf(svid) != authority {
+			err = errors.New("its workload has an SVID of the tainted root")
+		}
+		return err
+	})
 }
 
 // TestDownstream: hansed below a real spire-server of the same trust domain. Workloads of the upstream's own, stock agent verify what hansed
@@ -101,18 +112,10 @@ func TestDownstream(t *testing.T) {
 
 	bundle := func() (x509Keys, jwtKeys int, err error) {
 		out, err := hansed.try("bundle", "show", "-format", "spiffe")
-		var b struct{ Keys []struct{ Use string } }
-		if err == nil {
-			err = json.Unmarshal([]byte(out), &b)
+		if err != nil {
+			return 0, 0, err
 		}
-		for _, k := range b.Keys {
-			if k.Use == "x509-svid" {
-				x509Keys++
-			} else {
-				jwtKeys++
-			}
-		}
-		return x509Keys, jwtKeys, err
+		return countKeys(out)
 	}
 	m.eventually("hansed's bundle is the upstream's root, and the JWT keys of both", func() error {
 		x, j, err := bundle()
@@ -200,13 +203,7 @@ func TestDownstream(t *testing.T) {
 		})
 		c.spire("localauthority x509 activate -authorityID "+next, next)
 		c.spire("localauthority x509 taint -authorityID "+before, before)
-		m.eventually("the upstream's agent has renewed", func() error {
-			svid, err := app.GetX509SVID()
-			if err == nil && authorityOf(svid) != next {
-				err = errors.New("its workload has an SVID of the tainted root")
-			}
-			return err
-		})
+		m.renewed(app, next)
 		c.spire("localauthority x509 revoke -authorityID "+before, before)
 		t.Logf("SPIRE had revoked its root after %s", time.Since(paused).Round(100*time.Millisecond))
 		began := time.Now()

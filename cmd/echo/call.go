@@ -394,8 +394,8 @@ func (c *caller) exchange(ctx context.Context, client echopb.EchoClient) (reply 
 			return nil, err
 		}
 		for range 3 {
-			if err := stream.Send(req); err != nil {
-				break
+			if err := stream.Send(req); err != nil && !errors.Is(err, io.EOF) { // of a stream that has ended Recv says why
+				return nil, err
 			}
 			if reply, err = stream.Recv(); err != nil {
 				return nil, err

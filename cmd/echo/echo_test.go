@@ -4,9 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"io"
 	"net"
 	"strings"
 	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/hanse-mesh/hanse/cmd/echo/echopb"
 )
 
 // TestCallServe: the client understands the server in every protocol.
@@ -66,5 +73,28 @@ func TestUsage(t *testing.T) {
 		if code := run(args, &out, &errs); code != 2 || errs.Len() == 0 {
 			t.Errorf("%v: exit %d, %q", args, code, errs.String())
 		}
+	}
+}
+
+// ended is a stream that the server has ended before anything was sent.
+type ended struct {
+	grpc.BidiStreamingClient[echopb.Request, echopb.Reply]
+}
+
+func (ended) Send(*echopb.Request) error   { return io.EOF }
+func (ended) Recv() (*echopb.Reply, error) { return nil, status.Error(codes.PermissionDenied, "no") }
+func (ended) CloseSend() error             { return nil }
+
+type endedClient struct{ echopb.EchoClient }
+
+func (endedClient) BidiStream(context.Context, ...grpc.CallOption) (grpc.BidiStreamingClient[echopb.Request, echopb.Reply], error) {
+	return ended{}, nil
+}
+
+// TestEndedStream: a call whose stream was refused before the first message could be sent has failed.
+func TestEndedStream(t *testing.T) {
+	c := &caller{stream: "bidi"}
+	if reply, err := c.exchange(t.Context(), endedClient{}); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("%v, %v; want the server's refusal", reply, err)
 	}
 }

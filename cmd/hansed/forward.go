@@ -97,6 +97,9 @@ func (p *controlPlane) tellReplica(ctx context.Context, to replica, r *http.Requ
 // betterTime is how long the leader is waited for where this replica can answer as well, if not as fully.
 const betterTime = 3 * time.Second
 
+// electionTime is how long a request that only the leader can answer waits for there to be one: the lease of one that has died, and an election.
+const electionTime = 10 * time.Second
+
 // whileLeads is a context that ends when another replica leads: the one that was asked has died, or is paused.
 func (p *controlPlane) whileLeads(ctx context.Context, id string) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -149,14 +152,17 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 			return
 		}
 		only, better := leaders(r)
-		if p.replicas.leads() || !better {
+		if !better {
 			local.ServeHTTP(w, r)
 			return
 		}
-		leader, ok := p.replicas.leader()
-		self := leader.ID == p.replicas.self.ID // elected, and about to lead
+		var wait time.Duration
+		if only {
+			wait = electionTime
+		}
+		leader, ok := p.awaitLeader(r.Context(), r.Header.Get(forwarded) == "", wait)
 		switch {
-		case ok && !self && len(leader.Addresses) > 0 && r.Header.Get(forwarded) == "":
+		case ok && leader.ID != p.replicas.self.ID:
 			ctx, cancel := p.whileLeads(r.Context(), leader.ID)
 			defer cancel()
 			if !only { // it can be answered here, too
@@ -165,12 +171,31 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 				defer stop()
 			}
 			pass.ServeHTTP(w, r.WithContext(ctx))
-		case only:
+		case !ok && only:
 			admin.Fail(w, r, p.replicas.refuse(), p.log)
 		default:
 			local.ServeHTTP(w, r)
 		}
 	})
+}
+
+// awaitLeader is who does what is the leader's: this replica once it leads or, where others may be asked, one that is there. ok is false if
+// there was nobody after the wait: a leader that has just been elected first reads what the one before it wrote.
+func (p *controlPlane) awaitLeader(ctx context.Context, others bool, wait time.Duration) (leader replica, ok bool) {
+	end := time.Now().Add(wait)
+	for {
+		if p.replicas.leads() {
+			return p.replicas.self, true
+		}
+		leader, ok := p.replicas.leader()
+		if ok && others && leader.ID != p.replicas.self.ID && len(leader.Addresses) > 0 {
+			return leader, true
+		}
+		if ctx.Err() != nil || !time.Now().Before(end) {
+			return replica{}, false
+		}
+		pause(ctx, 50*time.Millisecond)
+	}
 }
 
 // replicaTransport makes connections to other replicas' federation listeners, by SVID. It does not go through the switchboard: a drill that

@@ -4,11 +4,13 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -65,8 +67,8 @@ func TestAFollowerRefusesWhatItCannotDo(t *testing.T) {
 		}
 		return w.Code, e.Message
 	}
-	if code, text := ask("POST", "/v1/apply"); code != http.StatusServiceUnavailable || !strings.Contains(text, "no replica leads") {
-		t.Errorf("without a leader: %d %s", code, text)
+	if err := r.refuse(); !strings.Contains(err.Error(), "no replica leads") {
+		t.Errorf("without a leader: %v", err)
 	}
 	r.seen.Store(&[]replica{{Name: "one", ID: "1", Addresses: []string{"127.0.0.1:1"}}, r.self})
 	if code, text := ask("POST", "/v1/apply"); code != http.StatusServiceUnavailable || !strings.Contains(text, "replica one at 127.0.0.1:1 leads") || asked != 0 {
@@ -80,6 +82,54 @@ func TestAFollowerRefusesWhatItCannotDo(t *testing.T) {
 	}
 	if c := r.check(time.Now()); c.OK || !strings.Contains(c.Detail, "nobody leads") {
 		t.Errorf("status says %+v", c)
+	}
+}
+
+// TestWhoAsksDuringAnElection: what only the leader does waits for one that is being elected, here or elsewhere, and not for ever.
+func TestWhoAsksDuringAnElection(t *testing.T) {
+	store := storetest.NewMemory(1)
+	r := testReplicas(t, store, "two")
+	p := &controlPlane{td: westTD, replicas: r, log: slog.New(slog.DiscardHandler)}
+	await := func(ctx context.Context, others bool, wait time.Duration) string {
+		began := time.Now()
+		leader, ok := p.awaitLeader(ctx, others, wait)
+		if !ok {
+			return fmt.Sprint("nobody after ", time.Since(began).Round(time.Second))
+		}
+		return fmt.Sprint(leader.Name, " after ", time.Since(began).Round(time.Second))
+	}
+	one := replica{Name: "one", ID: "1", Addresses: []string{"127.0.0.1:1"}}
+	for name, c := range map[string]struct {
+		seen   []replica
+		others bool
+		then   func() // after 4 s
+		want   string
+	}{
+		"nobody stands":              {want: "nobody after 10s", others: true},
+		"another one leads":          {seen: []replica{one, r.self}, others: true, want: "one after 0s"},
+		"it was sent here by it":     {seen: []replica{one, r.self}, want: "nobody after 10s"},
+		"it was sent here too early": {seen: []replica{one, r.self}, then: func() { r.play(&office{leads: true, store: store}) }, want: "two after 4s"},
+		"elected, reads first":       {seen: []replica{r.self}, others: true, then: func() { r.play(&office{leads: true, store: store}) }, want: "two after 4s"},
+		"elected, reads for long":    {seen: []replica{r.self}, others: true, want: "nobody after 10s"},
+		"the other stands late":      {others: true, then: func() { r.see([]etcd.Candidate{{Value: []byte(`{"name":"one","id":"1","addresses":["x:1"]}`)}}) }, want: "one after 4s"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r.office.Store(&office{changed: make(chan struct{})})
+				r.seen.Store(&c.seen)
+				if c.then != nil {
+					time.AfterFunc(4*time.Second, c.then)
+				}
+				if got := await(t.Context(), c.others, electionTime); got != c.want {
+					t.Errorf("%s, want %s", got, c.want)
+				}
+			})
+		})
+	}
+	r.office.Store(&office{changed: make(chan struct{})})
+	r.seen.Store(&[]replica{r.self})
+	if err := r.refuse(); !strings.Contains(err.Error(), "elected") {
+		t.Errorf("an elected one that does not lead yet says: %v", err)
 	}
 }
 

@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,7 +21,6 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 	"go.etcd.io/etcd/server/v3/proxy/grpcproxy/adapter"
-	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
@@ -94,7 +94,7 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 		cfg.History = defaultHistory
 	}
 	cfg.Log = orDiscard(cfg.Log).With("etcd", cfg.Name)
-	if err := checkDir(cfg.Dir); err != nil {
+	if err := checkDir(cfg.Dir, cfg.Log); err != nil {
 		return nil, &DataError{cfg.Dir, err}
 	}
 	e := &Embedded{cfg: cfg, done: make(chan struct{}), fail: &failure{c: make(chan struct{})}}
@@ -152,34 +152,45 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 // readyFile is written once a data directory has been served from. Without it a first start did not finish, and may be repeated.
 const readyFile = "hanse-etcd-ready"
 
-// checkDir makes the directory, or refuses one of which a part is gone: etcd would take it for a new start and bury the rest.
-func checkDir(dir string) error {
+// checkDir makes the directory, mends its log, or refuses it. Of one of which a part is gone etcd would make a new start, and bury the rest.
+func checkDir(dir string, log *slog.Logger) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
+	records := filepath.Join(dir, "member", "wal")
 	switch _, err := os.Stat(filepath.Join(dir, readyFile)); {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil
+		segments, _, err := logFiles(records)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && len(segments) == 0 {
+			return nil
+		}
+		return mendLog(records, 0, log)
 	case err != nil:
 		return err
 	}
-	for _, part := range []string{"member/wal", "member/snap/db"} {
-		if _, err := os.Stat(filepath.Join(dir, part)); err != nil {
+	database := filepath.Join(dir, "member", "snap", "db")
+	for _, part := range []string{records, database} {
+		if _, err := os.Stat(part); err != nil {
 			return fmt.Errorf("incomplete: %w", err)
 		}
 	}
-	log := filepath.Join(dir, "member", "wal")
-	// a whole log begins with an empty snapshot
-	if snapshots, err := wal.ValidSnapshotEntries(zap.NewNop(), log); err != nil {
-		return fmt.Errorf("log %s is damaged: %w", log, err)
-	} else if len(snapshots) == 0 {
-		return fmt.Errorf("log %s is damaged: it cannot be read from its beginning", log)
+	applied, err := checkDatabase(database)
+	if err != nil {
+		return err
 	}
-	return checkDatabase(filepath.Join(dir, "member", "snap", "db"))
+	if err := mendLog(records, applied, log); err != nil {
+		return err
+	}
+	copies, err := filepath.Glob(filepath.Join(dir, "member", "snap", "db.tmp.*")) // of a compaction that did not end; etcd leaves them
+	for _, path := range copies {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
 }
 
-// checkDatabase opens the database as etcd will, here where its panics can be caught: etcd opens it in a goroutine of its own.
-func checkDatabase(path string) (err error) {
+// checkDatabase opens the database as etcd will, here where its panics can be caught: etcd opens it in a goroutine of its own. It returns the
+// index of the last entry of the log that is in it.
+func checkDatabase(path string) (applied uint64, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a file cut short faults where it is mapped
 	defer func() {
 		if r := recover(); r != nil {
@@ -188,13 +199,13 @@ func checkDatabase(path string) (err error) {
 	}()
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, PreLoadFreelist: true, Timeout: lockTimeout})
 	if errors.Is(err, berrors.ErrTimeout) {
-		return fmt.Errorf("database %s is in use by another process", path)
+		return 0, fmt.Errorf("database %s is in use by another process", path)
 	}
 	if err != nil {
-		return fmt.Errorf("database %s is damaged: %w", path, err)
+		return 0, fmt.Errorf("database %s is damaged: %w", path, err)
 	}
 	defer db.Close()
-	return db.View(func(tx *bbolt.Tx) error {
+	err = db.View(func(tx *bbolt.Tx) error {
 		info, err := os.Stat(path)
 		if err != nil {
 			return err
@@ -202,8 +213,14 @@ func checkDatabase(path string) (err error) {
 		if info.Size() < tx.Size() {
 			return fmt.Errorf("database %s is damaged: %d bytes of %d", path, info.Size(), tx.Size())
 		}
+		if meta := tx.Bucket([]byte("meta")); meta != nil {
+			if v := meta.Get([]byte("consistent_index")); len(v) == 8 {
+				applied = binary.BigEndian.Uint64(v)
+			}
+		}
 		return tx.ForEach(func([]byte, *bbolt.Bucket) error { return nil }) // reads the root
 	})
+	return applied, err
 }
 
 func (e *Embedded) settings() *embed.Config {

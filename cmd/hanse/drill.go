@@ -152,7 +152,7 @@ guard trips, and when this command or hansed dies. The exit code is 1 if the dri
 			}
 			t := newTable("DRILL", "MODE", "SCOPE", "STATE", "VERDICT", "SUCCESS", "STARTED")
 			for _, d := range l {
-				t.row(plain(d.ID), plain(d.Spec.Mode), plain(scopeText(d.Spec.Scope)), plain(d.State), verdict(d), plain(percent(d.Success)), plain(age(c.now().Sub(d.Started).Seconds())+" ago"))
+				t.row(plain(d.ID), plain(d.Spec.Mode), plain(scopeText(d.Spec.Scope)), plain(d.State), verdict(d), plain(succeeded(d)), plain(age(c.now().Sub(d.Started).Seconds())+" ago"))
 			}
 			c.table(t)
 			return nil
@@ -453,7 +453,7 @@ func drillLine(d admin.Drill) string {
 	}
 	parts := []string{
 		fmt.Sprintf("drill %s %s  %s%s %s of %s", d.ID, d.State, strings.Repeat("▇", filled), strings.Repeat("▁", width-filled), age(d.Elapsed), age(d.Spec.For)),
-		"success " + percent(d.Success),
+		"success " + succeeded(d),
 	}
 	var clusters []string
 	for _, s := range byCluster(d.Traffic) {
@@ -462,7 +462,7 @@ func drillLine(d admin.Drill) string {
 	if len(clusters) > 0 {
 		parts = append(parts, strings.Join(clusters, "  "))
 	}
-	parts = append(parts, fmt.Sprintf("p99 %s → %s", millis(d.P99Before), millis(d.P99During)))
+	parts = append(parts, fmt.Sprintf("p99 %s → %s", latency(d.P99Before), latency(d.P99During)))
 	return strings.Join(parts, "   ")
 }
 
@@ -489,6 +489,14 @@ func percent(share float64) string {
 		return fmt.Sprintf("%.2f%%", min(p, 99.99))
 	}
 	return fmt.Sprintf("%.1f%%", share*100)
+}
+
+// succeeded is the share of a drill's calls that did; of none there is none.
+func succeeded(d admin.Drill) string {
+	if d.Calls == 0 {
+		return "-"
+	}
+	return percent(d.Success)
 }
 
 func verdict(d admin.Drill) cell {
@@ -545,7 +553,10 @@ func (c *cli) reportDrill(d admin.Drill) error {
 	if d.Closed > 0 {
 		fmt.Fprintf(c.out, "  hansed closed %s whose peers were no longer trusted\n", counted(d.Closed, "connection"))
 	}
-	fmt.Fprintf(c.out, "  success %s, p50 %s → %s, p99 %s → %s\n\n", percent(d.Success), millis(d.P50Before), millis(d.P50During), millis(d.P99Before), millis(d.P99During))
+	if d.Calls == 0 && d.Verdict != "" {
+		fmt.Fprintf(c.out, "  %s no call of what was drilled ended meanwhile: this shows nothing of what callers would see\n", p.yellow("nobody called:"))
+	}
+	fmt.Fprintf(c.out, "  success %s, p50 %s → %s, p99 %s → %s\n\n", succeeded(d), latency(d.P50Before), latency(d.P50During), latency(d.P99Before), latency(d.P99During))
 	if len(d.Traffic) > 0 {
 		t := newTable("TRAFFIC OF", "WENT TO", "ZONE", "BEFORE", "DURING", "AFTER")
 		for _, s := range d.Traffic {
@@ -601,6 +612,9 @@ func (c *cli) junit(d admin.Drill) error {
 	calls := testcase{Class: name, Name: "calls succeed"}
 	if d.Verdict != "PASSED" {
 		calls.Failure = &failure{cmp.Or(d.Reason, fmt.Sprintf("%d of %d calls failed", d.Failed, d.Calls), d.State)}
+	}
+	if calls.Failure == nil && d.Calls == 0 {
+		calls.Skipped = &failure{"nobody called"}
 	}
 	s.Cases = append(s.Cases, calls)
 	for _, x := range []struct {

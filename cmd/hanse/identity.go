@@ -143,6 +143,8 @@ FILE with mode 0600, or on standard output where --show asks for that. hansed lo
 				return usage("--show prints a secret: to a terminal it stays in the scrollback", "say where the JWT goes: --file FILE or --show")
 			case !jwt && dir == "":
 				return usage("hanse identity mint shop/frontend --dir frontend", "say where the files go: --dir DIR, or --audience for a JWT")
+			case show && c.output != "":
+				return usage("leave --show or --output out", "--show prints the token and nothing else")
 			case !jwt && (file != "" || show):
 				return usage("give --audience", "--file and --show are of JWT-SVIDs")
 			}

@@ -328,7 +328,7 @@ func (c *cli) printExplanation(x admin.Explanation, from, to string) {
 		} else {
 			where = append(where, l.Zone)
 		}
-		rows[i] = [4]string{fmt.Sprint(l.Level), strings.TrimSpace(strings.Join(where, " ")), fmt.Sprintf("%d/%d healthy", l.Healthy, l.Total), fmt.Sprintf("%.0f%%", l.Share*100)}
+		rows[i] = [4]string{level(l.Level), strings.TrimSpace(strings.Join(where, " ")), fmt.Sprintf("%d/%d healthy", l.Healthy, l.Total), fmt.Sprintf("%.0f%%", l.Share*100)}
 		for j, s := range rows[i] {
 			width[j] = max(width[j], len(s))
 		}
@@ -369,30 +369,56 @@ func (c *cli) printExplanation(x admin.Explanation, from, to string) {
 	}
 }
 
+// level is a level's number; what is not used has none.
+func level(n int) string {
+	if n < 0 {
+		return "-"
+	}
+	return fmt.Sprint(n)
+}
+
+// versions is what version prints.
+type versions struct {
+	Hanse   string `json:"hanse"`
+	Hansed  string `json:"hansed,omitempty"`
+	Cluster string `json:"cluster,omitempty"`
+	Error   string `json:"error,omitempty"` // why hansed was not reached
+}
+
 func (c *cli) versionCommand() *cobra.Command {
 	var client bool
 	cmd := &cobra.Command{
 		Use:     "version",
 		Short:   "Print the version of this command, and of hansed if it can be reached",
-		Example: "  hanse version\n  hanse version --client",
+		Example: "  hanse version\n  hanse version --client\n  hanse version -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			fmt.Fprintf(c.out, "hanse %s\n", daemon.Version)
-			if client {
-				return nil
+			v := versions{Hanse: daemon.Version}
+			if !client {
+				b, err := c.client()
+				if err != nil {
+					return err
+				}
+				defer b.Close()
+				if s, err := b.Status(cmd.Context()); err == nil {
+					v.Hansed, v.Cluster = s.Version, s.Cluster
+				} else {
+					v.Error = err.Error()
+				}
 			}
-			b, err := c.client()
-			if err != nil {
-				return err
+			if c.structured() {
+				return c.print(v)
 			}
-			defer b.Close()
-			if s, err := b.Status(cmd.Context()); err == nil {
-				fmt.Fprintf(c.out, "hansed %s (cluster %s)\n", s.Version, s.Cluster)
-			} else {
-				fmt.Fprintf(c.out, "hansed: %v\n", err)
+			fmt.Fprintf(c.out, "hanse %s\n", v.Hanse)
+			switch {
+			case v.Error != "":
+				fmt.Fprintf(c.out, "hansed: %s\n", v.Error)
+			case v.Hansed != "":
+				fmt.Fprintf(c.out, "hansed %s (cluster %s)\n", v.Hansed, v.Cluster)
 			}
 			return nil
 		},
 	}
 	cmd.Flags().BoolVar(&client, "client", false, "do not ask hansed")
+	c.outputFlag(cmd, "json", "yaml")
 	return cmd
 }

@@ -134,6 +134,37 @@ func TestOnATerminal(t *testing.T) {
 	}
 }
 
+// TestNothingWasMeasured says so of a drill that nobody called into, rather than "success 100%".
+func TestNothingWasMeasured(t *testing.T) {
+	d := admin.Drill{ID: "d-1", State: "done", Verdict: "PASSED", Success: 1, Spec: admin.DrillSpec{Mode: "drain"}}
+	var out bytes.Buffer
+	c := &cli{out: &out, err: &out, now: time.Now, getenv: func(string) string { return "" }}
+	if err := c.reportDrill(d); err != nil {
+		t.Fatal(err)
+	}
+	if s := out.String(); !strings.Contains(s, "nobody called: ") || !strings.Contains(s, "success -, p50 - → -, p99 - → -") || strings.Contains(s, "100") {
+		t.Errorf("the report of no call:\n%s", s)
+	}
+	out.Reset()
+	c.output = "junit"
+	if err := c.reportDrill(d); err != nil {
+		t.Fatal(err)
+	}
+	if s := out.String(); !strings.Contains(s, `failures="0" skipped="4"`) || !strings.Contains(s, `<skipped message="nobody called">`) {
+		t.Errorf("no call as JUnit:\n%s", s)
+	}
+}
+
+// TestUnusedLevel: what explain says is not used has no level.
+func TestUnusedLevel(t *testing.T) {
+	var out bytes.Buffer
+	c := &cli{out: &out, err: &out, now: time.Now, getenv: func(string) string { return "" }}
+	c.printExplanation(admin.Explanation{OK: true, Summary: "OK: it goes", Levels: []admin.ExplainLevel{{Cluster: "north", Healthy: 1, Total: 1, Share: 1}, {Level: -1, Cluster: "east", Note: "not used: it is withdrawn"}}}, "a", "b")
+	if s := out.String(); strings.Contains(s, "-1") || !strings.Contains(s, "         -  east") {
+		t.Errorf("the levels:\n%s", s)
+	}
+}
+
 func TestNoColour(t *testing.T) {
 	c, out, _ := terminal(t, "")
 	env := c.getenv

@@ -172,7 +172,7 @@ func (c *cli) readToken(args []string) (string, error) {
 	case len(args) == 1:
 		f, err := os.Open(args[0][1:])
 		if err != nil {
-			return "", fmt.Errorf("read the token: %w", err)
+			return "", usage("hanse token create --for CLUSTER --file FILE, on a member, writes one", "read the token: %v", err)
 		}
 		defer f.Close()
 		if token, err = readLine(f); err != nil {

@@ -228,6 +228,14 @@ func millis(ms float64) string {
 	return fmt.Sprintf("%.0fms", ms)
 }
 
+// latency is of calls; 0 is of none.
+func latency(ms float64) string {
+	if ms == 0 {
+		return "-"
+	}
+	return millis(ms)
+}
+
 // thousands writes 18204 as 18,204.
 func thousands(n uint64) string {
 	s := fmt.Sprint(n)

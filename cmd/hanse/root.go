@@ -199,10 +199,13 @@ func service(cmd *cobra.Command, b admin.Backend, name string) (string, error) {
 	return "", usage("say which, as NAMESPACE/NAME", "there are several services %q: %s", name, strings.Join(found, ", "))
 }
 
-// confirm asks on the terminal. Without a terminal, or with --yes, nobody is asked: yes is then what it answers.
+// confirm asks on the terminal. With --yes nobody is asked; without a terminal nobody can be, and silence is not a yes.
 func (c *cli) confirm(yes bool, format string, args ...any) (bool, error) {
-	if yes || !c.inTTY || !c.errTTY {
-		return yes || !c.inTTY, nil
+	if yes {
+		return true, nil
+	}
+	if !c.inTTY || !c.errTTY {
+		return false, usage("add --yes if that is what you want", "there is no terminal to ask: "+format, args...)
 	}
 	fmt.Fprintf(c.err, format+" [y/N] ", args...)
 	line, err := readLine(c.in)

@@ -156,7 +156,11 @@ func (p *controlPlane) Status(ctx context.Context) (admin.Status, error) {
 		f := faults[0]
 		check(admin.Check{Name: "configuration", Detail: fmt.Sprintf("%d faults; the last good state is in force. First: %s", len(faults), faultText(f)), Remedy: "correct it; hanse validate -f shows all"})
 	} else {
-		check(admin.Check{Name: "configuration", OK: true, Detail: fmt.Sprintf("%d services", len(services))})
+		detail := fmt.Sprintf("%d services", len(services))
+		if len(services) == 1 {
+			detail = "1 service"
+		}
+		check(admin.Check{Name: "configuration", OK: true, Detail: detail})
 	}
 	for i := range s.Members {
 		check(memberCheck(&s.Members[i]))

@@ -261,7 +261,7 @@ func LoadConfig(path string) (*Config, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	dir := filepath.Dir(path)
-	for _, p := range []*string{&c.DataDir, &c.ConfigDir, &c.Socket, &c.Etcd.CertFile, &c.Etcd.KeyFile, &c.Etcd.CAFile,
+	for _, p := range []*string{&c.DataDir, &c.ConfigDir, &c.Socket, &c.Bundle.WebRoots, &c.Bundle.Web.CertFile, &c.Bundle.Web.KeyFile, &c.Etcd.CertFile, &c.Etcd.KeyFile, &c.Etcd.CAFile,
 		&c.Identity.X509Pop.CAFile, &c.Identity.Upstream.Dir, &c.Identity.Upstream.CertFile, &c.Identity.Upstream.KeyFile, &c.Identity.Upstream.CAFile, &c.KubeAPI.Kubeconfig, &c.Identity.Kubernetes.CAFile, &c.Identity.Kubernetes.TokenFile} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)

@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -51,5 +52,51 @@ func TestLoadConfigSaysWhatIsWrong(t *testing.T) {
 	cfg, err := LoadConfig(path)
 	if err != nil || cfg.DataDir != filepath.Join(filepath.Dir(path), "data") || cfg.Network != "west" || cfg.XDS.Listen != ":7445" {
 		t.Errorf("good file: %+v, %v", cfg, err)
+	}
+}
+
+// TestPathsAreRelativeToTheFile sets every field that names a file to "x", and finds none of them left as it was.
+func TestPathsAreRelativeToTheFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "hansed.yaml")
+	if err := os.WriteFile(path, []byte(`
+cluster: west
+trustDomain: west.demo
+dataDir: x
+configDir: x
+socket: x
+kubeAPI: {enabled: true, kubeconfig: x}
+bundleEndpoint: {webRoots: x, web: {listen: ":8446", certFile: x, keyFile: x}}
+etcd: {endpoints: ["https://h:1"], certFile: x, keyFile: x, caFile: x}
+identity:
+  x509pop: {caFile: x}
+  kubernetes: {cluster: west, server: "https://h:1", caFile: x, tokenFile: x}
+  upstream: {certFile: x, keyFile: x, caFile: x}
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := LoadConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	paths := 0
+	var walk func(name string, v reflect.Value)
+	walk = func(name string, v reflect.Value) {
+		switch v.Kind() {
+		case reflect.Struct:
+			for i := range v.NumField() {
+				walk(name+"."+v.Type().Field(i).Name, v.Field(i))
+			}
+		case reflect.String:
+			switch s := v.String(); {
+			case s == "x":
+				t.Errorf("%s is relative to the working directory", name)
+			case s == filepath.Join(filepath.Dir(path), "x"):
+				paths++
+			}
+		}
+	}
+	walk("", reflect.ValueOf(*c))
+	if paths != 16 {
+		t.Errorf("%d paths, want 16", paths)
 	}
 }

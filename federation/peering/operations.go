@@ -317,6 +317,7 @@ func (m *Mesh) leave(ctx context.Context, force bool) (*LeaveResult, error) {
 	left := *b.Own()
 	res := &LeaveResult{Member: left.Name, State: string(federation.Left)}
 	if left.Standing == federation.Left {
+		res.Note = "It had left before."
 		return res, nil
 	}
 	left.Incarnation, left.Standing, left.Changed, left.Bundle = left.Incarnation+1, federation.Left, federation.Stamp(m.cfg.Now()), nil

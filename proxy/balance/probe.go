@@ -58,7 +58,7 @@ func (b *Balancer) Run(ctx context.Context) error {
 func (b *Balancer) logEvents(from uint64) (next uint64) {
 	events, next := b.events.after(from)
 	for _, e := range events {
-		b.log.Info("endpoint health", "event", string(e.Kind), "cluster", e.Cluster, "endpoint", e.Endpoint, "detail", e.Detail, "at", e.Time)
+		b.log.Info("endpoint health", "event", string(e.Kind), "xdsCluster", e.Cluster, "endpoint", e.Endpoint, "detail", e.Detail, "at", e.Time)
 	}
 	return next
 }

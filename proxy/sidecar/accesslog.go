@@ -149,7 +149,7 @@ func (l *lines) append(b []byte, rec *record, now time.Time, took, head time.Dur
 	b = appendString(b, "error", rec.code)
 	b = appendString(b, "detail", rec.detail)
 	if rec.reporter == reporterSource {
-		b = append(b, `,"level":`...)
+		b = append(b, `,"localityLevel":`...)
 		b = strconv.AppendInt(b, int64(rec.level), 10)
 		b = append(b, `,"tries":`...)
 		b = strconv.AppendInt(b, int64(rec.tries), 10)

@@ -2,6 +2,11 @@ package sidecar
 
 import (
 	"encoding/json"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -33,6 +38,73 @@ func TestLinesKeepNothingStale(t *testing.T) {
 		if stamp, err := time.Parse(time.RFC3339Nano, c.time); err != nil || !stamp.Equal(c.at) {
 			t.Error(err, stamp)
 		}
+	}
+}
+
+// TestFailuresAndAccessLogAreDocumented: no line has a key twice, and docs/operations.md has every key and every code of a failure, and no other.
+func TestFailuresAndAccessLogAreDocumented(t *testing.T) {
+	b, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, page, _ := strings.Cut(string(b), "## Why a call failed")
+	page, _, _ = strings.Cut(page, "\n## ")
+	tables := strings.SplitN(page, "**The access log**", 2)
+	if len(tables) != 2 {
+		t.Fatal("no section about failures and the access log")
+	}
+	first := func(table string) (words []string) {
+		for _, row := range regexp.MustCompile("(?m)^\\| (`[^|]*) \\|").FindAllStringSubmatch(table, -1) {
+			for _, w := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(row[1], -1) {
+				words = append(words, w[1])
+			}
+		}
+		slices.Sort(words)
+		return words
+	}
+
+	var rec record
+	v := reflect.ValueOf(&rec).Elem()
+	for i := range v.NumField() {
+		if f := v.Field(i); f.Kind() == reflect.String {
+			reflect.NewAt(f.Type(), f.Addr().UnsafePointer()).Elem().SetString("x")
+		}
+	}
+	rec.reporter = reporterSource
+	var keys []string
+	d := json.NewDecoder(strings.NewReader(string((&lines{}).append(nil, &rec, time.Now(), 1, 1))))
+	for d.More() {
+		k, err := d.Token()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if k == json.Delim('{') {
+			continue
+		}
+		keys = append(keys, k.(string))
+		if _, err := d.Token(); err != nil { // its value
+			t.Fatal(err)
+		}
+	}
+	slices.Sort(keys)
+	if c := slices.Compact(slices.Clone(keys)); len(c) != len(keys) {
+		t.Errorf("a key twice: %q", keys)
+	}
+	if doc := first(tables[1]); !slices.Equal(doc, keys) {
+		t.Errorf("the access log has %q,\nits page says %q", keys, doc)
+	}
+
+	source, err := os.ReadFile("answer.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var codes []string
+	for _, m := range regexp.MustCompile(`(?m)^\tcode\w+ += "(\w+)"`).FindAllStringSubmatch(string(source), -1) {
+		codes = append(codes, m[1])
+	}
+	slices.Sort(codes)
+	if doc := first(tables[0]); !slices.Equal(doc, codes) || len(codes) == 0 {
+		t.Errorf("codes %q,\ntheir page says %q", codes, doc)
 	}
 }
 

@@ -34,12 +34,11 @@ type failure struct {
 
 func (f *failure) Error() string { return f.code + ": " + f.detail }
 
-// The codes of failures, as hanse-error names them.
+// The codes of failures, as hanse-error names them; docs/operations.md lists them.
 const (
 	codeBadRequest     = "bad_request"
 	codeUnknownService = "unknown_service"
 	codeNoConfig       = "control_plane_unavailable"
-	codeNoIdentity     = "no_identity"
 	codeNoRoute        = "no_route"
 	codeNoBackend      = "no_backend"
 	codeNoEndpoint     = "no_healthy_endpoint"

@@ -350,12 +350,13 @@ func (r *roots) obey(ctx context.Context) (again bool, err error) {
 			}
 		}
 	}
-	if done.Rotation == was.Rotation && maps.EqualFunc(done.Resting, was.Resting, slices.Equal) {
-		return again, nil
-	}
 	r.mu.Lock()
+	said := r.said // also of what was done before and could not be said
 	r.done = done
 	r.mu.Unlock()
+	if done.Rotation == said.Rotation && maps.EqualFunc(done.Resting, said.Resting, slices.Equal) {
+		return again, nil
+	}
 	return again, r.publish(ctx)
 }
 

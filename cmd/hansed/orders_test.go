@@ -1,9 +1,12 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -197,6 +200,54 @@ func TestRevocationOfOneAway(t *testing.T) {
 	}
 	clock.shift(8 * 24 * time.Hour) // the root has expired
 	waitFor(t, "it is forgotten", func() bool { kick(one.dirty); return len(store.Dump(revokedPath)) == 0 })
+}
+
+// refusing is a store that refuses as many writes of what replicas say of their roots.
+type refusing struct {
+	etcd.Store
+	writes atomic.Int32
+}
+
+func (s *refusing) Txn(ctx context.Context, compares []etcd.Compare, ops []etcd.Op) (bool, etcd.Header, error) {
+	for _, op := range ops {
+		if strings.HasPrefix(op.Key, rootsPath) && s.writes.Add(-1) >= 0 {
+			return false, etcd.Header{}, storetest.ErrCut
+		}
+	}
+	return s.Store.Txn(ctx, compares, ops)
+}
+
+// TestObeyedIsSaidAgain: a replica whose word did not reach etcd says it again, though nothing has changed since.
+func TestObeyedIsSaidAgain(t *testing.T) {
+	store := &refusing{Store: storetest.NewMemory(1)}
+	var clock shifted
+	one := newSigner(t, store, t.TempDir(), "one", clock.now)
+	one.acked.Store(true)
+	thereAre(one)
+	first := one.authority.Active()
+	if _, err := one.orderRotation(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "it has rotated", func() bool { return !one.authority.Active().Equal(first) })
+	var left atomic.Bool
+	agents := []string{"spiffe://west.demo/hanse/agent/a"}
+	one.rests(func() []string {
+		if left.Load() {
+			return nil
+		}
+		return agents
+	})
+	named, owner, _ := one.find(bundle.AuthorityID(first))
+	if err := one.orderRevocation(t.Context(), named, owner, false); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "an agent is named", func() bool { return slices.Equal(one.leaving(named.Authority), agents) })
+	store.writes.Store(1)
+	left.Store(true)
+	waitFor(t, "the root leaves the bundle", func() bool { b, _ := one.bundles.Get(westTD); return !b.HasX509Authority(first) })
+	if store.writes.Load() >= 1 {
+		t.Error("no write was refused")
+	}
 }
 
 // TestRevocationForced: who rests on the root is not waited for; a decision that cannot be read is obeyed by its key.

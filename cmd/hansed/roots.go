@@ -76,6 +76,7 @@ type roots struct {
 	rotation rotation               // guarded by mu; the last that was ordered
 	revoked  map[string]revocation  // guarded by mu; not changed in place; by authority
 	done     obeyed                 // guarded by mu; by this replica
+	said     obeyed                 // guarded by mu; what of it the others know
 
 	dirty chan struct{} // size 1: the leader looks again
 	told  chan struct{} // size 1: this replica looks what is ordered
@@ -148,7 +149,7 @@ func (r *roots) publish(ctx context.Context) error {
 	rec := rootsRecord{Name: r.replicas.self.Name, Addresses: r.replicas.self.Addresses, Bundle: own, Until: r.now().Add(2 * r.life).UTC().Truncate(time.Second),
 		Roots: namesOf(r.authority.Roots())}
 	r.mu.Lock()
-	rec.Obeyed = r.done
+	rec.Obeyed = r.done // which is not changed in place
 	r.mu.Unlock()
 	if c := r.authority.Active(); c != nil {
 		rec.Active = c.SubjectKeyId
@@ -161,7 +162,7 @@ func (r *roots) publish(ctx context.Context) error {
 		return fmt.Errorf("publish own roots: %w", err)
 	}
 	r.mu.Lock()
-	r.until = rec.Until
+	r.until, r.said = rec.Until, rec.Obeyed
 	r.mu.Unlock()
 	return nil
 }

@@ -566,6 +566,13 @@ func (s *Server) sweepAgents(ctx context.Context) error {
 			}
 		}
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id := range s.seen { // that another replica has forgotten
+		if s.followed[id] == nil && s.reg.agent(id) == nil {
+			delete(s.seen, id)
+		}
+	}
 	return nil
 }
 

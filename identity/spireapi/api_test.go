@@ -1189,6 +1189,17 @@ func TestSweep(t *testing.T) {
 	}
 }
 
+// TestSweepForgetsWhatAnotherReplicaForgot: nothing is kept of agents that are no more, of which this replica has heard.
+func TestSweepForgetsWhatAnotherReplicaForgot(t *testing.T) {
+	f := newFixture(t)
+	id := f.agent(frontend).svid.ID.String()
+	f.api.Moved([]string{id, "spiffe://west.demo/hanse/agent/gone"})
+	check(t, f.api.Sweep(t.Context()))
+	if got := spireapi.Heard(f.api); !slices.Equal(got, []string{id}) {
+		t.Errorf("after a sweep it has heard of %v, want %s", got, id)
+	}
+}
+
 func FuzzCSR(f *testing.F) {
 	key := newKey(f)
 	f.Add(csr(f, key))

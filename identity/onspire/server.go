@@ -227,16 +227,20 @@ func (s *Server) Status() Status {
 	return s.status
 }
 
-// First reads the own bundle, for a control plane that has none yet. It tries until ctx ends.
+// First reads the own bundle, for a control plane that has none yet. It tries until ctx ends, and returns why it did not succeed.
 func (s *Server) First(ctx context.Context) error {
+	var why error
 	for {
 		err := s.first(ctx)
 		if err == nil {
 			return nil
 		}
+		if why == nil || ctx.Err() == nil { // a try that was cut short knows less than the one before
+			why = err
+		}
 		select {
 		case <-ctx.Done():
-			return err
+			return why
 		case <-time.After(500 * time.Millisecond):
 		}
 	}

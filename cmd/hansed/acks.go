@@ -62,15 +62,11 @@ func (b *ackBook) Run(ctx context.Context) error {
 	return nil
 }
 
-// publish says what is loaded here. The own bundle counts when agents have it, too.
-func (b *ackBook) publish(ctx context.Context, acked map[spiffeid.TrustDomain]uint64, agents func(sequence uint64) bool) {
-	next := names(acked)
+// publish says what is loaded here. next is not changed later.
+func (b *ackBook) publish(ctx context.Context, next map[string]uint64) {
 	b.mu.Lock()
 	was := b.own
 	b.mu.Unlock()
-	if seq := next[b.td.Name()]; seq > was[b.td.Name()] && !agents(seq) {
-		next[b.td.Name()] = was[b.td.Name()]
-	}
 	if was != nil && maps.Equal(was, next) {
 		return
 	}
@@ -90,7 +86,7 @@ func (b *ackBook) publish(ctx context.Context, acked map[spiffeid.TrustDomain]ui
 }
 
 // lowest is what all replicas that are there have loaded.
-func (b *ackBook) lowest() map[spiffeid.TrustDomain]uint64 {
+func (b *ackBook) lowest() map[string]uint64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	low := maps.Clone(b.own)
@@ -99,13 +95,7 @@ func (b *ackBook) lowest() map[spiffeid.TrustDomain]uint64 {
 			low[td] = min(seq, b.by[x.ID][td])
 		}
 	}
-	out := map[spiffeid.TrustDomain]uint64{}
-	for name, seq := range low {
-		if td, err := spiffeid.TrustDomainFromString(name); err == nil {
-			out[td] = seq
-		}
-	}
-	return out
+	return low
 }
 
 // missing names the other replicas that are there, and have not, or whose proxies and agents have not, loaded that own bundle.

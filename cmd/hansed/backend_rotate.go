@@ -429,7 +429,10 @@ func (p *controlPlane) announced(ctx context.Context, start time.Time, wait time
 				d.Missing = append(d.Missing, "cluster "+member)
 			}
 		}
-		if b, ok := p.bundles.Get(p.td); !ok || len(p.xds.TrustLacking(p.td.Name(), sequence)) > 0 {
+		for _, x := range p.xds.TrustLacking(p.td.Name(), sequence, p.rollCall.before()) {
+			d.Missing = append(d.Missing, x.ID)
+		}
+		if b, ok := p.bundles.Get(p.td); !ok {
 			d.Missing = append(d.Missing, "this control plane")
 		} else if seq, _ := b.SequenceNumber(); seq < sequence {
 			d.Missing = append(d.Missing, "this control plane")
@@ -438,6 +441,7 @@ func (p *controlPlane) announced(ctx context.Context, start time.Time, wait time
 			d.Missing = append(d.Missing, p.acks.missing(sequence)...)
 		}
 		slices.Sort(d.Missing)
+		d.Missing = slices.Compact(d.Missing) // a proxy may lack the revision, too
 		return len(d.Missing) == 0
 	})
 }

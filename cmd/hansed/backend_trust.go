@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -108,8 +109,22 @@ func (p *controlPlane) trustRow(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
 		}
 		slices.Sort(row.Acked)
 		slices.Sort(row.Missing)
+	} else if row.Note == "" {
+		row.Note = p.unacknowledged(td, row.Sequence)
 	}
 	return row
+}
+
+// unacknowledged says for whom this cluster waits before it tells a trust domain that its bundle is loaded; "" if it has told it.
+func (p *controlPlane) unacknowledged(td spiffeid.TrustDomain, sequence uint64) string {
+	if p.rollCall.before()[td.Name()] >= sequence {
+		return ""
+	}
+	lacking := p.lacking(td, sequence)
+	if len(lacking) == 0 {
+		return "" // within a second it will be
+	}
+	return fmt.Sprintf("not acknowledged to %s yet: %s not loaded it: %s", td, hasOrHave(len(lacking)), strings.Join(lacking, ", "))
 }
 
 // roles says of own roots what they do and, where there are several replicas, whose they are: ", replica two: active, away".

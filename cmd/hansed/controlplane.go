@@ -58,6 +58,7 @@ type controlPlane struct {
 	upstream  upstreamCA      // nil without one
 	roots     *roots          // nil where this hansed is alone, or SPIRE issues
 	acks      *ackBook
+	rollCall  *rollCall
 	exchange  *exchange
 	bundles   *bundle.Store
 	distrusts *distrusts
@@ -92,7 +93,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	source := identity.NewSource()
 	p := &controlPlane{cfg: cfg, version: version, td: td, log: log, now: time.Now, board: newSwitchboard(source), source: source,
 		health: newHealthBook(time.Now), listening: make(chan struct{}), configured: map[spiffeid.TrustDomain]bool{},
-		initial: map[spiffeid.TrustDomain]string{}}
+		initial: map[spiffeid.TrustDomain]string{}, rollCall: newRollCall(cfg.DataDir, log.With("part", "acks"))}
 	if err := atomicfile.MakeDir(cfg.DataDir); err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.DataDir, err)
 	}
@@ -157,7 +158,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		if p.roots != nil {
 			left = p.roots.left
 		}
-		p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath), Attestors: evidence,
+		p.spire, err = spireapi.New(ctx, spireapi.Config{Authority: p.authority, Bundles: p.bundles, Tokens: p.tokens, KV: recordsOf(p.stores.own, recordsPath), KeptKV: recordsOf(leader, recordsPath), Attestors: evidence,
 			AttestsPerSecond: cfg.Identity.Attestation.PerSecond, AttestBurst: cfg.Identity.Attestation.Burst,
 			AllAttestsPerSecond: cfg.Identity.Attestation.AllPerSecond, AllAttestBurst: cfg.Identity.Attestation.AllBurst,
 			OwnBundle: p.ownBundle, Tainted: left, Refresh: p.puller.Refresh, Level: level, Log: log.With("part", "spire-api"), Registerer: reg})
@@ -192,7 +193,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		sources = append(sources, p.files)
 	}
 	if cfg.KubeAPI.Enabled {
-		if p.kube, err = newKube(cfg.KubeAPI, log.With("part", "kubernetes"), reg); err != nil {
+		if p.kube, err = newKube(cfg.KubeAPI, p.replicas.term, log.With("part", "kubernetes"), reg); err != nil {
 			return nil, err
 		}
 		sources = append(sources, p.kube)
@@ -235,6 +236,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if err != nil {
 		return nil, err
 	}
+	p.xds.Expect(p.rollCall.open())
 	var leads func() bool
 	if !p.replicas.alone() {
 		leads = p.replicas.leads
@@ -334,13 +336,13 @@ func (p *controlPlane) Run(ctx context.Context) error {
 	}
 	if p.kube != nil {
 		run("Kubernetes", p.kube.Run)
-		run("Kubernetes imports", func(ctx context.Context) error { return p.whileLeading(ctx, p.writer.Run) })
+		run("Kubernetes imports", func(ctx context.Context) error { return p.replicas.whileLeading(ctx, p.writer.Run) })
 		mutating, validating := "", ""
 		if p.webhook != nil {
 			mutating, validating = injectConfiguration, validateConfiguration
 		}
 		roots := p.writer.NewRootKeeper(p.kubeRoots, mutating, validating) // gateways need them without a webhook too
-		run("Kubernetes roots", func(ctx context.Context) error { return p.whileLeading(ctx, roots.Run) })
+		run("Kubernetes roots", func(ctx context.Context) error { return p.replicas.whileLeading(ctx, roots.Run) })
 		if p.webhook != nil {
 			run("webhook certificate", func(ctx context.Context) error { return p.webhook.runCertificate(ctx, p) })
 		}
@@ -458,6 +460,17 @@ func names(by map[spiffeid.TrustDomain]uint64) map[string]uint64 {
 	return out
 }
 
+// domains are the trust domains of names.
+func domains(by map[string]uint64) map[spiffeid.TrustDomain]uint64 {
+	out := make(map[spiffeid.TrustDomain]uint64, len(by))
+	for name, n := range by {
+		if td, err := spiffeid.TrustDomainFromString(name); err == nil {
+			out[td] = n
+		}
+	}
+	return out
+}
+
 // followRecords takes in the agents and entries that other replicas store, until ctx ends.
 func (p *controlPlane) followRecords(ctx context.Context) error {
 	for ctx.Err() == nil {
@@ -516,27 +529,78 @@ func (p *controlPlane) followDrills(ctx context.Context) error {
 	return nil
 }
 
-// acknowledge tells the mesh which bundles this control plane and all its proxies have loaded; all replicas of it, where there are others.
+// acknowledge tells the mesh which bundles this control plane, all its proxies and all its agents have loaded; all replicas of it, where there are others.
 func (p *controlPlane) acknowledge(ctx context.Context) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		acked := map[spiffeid.TrustDomain]uint64{}
-		proxies := p.xds.TrustAcked()
-		for td, seq := range p.bundles.Sequences() {
-			acked[td] = min(seq, proxies[td.Name()])
+		p.muster()
+		said := p.rollCall.say(p.loaded(p.rollCall.before()))
+		if roster := p.xds.Roster(); ctx.Err() == nil { // at the end proxies go because this control plane goes
+			p.rollCall.keep(roster)
 		}
 		if p.acks != nil {
-			p.acks.publish(ctx, acked, func(seq uint64) bool { return len(p.agentsMissing(seq)) == 0 })
-			acked = p.acks.lowest()
+			p.acks.publish(ctx, said)
+			said = p.acks.lowest()
 		}
-		p.mesh.SetAcked(acked)
+		p.mesh.SetAcked(domains(said))
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
 	}
+}
+
+// loaded is, by trust domain, the sequence of the bundle that all have loaded, as far as it is known: while somebody is not back after a
+// start, what was said before.
+func (p *controlPlane) loaded(before map[string]uint64) map[string]uint64 {
+	proxies, next := p.xds.TrustAcked(before), map[string]uint64{}
+	for td, seq := range p.bundles.Sequences() {
+		name := td.Name()
+		if seq = min(seq, proxies[name]); seq > before[name] && p.spire != nil && len(p.spire.Missing(td, seq)) > 0 {
+			seq = before[name]
+		}
+		next[name] = seq
+	}
+	return next
+}
+
+// muster takes in which proxies have gone from one replica to another, or have lost theirs.
+func (p *controlPlane) muster() {
+	if p.exchange == nil {
+		return
+	}
+	elsewhere, stranded := p.exchange.moves()
+	p.xds.Expect(stranded)
+	p.xds.Moved(elsewhere)
+}
+
+// lacking names the proxies and agents here that have not loaded a bundle with at least that sequence.
+func (p *controlPlane) lacking(td spiffeid.TrustDomain, sequence uint64) []string {
+	p.muster()
+	var proxies, agents []string
+	for _, x := range p.xds.TrustLacking(td.Name(), sequence, p.rollCall.before()) {
+		name := "proxy " + x.ID
+		if !x.Until.IsZero() {
+			name += " (not back yet; until " + x.Until.UTC().Format("15:04:05Z") + ")"
+		}
+		proxies = append(proxies, name)
+	}
+	if p.spire != nil { // on SPIRE they are SPIRE's
+		for _, id := range p.spire.Missing(td, sequence) {
+			agents = append(agents, "agent "+id)
+		}
+	}
+	return append(someOf(proxies, "proxies"), someOf(agents, "agents")...)
+}
+
+// someOf is at most maxNamed of them, and how many more there are.
+func someOf(all []string, what string) []string {
+	if n := len(all) - maxNamed; n > 0 {
+		return append(all[:maxNamed:maxNamed], fmt.Sprintf("%d more %s", n, what))
+	}
+	return all
 }
 
 // rootAcknowledged says whether everybody who must has loaded the own bundle of that sequence: members, proxies and stock agents.
@@ -553,18 +617,9 @@ func (p *controlPlane) rootAcknowledged(sequence uint64) (bool, []string) {
 			missing = append(missing, "cluster "+member)
 		}
 	}
-	for _, id := range p.xds.TrustLacking(p.td.Name(), sequence) {
-		missing = append(missing, "proxy "+id)
-	}
-	if len(missing) == 0 && p.xds.TrustAcked()[p.td.Name()] < sequence {
+	missing = append(missing, p.lacking(p.td, sequence)...)
+	if len(missing) == 0 && p.xds.TrustAcked(p.rollCall.before())[p.td.Name()] < sequence {
 		missing = append(missing, "this control plane") // which has not announced it yet
-	}
-	agents := p.agentsMissing(sequence)
-	for _, a := range agents[:min(len(agents), maxNamed)] {
-		missing = append(missing, "agent "+a)
-	}
-	if n := len(agents) - maxNamed; n > 0 {
-		missing = append(missing, fmt.Sprintf("%d more agents", n))
 	}
 	if until := p.pollersWaitedFor(); p.now().Before(until) {
 		missing = append(missing, "whoever polls the bundle endpoint (until "+until.UTC().Format("15:04:05Z")+")")
@@ -599,16 +654,8 @@ func (p *controlPlane) pollersWaitedFor() time.Time {
 	return time.Time{}
 }
 
-// maxNamed is how many agents are named that have not loaded a bundle; of thousands nobody reads more.
+// maxNamed is how many proxies, and how many agents, are named that have not loaded a bundle; of thousands nobody reads more.
 const maxNamed = 20
-
-// agentsMissing names the stock agents that have not loaded the own bundle of that sequence. On SPIRE they are SPIRE's.
-func (p *controlPlane) agentsMissing(sequence uint64) []string {
-	if p.spire == nil {
-		return nil
-	}
-	return p.spire.Missing(p.td, sequence)
-}
 
 // ownBundle is the bundle of the own trust domain, with the roots of every replica.
 func (p *controlPlane) ownBundle() *spiffebundle.Bundle {

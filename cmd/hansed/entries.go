@@ -67,8 +67,8 @@ func (k *entryKeeper) run(ctx context.Context) error {
 	known := false
 	for {
 		wait := retryEntries
-		if p := k.p; known && (p.replicas.alone() || p.replicas.leads()) {
-			now := time.Now()
+		if term, end, leads := k.p.replicas.during(ctx); known && leads {
+			p, now := k.p, time.Now()
 			all, next := k.stays.entries(want, now)
 			if k.nodes != nil {
 				all[k.nodes.Id] = k.nodes
@@ -77,9 +77,9 @@ func (k *entryKeeper) run(ctx context.Context) error {
 			for _, e := range all {
 				list = append(list, e)
 			}
-			changed, err := p.spire.Keep(ctx, onspire.IDPrefix, list)
+			changed, err := p.spire.Keep(term, onspire.IDPrefix, list)
 			switch {
-			case ctx.Err() != nil:
+			case term.Err() != nil:
 			case err != nil:
 				p.log.Warn("not all entries of discovered workloads could be kept; tried again", "part", "entries", "err", err)
 				wait = time.Second
@@ -89,6 +89,9 @@ func (k *entryKeeper) run(ctx context.Context) error {
 			if next > 0 {
 				wait = min(wait, next)
 			}
+			end()
+		} else {
+			end()
 		}
 		timer := time.NewTimer(wait)
 		select {

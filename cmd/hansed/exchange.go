@@ -183,12 +183,38 @@ func (x *exchange) fresh() []said {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	var out []said
-	for id, s := range x.heard {
-		if x.p.now().Sub(s.at) > exchangeKept {
-			delete(x.heard, id)
-			continue
+	for _, s := range x.heard {
+		if x.p.now().Sub(s.at) <= exchangeKept {
+			out = append(out, s)
 		}
-		out = append(out, s)
+	}
+	return out
+}
+
+// moves names the proxies that are connected to other replicas, and, once, those that were connected to one that is gone.
+func (x *exchange) moves() (elsewhere, stranded []string) {
+	here := x.p.replicas.here()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for id, s := range x.heard {
+		switch {
+		case !here[id]:
+			stranded = append(stranded, proxyIDs(s.proxies)...)
+			delete(x.heard, id)
+		case x.p.now().Sub(s.at) <= exchangeKept:
+			elsewhere = append(elsewhere, proxyIDs(s.proxies)...)
+		}
+	}
+	return elsewhere, stranded
+}
+
+// proxyIDs are those of the ones that acknowledge trust.
+func proxyIDs(all []xdsserver.ProxyStatus) []string {
+	var out []string
+	for _, p := range all {
+		if p.Hanse {
+			out = append(out, p.Viewer.ID)
+		}
 	}
 	return out
 }

@@ -136,6 +136,37 @@ func (r *replicas) term() (onspire.Term, bool) {
 	}, true
 }
 
+// during is a context that ends with ctx and with the present leadership; leads is false, and the context has ended, if there is none.
+func (r *replicas) during(ctx context.Context) (term context.Context, end context.CancelFunc, leads bool) {
+	p := r.office.Load()
+	if !p.leads {
+		term, end = context.WithCancel(ctx)
+		end()
+		return term, end, false
+	}
+	term, cancel := context.WithCancel(p.ctx) // its child, so that no time lies between the ends of the two
+	stop := context.AfterFunc(ctx, cancel)
+	return term, func() { stop(); cancel() }, true
+}
+
+// lookForOffice is how often a replica that does not lead sees whether it leads now.
+const lookForOffice = time.Second
+
+// whileLeading runs what writes to the API server while this replica leads; write's context ends with the leadership.
+func (r *replicas) whileLeading(ctx context.Context, write func(context.Context) error) error {
+	for ctx.Err() == nil {
+		if term, end, leads := r.during(ctx); leads {
+			err := write(term)
+			end()
+			if err != nil {
+				return err
+			}
+		}
+		pause(ctx, lookForOffice)
+	}
+	return nil
+}
+
 // Run stands for election until ctx ends.
 func (r *replicas) Run(ctx context.Context) error {
 	if r.alone() {

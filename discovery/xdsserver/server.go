@@ -78,6 +78,8 @@ type Server struct {
 	callers      xdsgen.Callers                           // guarded by mu; live counts
 	elsewhere    xdsgen.Callers                           // guarded by mu; not changed in place: those of other replicas
 	callersStale bool                                     // guarded by mu
+	expected     map[string]time.Time                     // guarded by mu; by proxy's ID: until when; zero while not serving
+	serving      bool                                     // guarded by mu: there has been a view
 	closed       bool                                     // guarded by mu: Run has returned
 }
 
@@ -97,6 +99,7 @@ func New(cfg Config) (*Server, error) {
 		done:        make(chan struct{}),
 		sessions:    make(map[*session]struct{}),
 		reporters:   make(map[*reporter]struct{}),
+		expected:    make(map[string]time.Time),
 		callers:     make(xdsgen.Callers),
 		reportEvery: reportDefault,
 	}
@@ -177,6 +180,7 @@ func (s *Server) Run(ctx context.Context) error {
 			s.wakeAll()
 		}
 		if last.IsZero() {
+			s.serves()
 			close(s.ready)
 		}
 		last = s.now()

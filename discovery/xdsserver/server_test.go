@@ -3,9 +3,11 @@ package xdsserver
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -217,12 +219,88 @@ func TestGatewayTable(t *testing.T) {
 		[]string{"8080.one.shop.svc.clusterset.local", "8080.two.shop.svc.clusterset.local", "one.shop.svc.clusterset.local", "two.shop.svc.clusterset.local", "x.endpoint.hanse"})
 }
 
+// TestExpected: after a start nothing new counts as loaded before the proxies of before are back and have loaded it, are seen elsewhere, or
+// have been waited for for ProxyBack.
+func TestExpected(t *testing.T) {
+	var passed atomic.Int64
+	begin := time.Now()
+	h := start(t, func(c *Config) { c.Now = func() time.Time { return begin.Add(time.Duration(passed.Load())) } })
+	before := map[string]uint64{"west.demo": 3, "east.demo": 5}
+	h.Expect([]string{"a", "b", "c"})
+	if got := h.TrustAcked(before); !maps.Equal(got, before) {
+		t.Errorf("nothing is announced: %v", got)
+	}
+	h.SetTrust(map[string]uint64{"west.demo": 3, "east.demo": 6, "new.demo": 1}, 1, nil)
+	passed.Add(int64(time.Hour)) // nobody can connect yet
+	held := map[string]uint64{"west.demo": 3, "east.demo": 5, "new.demo": 0}
+	check := func(when string, want map[string]uint64, lacking ...Lacking) {
+		t.Helper()
+		if got := h.TrustAcked(before); !maps.Equal(got, want) {
+			t.Errorf("%s: acknowledged is %v, want %v", when, got, want)
+		}
+		if got := h.TrustLacking("east.demo", 6, before); !slices.Equal(got, lacking) {
+			t.Errorf("%s: lacking is %v, want %v", when, got, lacking)
+		}
+		if got := h.TrustLacking("east.demo", 5, before); len(got) > 0 {
+			t.Errorf("%s: what was acknowledged before is lacked by %v", when, got)
+		}
+		var ids []string
+		for _, x := range lacking {
+			ids = append(ids, x.ID)
+		}
+		if behind, _ := h.TrustBehind(); !slices.Equal(behind, ids) {
+			t.Errorf("%s: behind are %v, want %v", when, behind, ids)
+		}
+	}
+	check("before a view", held, Lacking{ID: "a"}, Lacking{ID: "b"}, Lacking{ID: "c"})
+	h.view(shop{}.set())
+	<-h.ready
+	until := begin.Add(time.Hour + ProxyBack)
+	check("with a view", held, Lacking{"a", until}, Lacking{"b", until}, Lacking{"c", until})
+
+	connect := func(id string) (ack func()) {
+		c := h.delta(h.dial(h.own, frontend), node(id, "hanse-proxy", nil))
+		c.subscribe(xdsgen.TrustType, "trust")
+		resp := c.next()
+		return func() {
+			c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: resp.TypeUrl, ResponseNonce: resp.Nonce})
+			eventually(t, func() bool {
+				return slices.ContainsFunc(h.Proxies(), func(p ProxyStatus) bool { return p.Viewer.ID == id && p.Trust != nil })
+			})
+		}
+	}
+	ack := connect("a")
+	check("one is back and loads", held, Lacking{ID: "a"}, Lacking{"b", until}, Lacking{"c", until})
+	ack()
+	check("one is back", held, Lacking{"b", until}, Lacking{"c", until})
+	if got := h.Roster(); !slices.Equal(got, []string{"a", "b", "c"}) {
+		t.Errorf("the roster is %v", got)
+	}
+	h.Moved([]string{"b"})
+	check("one is elsewhere", held, Lacking{"c", until})
+	passed.Add(int64(ProxyBack - time.Second))
+	check("almost", held, Lacking{"c", until})
+	passed.Add(int64(time.Second))
+	all := map[string]uint64{"west.demo": 3, "east.demo": 6, "new.demo": 1}
+	check("long enough", all)
+	if got := h.Roster(); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("the roster is %v", got)
+	}
+
+	h.Expect([]string{"a"})
+	check("a proxy that is here is not expected", all)
+	ack = connect("new")
+	check("one that was never here loads", held, Lacking{ID: "new"})
+	ack()
+	check("it has", all)
+}
+
 func TestAcknowledgements(t *testing.T) {
 	now := time.Now()
 	h := start(t, func(c *Config) { c.Now = func() time.Time { return now } })
 	h.view(shop{services: map[string][]*discovery.Endpoint{"payments": {endpoint("a", "10.0.0.1", "payments")}}}.set())
 	h.SetTrust(map[string]uint64{"west.demo": 3, "east.demo": 5}, 1, nil)
-	if got := h.TrustAcked(); got["west.demo"] != 3 || got["east.demo"] != 5 {
+	if got := h.TrustAcked(nil); got["west.demo"] != 3 || got["east.demo"] != 5 {
 		t.Errorf("without proxies: %v", got)
 	}
 	c := h.delta(h.dial(h.own, frontend), node("frontend-1", "hanse-proxy", map[string]any{"role": "sidecar", "version": "v1"}))
@@ -240,11 +318,11 @@ func TestAcknowledgements(t *testing.T) {
 	eventually(t, func() bool { return h.Proxies()[0].Trust["west.demo"] == 3 })
 	h.SetTrust(map[string]uint64{"west.demo": 4, "east.demo": 5}, 1, nil)
 	resp = c.next()
-	if got := h.TrustAcked(); got["west.demo"] != 3 || got["east.demo"] != 5 {
+	if got := h.TrustAcked(nil); got["west.demo"] != 3 || got["east.demo"] != 5 {
 		t.Errorf("before the ACK: %v", got)
 	}
 	ack(resp)
-	eventually(t, func() bool { return h.TrustAcked()["west.demo"] == 4 })
+	eventually(t, func() bool { return h.TrustAcked(nil)["west.demo"] == 4 })
 
 	c.subscribe(xdsgen.ListenerType, name("payments"))
 	resp = c.next()
@@ -280,6 +358,7 @@ func counter(t *testing.T, c prometheus.Counter) float64 {
 func TestFaults(t *testing.T) {
 	h := start(t)
 	h.view(shop{}.set())
+	<-h.ready
 	c := h.delta(h.dial(h.own, "/ns/shop/sa/payments"), node("p", "hanse-proxy", map[string]any{"workload_ips": []any{"10.0.0.1", "nonsense"}}))
 	c.subscribe(xdsgen.FaultsType, "faults")
 	c.expect(xdsgen.FaultsType, []string{"faults"}, nil)
@@ -305,6 +384,7 @@ func TestFaults(t *testing.T) {
 func TestStreamEndsWithItsTrust(t *testing.T) {
 	h := start(t)
 	h.view(shop{}.set())
+	<-h.ready
 	c := h.delta(h.dial(h.own, frontend), node("p", "hanse-proxy", nil))
 	c.subscribe(xdsgen.ListenerType, "x")
 	c.recv()
@@ -428,6 +508,7 @@ func TestLoadReports(t *testing.T) {
 	reports := make(chan Report, 1)
 	h := start(t, func(c *Config) { c.OnReport = func(r Report) { reports <- r } })
 	h.view(shop{}.set())
+	<-h.ready
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	stream, err := loadv3.NewLoadReportingServiceClient(h.dial(h.own, frontend)).StreamLoadStats(ctx)

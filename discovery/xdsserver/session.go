@@ -380,6 +380,9 @@ func (ss *session) answered(typeURL, nonce string, t *subscriptions, detail *rpc
 		st.NACK, st.NACKAt = detail.GetMessage(), now
 	}
 	ss.mu.Unlock()
+	if detail == nil && r.trust != nil {
+		ss.s.Moved([]string{ss.viewer.ID})
+	}
 	if detail != nil {
 		ss.s.metrics.nacks.WithLabelValues(shortType(typeURL)).Inc()
 		ss.s.log.Warn("xds response rejected; the client keeps what it had", "type", shortType(typeURL),

@@ -13,11 +13,15 @@ import (
 )
 
 // Keep makes the entries whose IDs begin with prefix exactly those that are wanted, each of which has such an ID. They federate with every
-// related trust domain. It returns how many it made, changed and removed; one that it cannot write does not keep it from the others.
+// related trust domain. It returns how many it made, changed and removed; one that it cannot write does not keep it from the others. It writes to
+// Config.KeptKV, and stops when ctx ends.
 func (s *Server) Keep(ctx context.Context, prefix string, want []*types.Entry) (changed int, err error) {
 	wanted := map[string]bool{}
 	var errs []error
 	for _, p := range want {
+		if ctx.Err() != nil {
+			return changed, ctx.Err()
+		}
 		wanted[p.Id] = true
 		if !strings.HasPrefix(p.Id, prefix) || !validEntryID(p.Id) || len(p.Selectors) == 0 { // without selectors it would be everybody's
 			errs = append(errs, fmt.Errorf("entry %q is not one of those kept as %s…", p.Id, prefix))
@@ -26,7 +30,7 @@ func (s *Server) Keep(ctx context.Context, prefix string, want []*types.Entry) (
 		if cur := s.reg.entry(p.Id); cur != nil && kept(cur, p) {
 			continue
 		}
-		_, err := s.reg.putEntry(ctx, p.Id, func(cur *entryRecord) (*entryRecord, error) {
+		_, err := s.reg.putEntryIn(ctx, s.cfg.KeptKV, p.Id, func(cur *entryRecord) (*entryRecord, error) {
 			if cur != nil && kept(cur, p) {
 				return cur, nil
 			}
@@ -47,7 +51,10 @@ func (s *Server) Keep(ctx context.Context, prefix string, want []*types.Entry) (
 		if !strings.HasPrefix(e.Id, prefix) || wanted[e.Id] {
 			continue
 		}
-		gone, err := s.reg.deleteEntry(ctx, e.Id)
+		if ctx.Err() != nil {
+			return changed, ctx.Err()
+		}
+		gone, err := s.reg.deleteEntryIn(ctx, s.cfg.KeptKV, e.Id)
 		if gone {
 			changed++
 		}

@@ -1,6 +1,8 @@
 package spireapi_test
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"testing"
 
@@ -8,6 +10,7 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/hanse-mesh/hanse/identity/spireapi"
 	"github.com/hanse-mesh/hanse/identity/spiretypes"
 )
 
@@ -74,4 +77,52 @@ func TestKeep(t *testing.T) {
 	if got := len(me.sync(t, nil)); got != 1 {
 		t.Errorf("the agent sees %d entries, want its own", got)
 	}
+}
+
+// What is kept is written to the KV of the leader: one that has been deposed writes nothing, and what it would write stays as it is.
+func TestKeepIsFenced(t *testing.T) {
+	var leader deposed
+	f := newFixture(t, func(c *spireapi.Config) { leader.KV = c.KV; c.KeptKV = &leader })
+	e := keepEntry("hanse-1", "/ns/shop/sa/pay", spiffeid.RequireFromPath(west, "/spire/agent/x").String(), "sa:pay")
+	if n, err := f.api.Keep(t.Context(), "hanse-", []*types.Entry{e}); n != 1 || err != nil {
+		t.Fatalf("the leader: %d, %v", n, err)
+	}
+	leader.over = true
+	other := keepEntry("hanse-2", "/ns/shop/sa/web", spiffeid.RequireFromPath(west, "/spire/agent/x").String(), "sa:web")
+	if _, err := f.api.Keep(t.Context(), "hanse-", []*types.Entry{other}); !errors.Is(err, errDeposed) {
+		t.Errorf("a deposed leader: %v", err)
+	}
+	resp, err := f.admin.ListEntries(t.Context(), &entryv1.ListEntriesRequest{})
+	check(t, err)
+	if len(resp.Entries) != 1 || resp.Entries[0].Id != "hanse-1" {
+		t.Errorf("after a deposed leader there are %v", resp.Entries)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	leader.over = false
+	if n, err := f.api.Keep(ended, "hanse-", nil); n != 0 || !errors.Is(err, context.Canceled) {
+		t.Errorf("after the end of its term: %d, %v", n, err)
+	}
+}
+
+var errDeposed = errors.New("another leads")
+
+// deposed is a KV that is not written any more when its time is over.
+type deposed struct {
+	spireapi.KV
+	over bool
+}
+
+func (d *deposed) CompareAndPut(ctx context.Context, key string, old, value []byte) (bool, error) {
+	if d.over {
+		return false, errDeposed
+	}
+	return d.KV.CompareAndPut(ctx, key, old, value)
+}
+
+func (d *deposed) Delete(ctx context.Context, key string) error {
+	if d.over {
+		return errDeposed
+	}
+	return d.KV.Delete(ctx, key)
 }

@@ -380,10 +380,14 @@ func (r *registry) similar(e *entryRecord) *entryRecord {
 // putEntry stores what f decides on, given the present entry of that ID (nil if there is none). f may refuse. Where another replica was
 // faster, f decides again.
 func (r *registry) putEntry(ctx context.Context, id string, f func(cur *entryRecord) (*entryRecord, error)) (*entryRecord, error) {
+	return r.putEntryIn(ctx, r.kv, id, f)
+}
+
+func (r *registry) putEntryIn(ctx context.Context, kv KV, id string, f func(cur *entryRecord) (*entryRecord, error)) (*entryRecord, error) {
 	r.write.Lock()
 	defer r.write.Unlock()
 	for range tries {
-		was, err := r.kv.Get(ctx, entryPrefix+id)
+		was, err := kv.Get(ctx, entryPrefix+id)
 		if err != nil {
 			return nil, fmt.Errorf("read entry %s: %w", id, err)
 		}
@@ -405,7 +409,7 @@ func (r *registry) putEntry(ctx context.Context, id string, f func(cur *entryRec
 		if err != nil {
 			return nil, err
 		}
-		ok, err := r.kv.CompareAndPut(ctx, entryPrefix+id, was, value)
+		ok, err := kv.CompareAndPut(ctx, entryPrefix+id, was, value)
 		if err != nil {
 			return nil, fmt.Errorf("store entry %s: %w", id, err)
 		}
@@ -418,9 +422,13 @@ func (r *registry) putEntry(ctx context.Context, id string, f func(cur *entryRec
 }
 
 func (r *registry) deleteEntry(ctx context.Context, id string) (bool, error) {
+	return r.deleteEntryIn(ctx, r.kv, id)
+}
+
+func (r *registry) deleteEntryIn(ctx context.Context, kv KV, id string) (bool, error) {
 	r.write.Lock()
 	defer r.write.Unlock()
-	cur, err := r.kv.Get(ctx, entryPrefix+id)
+	cur, err := kv.Get(ctx, entryPrefix+id)
 	if err != nil {
 		return false, fmt.Errorf("read entry %s: %w", id, err)
 	}
@@ -428,7 +436,7 @@ func (r *registry) deleteEntry(ctx context.Context, id string) (bool, error) {
 		r.applyEntry(id, nil)
 		return false, nil
 	}
-	if err := r.kv.Delete(ctx, entryPrefix+id); err != nil {
+	if err := kv.Delete(ctx, entryPrefix+id); err != nil {
 		return false, fmt.Errorf("delete entry %s: %w", id, err)
 	}
 	r.applyEntry(id, nil)

@@ -53,6 +53,7 @@ type Config struct {
 	Bundles   *bundle.Store // federated bundles and relations
 	Tokens    *attest.Tokens
 	KV        KV // agents and entries
+	KeptKV    KV // the same, for Keep: where there are replicas, one that only the leader can write; default KV
 
 	// Attestors check what agents show other than tokens, by the type that they call it: x509pop, k8s_psat, hanse_pod.
 	Attestors map[string]attest.Attestor
@@ -161,6 +162,9 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 			Name: "hanse_identity_attestations_refused_total", Help: "Agent attestations that were refused or limited, by type of evidence and reason."}, []string{"type", "reason"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hanse_identity_refused_total", Help: "Calls of the SPIRE Server API, parts of batches and handshakes that were refused, by call and gRPC code."}, []string{"call", "code"}),
+	}
+	if s.cfg.KeptKV == nil {
+		s.cfg.KeptKV = cfg.KV
 	}
 	s.reg = newRegistry(cfg.KV, s.td)
 	if err := s.Reload(ctx); err != nil {
@@ -337,8 +341,8 @@ func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
 		switch {
 		case a.Banned:
 		case heard && now.Sub(act.at) > heardOf, !heard && (!starting || a.Expires <= now.Unix()):
-		case td != s.td && !s.federates(a, td, now):
-		case !ok, l.sequence < sequence, now.Sub(l.since) < l.handsOn:
+		case ok && l.sequence >= sequence && now.Sub(l.since) >= l.handsOn:
+		case td == s.td || s.federates(a, td, now):
 			out = append(out, a.ID)
 		}
 	}

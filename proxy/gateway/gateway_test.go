@@ -90,7 +90,7 @@ func start(t *testing.T, change ...func(*Config)) *harness {
 		"payments.shop.svc.clusterset.local": {{ID: "dead", Address: addrOf(dead), Weight: 1}, {ID: "e1", Address: addrOf(target), Weight: 1}},
 	}}}
 	cfg := Config{Source: h.west.Source("/hanse/gateway"), Control: h.control, Log: slog.New(slog.DiscardHandler), Metrics: h.metrics,
-		HandshakeTimeout: 300 * time.Millisecond, DrainTimeout: 2 * time.Second, DrainIdle: 30 * time.Millisecond}
+		DrainTimeout: 10 * time.Second, DrainIdle: 30 * time.Millisecond}
 	for _, f := range change {
 		f(&cfg)
 	}
@@ -223,7 +223,7 @@ func TestProbe(t *testing.T) {
 }
 
 func TestRubbish(t *testing.T) {
-	h := start(t)
+	h := start(t, func(c *Config) { c.HandshakeTimeout = 300 * time.Millisecond })
 	for name, sent := range map[string]string{
 		"http":            "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
 		"silence":         "",
@@ -291,7 +291,8 @@ func TestBlackhole(t *testing.T) {
 
 // TestDrain: silent connections are closed, busy ones go on until they are over.
 func TestDrain(t *testing.T) {
-	h := start(t, func(c *Config) { c.DrainIdle = 150 * time.Millisecond })
+	t.Parallel() // it waits
+	h := start(t, func(c *Config) { c.DrainIdle = 2 * time.Second })
 	idle, err := h.dial(t, "e1.endpoint.hanse")
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -198,13 +199,14 @@ func TestRotation(t *testing.T) {
 
 // TestExpiry: no stream is opened on a connection whose SVID has expired, and open ones go on.
 func TestExpiry(t *testing.T) {
+	t.Parallel() // it waits
 	d := proxytest.NewDomain(t, "west.test")
 	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(w).Flush()
 		_, _ = io.Copy(w, r.Body)
 	}))
 	src := d.Source("/ns/shop/sa/frontend")
-	src.SetSVID(d.SVID("/ns/shop/sa/frontend", 1500*time.Millisecond))
+	src.SetSVID(d.SVID("/ns/shop/sa/frontend", 5*time.Second)) // the first call is over before, also on a busy machine
 	c := client(t, src)
 	pr, pw := io.Pipe()
 	resp, err := roundTrip(c, peer, request(t, "POST", "/", pr))
@@ -267,7 +269,7 @@ func TestBlackHoleIsFoundByPing(t *testing.T) {
 		}
 	}), func(c *hop.ServerConfig) { c.Wrap = func(n net.Conn) net.Conn { return hole{n, shut} } })
 	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) {
-		c.PingAfter, c.DeadAfter = 50*time.Millisecond, 150*time.Millisecond
+		c.PingAfter, c.DeadAfter = 50*time.Millisecond, time.Second
 	})
 	go func() { <-entered; close(shut) }()
 	_, err := roundTrip(c, peer, request(t, "GET", "/hang", nil))
@@ -278,13 +280,14 @@ func TestBlackHoleIsFoundByPing(t *testing.T) {
 
 // TestLongSilenceIsNotDeath: an application may take its time as long as the peer answers PINGs.
 func TestLongSilenceIsNotDeath(t *testing.T) {
+	t.Parallel() // it waits
 	d := proxytest.NewDomain(t, "west.test")
 	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(4 * time.Second)
 		fmt.Fprint(w, "late")
 	}))
 	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) {
-		c.PingAfter, c.DeadAfter = 20*time.Millisecond, 100*time.Millisecond
+		c.PingAfter, c.DeadAfter = 20*time.Millisecond, 3*time.Second
 	})
 	resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
 	if err != nil {
@@ -437,13 +440,12 @@ func TestDeadGateway(t *testing.T) {
 func TestFullConnection(t *testing.T) {
 	d := proxytest.NewDomain(t, "west.test")
 	leave := make(chan struct{})
-	var served sync.WaitGroup
+	var served atomic.Int32
 	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		served.Done()
+		served.Add(1)
 		<-leave
 	}), func(c *hop.ServerConfig) { c.MaxStreams = 2 })
 	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) { c.MaxConns = 2 })
-	served.Add(4)
 	var calls sync.WaitGroup
 	call := func() {
 		resp, err := roundTrip(c, peer, request(t, "GET", "/", nil))
@@ -453,15 +455,18 @@ func TestFullConnection(t *testing.T) {
 		}
 		_ = resp.Body.Close()
 	}
-	for range 4 {
+	for i := range int32(4) {
 		calls.Go(call)
-		time.Sleep(20 * time.Millisecond) // so that each sees the ones before
+		for served.Load() <= i { // each sees the ones before
+			if t.Failed() {
+				t.FailNow()
+			}
+			time.Sleep(time.Millisecond)
+		}
 	}
-	served.Wait()
 	if n := len(c.Connections()); n != 2 {
 		t.Errorf("%d connections for 4 streams of 2 each", n)
 	}
-	served.Add(1)
 	calls.Go(call) // waits for a stream
 	close(leave)
 	calls.Wait()
@@ -488,9 +493,10 @@ func TestIdleConnectionsAreClosed(t *testing.T) {
 
 // TestServerExpiry: a server whose SVID expires sends its callers away, by GOAWAY.
 func TestServerExpiry(t *testing.T) {
+	t.Parallel() // it waits
 	d := proxytest.NewDomain(t, "west.test")
 	src := d.Source(payments)
-	src.SetSVID(d.SVID(payments, 1500*time.Millisecond))
+	src.SetSVID(d.SVID(payments, 5*time.Second))
 	entered, leave := make(chan struct{}, 2), make(chan struct{})
 	peer, _, _ := serve(t, src, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		entered <- struct{}{}

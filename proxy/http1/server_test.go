@@ -436,11 +436,10 @@ func TestSlowHandlerAndTheNextRequest(t *testing.T) {
 }
 
 func TestTimeoutsAndShutdown(t *testing.T) {
-	cfg := &ServerConfig{HeadTimeout: 50 * time.Millisecond, IdleTimeout: 50 * time.Millisecond}
-	if got := converse2(t, listen(t, cfg, facts), "GET / HT"); !strings.HasPrefix(got, "HTTP/1.1 408") {
+	if got := converse2(t, listen(t, &ServerConfig{HeadTimeout: 50 * time.Millisecond}, facts), "GET / HT"); !strings.HasPrefix(got, "HTTP/1.1 408") {
 		t.Errorf("a slow head: %q", got)
 	}
-	if got := converse2(t, listen(t, cfg, facts), ""); got != "" {
+	if got := converse2(t, listen(t, &ServerConfig{IdleTimeout: 50 * time.Millisecond}, facts), ""); got != "" {
 		t.Errorf("an idle connection: %q", got)
 	}
 	a, b := net.Pipe()

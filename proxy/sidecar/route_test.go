@@ -183,7 +183,7 @@ func TestTimeouts(t *testing.T) {
 		}
 		fmt.Fprint(w, "fast")
 	}))
-	front.route(func(r *proxy.Route) { r.TryTimeout, r.RequestTimeout = 100*time.Millisecond, 2*time.Second })
+	front.route(func(r *proxy.Route) { r.TryTimeout, r.RequestTimeout = time.Second, 20*time.Second })
 	if resp, body := get(t, front, "/"); body != "fast" {
 		t.Errorf("second try: %s %q", resp.Status, body)
 	}

@@ -17,10 +17,17 @@ import (
 
 // TestInjectedConfiguration: what the injector writes, with every setting, is a configuration, once the pod tells what it alone knows.
 func TestInjectedConfiguration(t *testing.T) {
-	v := inject.Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", KeyCurve: "P-384"}
-	if err := v.Complete(); err != nil {
-		t.Fatal(err)
+	own := inject.Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", KeyCurve: "P-384"}
+	onSPIRE := inject.Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", SPIRE: inject.SPIRE{CSIDriver: "csi.spiffe.io"}}
+	for _, v := range []*inject.Values{&own, &onSPIRE} {
+		if err := v.Complete(); err != nil {
+			t.Fatal(err)
+		}
+		testInjected(t, v)
 	}
+}
+
+func testInjected(t *testing.T, v *inject.Values) {
 	for name, annotations := range map[string]map[string]string{"plain": nil, "all": {
 		"hanse.mesh/proxy-log-level": "debug", "hanse.mesh/capture-inbound-mode": "permissive", "hanse.mesh/capture-exempt-ports": "9100",
 		"hanse.mesh/capture-exclude-outbound-ports": "3306,9000-9100", "hanse.mesh/capture-exclude-inbound-ports": "7000", "hanse.mesh/capture-exclude-outbound-cidrs": "10.9.0.0/16", "hanse.mesh/workload-api": "true"}} {
@@ -44,7 +51,7 @@ func TestInjectedConfiguration(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v\n%s", name, err, meta.Annotations["hanse.mesh/proxy-config"])
 		}
-		if w := c.Workloads[0]; w.Address != "10.244.1.7" || w.Listen != "10.244.1.7:15008" || !w.AnyPort || c.Zone != "eu-1a" || c.NodeID != "sidecar/west/shop/app-1" || c.Namespace != "shop" || c.Keys.Curve != "P-384" {
+		if w := c.Workloads[0]; w.Address != "10.244.1.7" || w.Listen != "10.244.1.7:15008" || !w.AnyPort || c.Zone != "eu-1a" || c.NodeID != "sidecar/west/shop/app-1" || c.Namespace != "shop" || c.Keys.Curve != map[bool]string{false: "P-384"}[v.SPIRE.Used()] || (c.ControlPlane.WorkloadAPI != "") != v.SPIRE.Used() {
 			t.Errorf("%s: %+v, zone %s, node %s", name, w, c.Zone, c.NodeID)
 		}
 		own := c.rules(func(field, format string, args ...any) { t.Errorf("%s: "+format, append([]any{field}, args...)...) }, false).OwnPorts

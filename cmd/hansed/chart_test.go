@@ -20,6 +20,8 @@ func TestChartsConfiguration(t *testing.T) {
 		"replicas":  {"hansed.replicas=3", "etcd.endpoints={https://etcd-0:2379}", "etcd.tlsSecret=etcd"},
 		"addresses": {"federation.advertise={west.example:7443}", "gateway.addresses={gw.example:15443,192.0.2.9:15443}", "region=eu-1", "network=flat", "labels.tier=gold"},
 		"keys":      {"identity.keys.curve=P-384", "identity.keys.storage=memory", "identity.proxyKeys.curve=P-384", "hansed.config.identity.upstream.dir=/ca"},
+		"spire":     {"identity.spire.server=spire-server.spire-server:8081"},
+		"spire-dir": {"identity.spire.server=spire-server.spire-server:8081", "identity.spire.hostPath=/run/spire/agent-sockets", "identity.spire.socket=api.sock"},
 		"more":      {"hansed.config.timers.suspect=30s", "hansed.config.kubeAPI.webhook.inject.logLevel=debug"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -41,7 +43,11 @@ func TestChartsConfiguration(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%v\n%s", err, text)
 			}
-			if c.Cluster != "west" || !c.KubeAPI.Enabled || !slices.Equal(c.Identity.Kubernetes.Gateways, []string{"elsewhere:hanse-gateway"}) || c.Health.Listen == "" {
+			gateways := []string{"elsewhere:hanse-gateway"}
+			if strings.HasPrefix(name, "spire") {
+				gateways = nil
+			}
+			if c.Cluster != "west" || !c.KubeAPI.Enabled || !slices.Equal(c.Identity.Kubernetes.Gateways, gateways) || c.Health.Listen == "" {
 				t.Errorf("configuration %s", text)
 			}
 			switch name {
@@ -56,6 +62,14 @@ func TestChartsConfiguration(t *testing.T) {
 				}
 			case "keys":
 				if k := c.Identity.Keys; k.Curve != "P-384" || k.Storage != "memory" || c.KubeAPI.Webhook.Inject.KeyCurve != "P-384" {
+					t.Errorf("configuration %s", text)
+				}
+			case "spire":
+				if s, v := c.Identity.SPIRE, c.KubeAPI.Webhook.Inject.SPIRE; s.BundleEndpoint != "hansed.elsewhere.svc:7446" || s.Gateways[0].Selectors[0] != "k8s:ns:elsewhere" || v.CSIDriver != "csi.spiffe.io" || v.HostPath != "" {
+					t.Errorf("configuration %s", text)
+				}
+			case "spire-dir":
+				if s, v := c.Identity.SPIRE, c.KubeAPI.Webhook.Inject.SPIRE; s.WorkloadAPI != "unix:///run/hanse-workload-api/api.sock" || v.CSIDriver != "" || v.HostPath != "/run/spire/agent-sockets" || v.Socket != "api.sock" {
 					t.Errorf("configuration %s", text)
 				}
 			case "bare":

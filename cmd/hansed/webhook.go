@@ -69,6 +69,12 @@ func (c *Config) validateWebhook(bad func(field, format string, args ...any)) {
 	if w.Inject.Cluster != c.Cluster || w.Inject.TrustDomain != c.TrustDomain {
 		bad("kubeAPI.webhook.inject", "cluster and trustDomain are those of this hansed: leave them out")
 	}
+	switch on, given := c.Identity.SPIRE.Server != "", w.Inject.SPIRE.Used(); {
+	case on && !given:
+		bad("kubeAPI.webhook.inject.spire", "missing: identity.spire signs here, and sidecars find its agent by csiDriver (csi.spiffe.io) or hostPath (the directory of its socket)")
+	case given && !on:
+		bad("kubeAPI.webhook.inject.spire", "this control plane is the authority: remove it, or give identity.spire")
+	}
 	if err := w.Inject.Complete(); err != nil {
 		bad("kubeAPI.webhook.inject", "%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}

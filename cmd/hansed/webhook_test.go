@@ -112,6 +112,10 @@ func TestWebhookConfig(t *testing.T) {
 		"kubeAPI: {enabled: true, webhook: {inject: {image: x, cluster: east}}}\n":   "webhook.inject",
 		"kubeAPI: {enabled: true, webhook: {inject: {image: x, identity: [a]}}}\n":   "host:port",
 		"kubeAPI: {enabled: true, webhook: {inject: {image: x, colour: red}}}\n":     "colour",
+
+		"kubeAPI: {enabled: true, webhook: {inject: {image: x, spire: {hostPath: /run}}}}\n":                                                              "remove it, or give identity.spire",
+		"identity: {spire: {server: 'a:1', workloadAPI: 'unix:///s'}}\nkubeAPI: {enabled: true, webhook: {inject: {image: x}}}\n":                         "kubeAPI.webhook.inject.spire: missing",
+		"identity: {spire: {server: 'a:1', workloadAPI: 'unix:///s'}}\nkubeAPI: {enabled: true, webhook: {inject: {image: x, spire: {hostPath: run}}}}\n": "spire.hostPath",
 	} {
 		if _, err := load(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q in it", text, err, want)

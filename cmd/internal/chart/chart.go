@@ -134,6 +134,10 @@ func Objects(o Options) ([]*unstructured.Unstructured, error) {
 	if v, err := values.PathValue("Values.gateway.hostPort"); err == nil && v != nil {
 		level = "privileged" // a port of the node is beyond baseline
 	}
+	server, _ := values.PathValue("Values.identity.spire.server")
+	if v, err := values.PathValue("Values.identity.spire.hostPath"); err == nil && v != "" && server != "" {
+		level = "privileged" // a directory of the node
+	}
 	if v, err := values.PathValue("Values.capture.mode"); err == nil && v == "node" {
 		level = "privileged" // so are the node's processes
 	}
@@ -193,7 +197,7 @@ func decode(out []*unstructured.Unstructured, name string, data []byte) ([]*unst
 	}
 }
 
-// namespace is not the chart's, for Helm has --create-namespace. Pods of Hanse pass the strictest level of Pod Security, host ports of gateways and capture from the node excepted.
+// namespace is not the chart's, for Helm has --create-namespace. Pods of Hanse pass the strictest level of Pod Security, host ports of gateways, sockets in directories of the node, and capture from the node excepted.
 func namespace(name, level string) *unstructured.Unstructured {
 	return &unstructured.Unstructured{Object: map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name, "labels": map[string]any{
 		"app.kubernetes.io/part-of": "hanse", "app.kubernetes.io/managed-by": "Helm",

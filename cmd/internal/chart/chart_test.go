@@ -89,6 +89,8 @@ var variants = map[string][]string{
 	"etcd-bare": {"etcd.replicas=1", "etcd.persistence.enabled=false", "podDisruptionBudget.enabled=false", "networkPolicy.enabled=false", "etcd.tlsSecret=mine"},
 	"addresses": {"federation.advertise={west.example:7443}", "federation.service.type=ClusterIP", "gateway.addresses={gw.example:15443}", "gateway.service.type=ClusterIP", "gateway.hostPort=15443", "region=eu-1", "network=flat", "labels.tier=gold"},
 	"ports":     {"federation.service.type=NodePort", "federation.service.nodePort=30743", "gateway.service.type=NodePort", "gateway.service.nodePort=30443", "gateway.replicas=1"},
+	"spire":     {"identity.spire.server=spire-server.spire-server:8081"},
+	"spire-dir": {"identity.spire.server=spire-server.spire-server:8081", "identity.spire.hostPath=/run/spire/agent-sockets", "webhooks.enabled=false"},
 	"node":      {"capture.mode=node", "images.pullSecrets={a}", "capture.nodeSelector.x=y"},
 	"extras":    {"images.pullSecrets={a,b}", "metrics.enabled=true", "admins[0].kind=Group", "admins[0].name=mesh-admins", "hansed.config.log.level=debug", "hansed.nodeSelector.x=y", "gateway.priorityClassName=high", "hansed.persistence.storageClass=fast"},
 }
@@ -189,6 +191,53 @@ func TestCaptureOnNode(t *testing.T) {
 	}
 	if find(t, all, "Namespace", Namespace).GetLabels()["pod-security.kubernetes.io/enforce"] != "privileged" {
 		t.Error("the namespace does not let it run")
+	}
+}
+
+// With a SPIRE, nothing of hansed's own authority is left: no port, no token, no trust bundle, no right; and everybody has the agent's socket, by CSI in Pods that are restricted.
+func TestOnSPIRE(t *testing.T) {
+	for name, c := range map[string]struct {
+		sets  []string
+		level string
+		of    func(corev1.Volume) bool
+	}{
+		"spire":     {level: "restricted", of: func(v corev1.Volume) bool { return v.CSI != nil && v.CSI.Driver == "csi.spiffe.io" && *v.CSI.ReadOnly }},
+		"spire-dir": {level: "privileged", of: func(v corev1.Volume) bool { return v.HostPath != nil && v.HostPath.Path == "/run/spire/agent-sockets" }},
+	} {
+		all := render(t, west(variants[name]...))
+		if l := find(t, all, "Namespace", Namespace).GetLabels()["pod-security.kubernetes.io/enforce"]; l != c.level {
+			t.Errorf("%s: the namespace enforces %s, want %s", name, l, c.level)
+		}
+		for kind, workload := range map[string]string{"StatefulSet": "hansed", "Deployment": "hanse-gateway"} {
+			p := podSpec(t, all, kind, workload)
+			if !slices.ContainsFunc(p.Volumes, func(v corev1.Volume) bool { return v.Name == "workload-api" && c.of(v) }) ||
+				!slices.ContainsFunc(p.Containers[0].VolumeMounts, func(m corev1.VolumeMount) bool {
+					return m.Name == "workload-api" && m.MountPath == "/run/hanse-workload-api" && m.ReadOnly
+				}) {
+				t.Errorf("%s: %s has not the agent's socket: %+v", name, workload, p.Volumes)
+			}
+			if slices.ContainsFunc(p.Volumes, func(v corev1.Volume) bool { return v.Name == "token" || v.Name == "root" }) ||
+				slices.ContainsFunc(p.Containers[0].Ports, func(p corev1.ContainerPort) bool { return p.ContainerPort == 7444 }) {
+				t.Errorf("%s: %s has something of hansed's own authority: %+v", name, workload, p)
+			}
+		}
+		text, err := YAML(all)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, no := range []string{"7444", "tokenreviews", "podToken", "port: identity", "x509pop"} {
+			if bytes.Contains(text, []byte(no)) {
+				t.Errorf("%s: there is %q", name, no)
+			}
+		}
+	}
+	config := render(t, west("identity.spire.server=spire-server.spire-server:8081", "identity.spire.parent=spiffe://{{.TrustDomain}}/agents"))
+	text, _, _ := unstructured.NestedString(find(t, config, "ConfigMap", "hansed").Object, "data", "hansed.yaml")
+	for _, want := range []string{"server: spire-server.spire-server:8081", "workloadAPI: unix:///run/hanse-workload-api/spire-agent.sock", "bundleEndpoint: hansed.hanse-system.svc:7446",
+		"parent: spiffe://{{.TrustDomain}}/agents", "k8s:ns:{{.Namespace}}", "k8s:sa:{{.ServiceAccount}}", "k8s:sa:hanse-gateway", "csiDriver: csi.spiffe.io"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("hansed.yaml has no %q:\n%s", want, text)
+		}
 	}
 }
 
@@ -298,6 +347,9 @@ func TestBadValues(t *testing.T) {
 		"a proxy's curve":    {[]string{"identity.proxyKeys.curve=p-384"}, []string{"identity/proxyKeys/curve"}},
 		"storage":            {[]string{"identity.keys.storage=tpm"}, []string{"identity/keys/storage", "memory"}},
 		"memory alone":       {[]string{"identity.keys.storage=memory"}, []string{"identity.keys.storage", "hansed.config.identity.upstream"}},
+		"SPIRE's address":    {[]string{"identity.spire.server=unix:///run/spire/server.sock"}, []string{"identity/spire/server"}},
+		"SPIRE's socket":     {[]string{"identity.spire.socket=a/b.sock"}, []string{"identity/spire/socket"}},
+		"no way to SPIRE":    {[]string{"identity.spire.server=spire:8081", "identity.spire.csiDriver="}, []string{"identity.spire", "csi.spiffe.io", "hostPath"}},
 		"a policy":           {[]string{"webhooks.injectFailurePolicy=fail"}, []string{"injectFailurePolicy"}},
 		"two faults at once": {[]string{"cluster=A", "gateway.replicas=-1"}, []string{"cluster", "gateway/replicas"}},
 	} {

@@ -26,10 +26,11 @@ type (
 		Log          logging      `json:"log"`
 	}
 	controlPlane struct {
-		Identity    []string `json:"identity"`
+		Identity    []string `json:"identity,omitempty"`
 		XDS         []string `json:"xds"`
-		TrustBundle string   `json:"trustBundle"`
-		PodToken    string   `json:"podToken"`
+		TrustBundle string   `json:"trustBundle,omitempty"`
+		PodToken    string   `json:"podToken,omitempty"`
+		WorkloadAPI string   `json:"workloadAPI,omitempty"`
 	}
 	keys struct {
 		Curve string `json:"curve"`
@@ -78,10 +79,13 @@ func (v *Values) config(s *settings, checks map[string]probe.Check) (string, err
 	if s.permissive {
 		c.Capture.Inbound.Mode = "permissive"
 	}
-	if s.workloadAPI {
+	switch {
+	case v.SPIRE.Used(): // its agent serves the application, too, and makes the keys
+		c.ControlPlane = controlPlane{XDS: v.XDS, WorkloadAPI: v.apiSocket()}
+	case s.workloadAPI:
 		c.Socket, c.SocketUsers = apiDir+"/workload.sock", "any" // the volume is this Pod's, whose containers have users of their own
 	}
-	if v.KeyCurve != "P-256" { // the default, also of proxies older than the field
+	if v.KeyCurve != "P-256" && !v.SPIRE.Used() { // the default, also of proxies older than the field
 		c.Keys.Curve = v.KeyCurve
 	}
 	if s.logLevel != "" {

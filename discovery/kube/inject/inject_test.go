@@ -2,6 +2,7 @@ package inject
 
 import (
 	"encoding/json"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -154,6 +155,56 @@ func TestSettings(t *testing.T) {
 	}
 	if app := spec.Containers[0]; app.Env[0].Name != "SPIFFE_ENDPOINT_SOCKET" || app.VolumeMounts[0].Name != "hanse-workload-api" {
 		t.Error("the application has no Workload API")
+	}
+}
+
+// TestOnSPIRE: the sidecar has its identity from the agent of the node, and needs neither token nor trust bundle; the application that asks for the
+// Workload API gets the agent's.
+func TestOnSPIRE(t *testing.T) {
+	for name, c := range map[string]struct {
+		from SPIRE
+		want corev1.VolumeSource
+	}{
+		"csi":  {SPIRE{CSIDriver: "csi.spiffe.io"}, corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: "csi.spiffe.io", ReadOnly: ptr(true)}}},
+		"path": {SPIRE{HostPath: "/run/spire", Socket: "api.sock"}, corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/run/spire", Type: ptr(corev1.HostPathDirectory)}}},
+	} {
+		v := Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", SPIRE: c.from, KeyCurve: "P-384"}
+		if err := v.Complete(); err != nil {
+			t.Fatal(err)
+		}
+		meta, spec := podOf()
+		meta.Annotations = map[string]string{"hanse.mesh/workload-api": "true"}
+		if err := v.Pod(meta, spec); err != nil {
+			t.Fatal(err)
+		}
+		socket := "unix:///run/hanse-workload-api/" + v.SPIRE.Socket
+		if config := meta.Annotations[annotationConfig]; !strings.Contains(config, "workloadAPI: "+socket) || !strings.Contains(config, "socket: none") || strings.Contains(config, "7444") || strings.Contains(config, "Token") || strings.Contains(config, "curve") {
+			t.Errorf("%s: configuration\n%s", name, config)
+		}
+		var volumes []string
+		for _, x := range spec.Volumes {
+			volumes = append(volumes, x.Name)
+			if x.Name == volumeAPI && !reflect.DeepEqual(x.VolumeSource, c.want) {
+				t.Errorf("%s: volume %+v", name, x.VolumeSource)
+			}
+		}
+		if slices.Contains(volumes, volumeRoot) || slices.Contains(volumes, volumeToken) || !slices.Contains(volumes, volumeAPI) {
+			t.Errorf("%s: volumes %v", name, volumes)
+		}
+		for _, c := range []corev1.Container{spec.InitContainers[1], spec.Containers[0]} {
+			if !slices.Contains(c.VolumeMounts, corev1.VolumeMount{Name: volumeAPI, MountPath: apiDir, ReadOnly: true}) {
+				t.Errorf("%s: container %s has not the socket: %+v", name, c.Name, c.VolumeMounts)
+			}
+		}
+		if e := spec.Containers[0].Env; len(e) != 1 || e[0].Value != socket {
+			t.Errorf("%s: environment %+v", name, e)
+		}
+	}
+	for want, from := range map[string]SPIRE{"exclude": {CSIDriver: "a", HostPath: "/b"}, "spire.hostPath": {HostPath: "/"}, "spire.socket": {CSIDriver: "a", Socket: "../b"}, "says nothing": {Socket: "x"}} {
+		v := Values{Cluster: "west", TrustDomain: "west.demo", Image: "x", SPIRE: from}
+		if err := v.Complete(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v, want %q in it", from, err, want)
+		}
 	}
 }
 

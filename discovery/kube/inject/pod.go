@@ -1,6 +1,7 @@
 package inject
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -74,7 +75,7 @@ func (v *Values) Pod(meta *metav1.ObjectMeta, spec *corev1.PodSpec) error {
 		for i := range out.Containers {
 			c := &out.Containers[i]
 			c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: volumeAPI, MountPath: apiDir, ReadOnly: true})
-			c.Env = append(c.Env, corev1.EnvVar{Name: "SPIFFE_ENDPOINT_SOCKET", Value: "unix://" + apiDir + "/workload.sock"})
+			c.Env = append(c.Env, corev1.EnvVar{Name: "SPIFFE_ENDPOINT_SOCKET", Value: v.apiSocket()})
 		}
 	}
 	out.InitContainers = slices.Concat([]corev1.Container{v.capture(&s), v.proxy(&s)}, out.InitContainers)
@@ -164,13 +165,20 @@ func (v *Values) proxy(s *settings) corev1.Container {
 		// The application starts when this has succeeded. Two minutes are for a control plane that starts at the same time.
 		StartupProbe:   &corev1.Probe{ProbeHandler: ready, PeriodSeconds: 1, TimeoutSeconds: 2, FailureThreshold: 120, SuccessThreshold: 1},
 		ReadinessProbe: &corev1.Probe{ProbeHandler: ready, PeriodSeconds: 5, TimeoutSeconds: 2, FailureThreshold: 3, SuccessThreshold: 1},
-		VolumeMounts: []corev1.VolumeMount{{Name: volumeConfig, MountPath: configDir, ReadOnly: true}, {Name: volumeRoot, MountPath: rootDir, ReadOnly: true},
-			{Name: volumeToken, MountPath: tokenDir, ReadOnly: true}, {Name: volumeState, MountPath: stateDir}},
+		VolumeMounts:   []corev1.VolumeMount{{Name: volumeConfig, MountPath: configDir, ReadOnly: true}, {Name: volumeState, MountPath: stateDir}},
 	}
-	if s.workloadAPI {
-		c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: volumeAPI, MountPath: apiDir})
+	if !v.SPIRE.Used() {
+		c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: volumeRoot, MountPath: rootDir, ReadOnly: true}, corev1.VolumeMount{Name: volumeToken, MountPath: tokenDir, ReadOnly: true})
+	}
+	if v.SPIRE.Used() || s.workloadAPI {
+		c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: volumeAPI, MountPath: apiDir, ReadOnly: v.SPIRE.Used()})
 	}
 	return c
+}
+
+// apiSocket is where containers find the Workload API: the sidecar's or the SPIRE agent's.
+func (v *Values) apiSocket() string {
+	return "unix://" + apiDir + "/" + cmp.Or(v.SPIRE.Socket, "workload.sock")
 }
 
 func (v *Values) volumes(s *settings) []corev1.Volume {
@@ -180,15 +188,27 @@ func (v *Values) volumes(s *settings) []corev1.Volume {
 	out := []corev1.Volume{
 		{Name: volumeConfig, VolumeSource: corev1.VolumeSource{DownwardAPI: &corev1.DownwardAPIVolumeSource{Items: []corev1.DownwardAPIVolumeFile{
 			{Path: configFile, FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: "metadata.annotations['" + annotationConfig + "']"}}}}}},
-		{Name: volumeRoot, VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{LocalObjectReference: corev1.LocalObjectReference{Name: RootConfigMap}}}},
-		{Name: volumeToken, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
-			{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: v.Audience, ExpirationSeconds: ptr(int64(3600)), Path: "token"}}}}}},
 		memory(volumeState, "32Mi"),
 	}
+	if v.SPIRE.Used() {
+		return append(out, corev1.Volume{Name: volumeAPI, VolumeSource: v.SPIRE.volume()})
+	}
+	out = append(out,
+		corev1.Volume{Name: volumeRoot, VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{LocalObjectReference: corev1.LocalObjectReference{Name: RootConfigMap}}}},
+		corev1.Volume{Name: volumeToken, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
+			{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: v.Audience, ExpirationSeconds: ptr(int64(3600)), Path: "token"}}}}}})
 	if s.workloadAPI {
 		out = append(out, memory(volumeAPI, "1Mi"))
 	}
 	return out
+}
+
+// volume is the directory of the agent's socket. Of the node, it must be there: an empty one would only be waited at.
+func (s SPIRE) volume() corev1.VolumeSource {
+	if s.CSIDriver != "" {
+		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: s.CSIDriver, ReadOnly: ptr(true)}}
+	}
+	return corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: s.HostPath, Type: ptr(corev1.HostPathDirectory)}}
 }
 
 func ptr[T any](v T) *T { return &v }

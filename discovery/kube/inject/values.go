@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
@@ -27,12 +28,26 @@ type Values struct {
 	XDS      []string `json:"xds"`      // host:port; default hansed.hanse-system.svc:7445
 	Audience string   `json:"audience"` // of the Pod's token; default hanse
 
+	// SPIRE is where Pods find the Workload API of the node's SPIRE agent, which then is where sidecars have their identity from; identity and audience
+	// mean nothing then. Empty: from hansed.
+	SPIRE SPIRE `json:"spire"`
+
 	Capture string `json:"capture"` // pod (default): an init container with NET_ADMIN captures; node: it waits for hanse-node to do so
 
 	Resources corev1.ResourceRequirements `json:"resources"` // of the sidecar; default: requests as measured (10m, 40Mi), memory limited to 512Mi
 	LogLevel  string                      `json:"logLevel"`  // debug, info (default), warn, error
 	KeyCurve  string                      `json:"keyCurve"`  // of the sidecars' keys: P-256 (default) or P-384
 }
+
+// SPIRE is a socket on each node, in a volume of the SPIFFE CSI driver, or in a directory of the node, which Pod Security's "baseline" forbids.
+type SPIRE struct {
+	CSIDriver string `json:"csiDriver"` // such as csi.spiffe.io
+	HostPath  string `json:"hostPath"`  // such as /run/spire/agent-sockets
+	Socket    string `json:"socket"`    // the file's name there; default spire-agent.sock
+}
+
+// Used reports whether it is where identities come from.
+func (s SPIRE) Used() bool { return s.CSIDriver != "" || s.HostPath != "" }
 
 // Defaults that other packages refer to.
 const (
@@ -65,6 +80,20 @@ func (v *Values) Complete() error {
 	fill(&v.Capture, CaptureInPod)
 	if v.Capture != CaptureInPod && v.Capture != CaptureOnNode {
 		bad("capture: %q: want %s or %s", v.Capture, CaptureInPod, CaptureOnNode)
+	}
+	if s := &v.SPIRE; s.Used() {
+		if s.CSIDriver != "" && s.HostPath != "" {
+			bad("spire: csiDriver and hostPath exclude each other")
+		}
+		if s.HostPath != "" && (!path.IsAbs(s.HostPath) || path.Clean(s.HostPath) == "/") {
+			bad("spire.hostPath: %q: want the absolute path of the directory of the agent's socket, such as /run/spire/agent-sockets", s.HostPath)
+		}
+		fill(&s.Socket, "spire-agent.sock")
+		if path.Base(s.Socket) != s.Socket || s.Socket == ".." || s.Socket == "." || s.Socket == "/" {
+			bad("spire.socket: %q: want the name of a file, such as spire-agent.sock", s.Socket)
+		}
+	} else if s.Socket != "" {
+		bad("spire: socket says nothing without csiDriver or hostPath")
 	}
 	fill(&v.KeyCurve, "P-256")
 	if v.KeyCurve != "P-256" && v.KeyCurve != "P-384" {

@@ -42,6 +42,22 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
+{{- /* the directory of the SPIRE agent's socket, as a volume */ -}}
+{{- define "hanse.spireVolume" -}}
+{{- with .Values.identity.spire }}
+name: workload-api
+{{- if .hostPath }}
+hostPath: {path: {{ .hostPath }}, type: Directory}
+{{- else }}
+csi: {driver: {{ .csiDriver }}, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "hanse.spireSocket" -}}
+unix:///run/hanse-workload-api/{{ .Values.identity.spire.socket }}
+{{- end }}
+
 {{- /* hansed.yaml, without what people add */ -}}
 {{- define "hanse.config" -}}
 cluster: {{ .Values.cluster }}
@@ -75,15 +91,32 @@ kubeAPI:
       image: {{ include "hanse.image" (dict "root" . "name" "hanse-proxy") }}
       imagePullPolicy: {{ .Values.images.pullPolicy }}
       capture: {{ .Values.capture.mode }}
+      {{- if .Values.identity.spire.server }}
+      spire: {{ toJson (pick .Values.identity.spire (ternary "hostPath" "csiDriver" (ne .Values.identity.spire.hostPath "")) "socket") }}
+      {{- else }}
       keyCurve: {{ .Values.identity.proxyKeys.curve }}
       identity: ["hansed.{{ .Release.Namespace }}.svc:7444"]
+      {{- end }}
       xds: ["hansed.{{ .Release.Namespace }}.svc:7445"]
   {{- end }}
 identity:
-  keys: {{ toJson .Values.identity.keys }}
+  {{- with .Values.identity.spire }}
+  {{- if .server }}
+  spire:
+    server: {{ .server }}
+    workloadAPI: {{ include "hanse.spireSocket" $ }}
+    bundleEndpoint: hansed.{{ $.Release.Namespace }}.svc:7446
+    gateways:
+    - {parent: {{ quote .parent }}, selectors: ["k8s:ns:{{ $.Release.Namespace }}", "k8s:sa:hanse-gateway"]}
+    entries:
+    - {parent: {{ quote .parent }}, selectors: ["k8s:ns:{{ "{{.Namespace}}" }}", "k8s:sa:{{ "{{.ServiceAccount}}" }}"]}
+  {{- else }}
+  keys: {{ toJson $.Values.identity.keys }}
   kubernetes:
-    cluster: {{ .Values.cluster }}
-    gateways: ["{{ .Release.Namespace }}:hanse-gateway"]
+    cluster: {{ $.Values.cluster }}
+    gateways: ["{{ $.Release.Namespace }}:hanse-gateway"]
+  {{- end }}
+  {{- end }}
 federation:
   listen: ":7443"
   {{- with .Values.federation.advertise }}

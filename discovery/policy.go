@@ -269,5 +269,6 @@ type Snapshot struct {
 	Access        []*AccessPolicy         `json:"accessPolicies,omitempty"`
 	Peers         map[string]*Peer        `json:"peers,omitempty"`
 	TrustDomains  []*FederatedTrustDomain `json:"trustDomains,omitempty"`
+	Accounts      []Name                  `json:"accounts,omitempty"`      // service accounts of workloads with a sidecar, sorted, where they are known though no service leads to them (Pods)
 	ClustersetIPs map[netip.Addr]Name     `json:"clustersetIPs,omitempty"` // by which callers in this cluster know services of the clusterset (ServiceImport.spec.ips)
 }

@@ -30,6 +30,7 @@ type catalog struct {
 
 	gateways      atomic.Pointer[[]netip.AddrPort]     // nil: self's; see controlPlane.followReach
 	clustersetIPs func() map[netip.Addr]discovery.Name // read-only; nil: there are none
+	accounts      func() []discovery.Name              // likewise
 
 	wake chan struct{}
 	sync chan chan struct{} // closed by Run after a Build
@@ -208,6 +209,9 @@ func (c *catalog) build(state *objects.State) (*discovery.Snapshot, *objects.Sta
 	snap, next, built := objects.Build(objects.Input{Self: self, Set: set, State: state, Now: time.Now(), NewID: c.memory.newID(), Complete: true})
 	if c.clustersetIPs != nil {
 		snap.ClustersetIPs = c.clustersetIPs()
+	}
+	if c.accounts != nil {
+		snap.Accounts = c.accounts()
 	}
 	faults = append(append(slices.Clone(faults), doubled...), built...)
 	c.mu.Lock()

@@ -215,7 +215,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 		})
 
 	if p.kube != nil {
-		p.catalog.clustersetIPs = p.kube.ClustersetIPs
+		p.catalog.clustersetIPs, p.catalog.accounts = p.kube.ClustersetIPs, p.kube.Accounts
 	}
 
 	// Federation.

@@ -185,9 +185,10 @@ type registrar struct {
 	// of the last call of entries
 	services discovery.ByName[*discovery.Service]
 	made     discovery.ByName[*serviceEntries]
+	failed   []discovery.Name // accounts without an entry
 }
 
-// serviceEntries are what the endpoints of one service need. A Service is immutable, so they are made once.
+// serviceEntries are what the endpoints of one service, or a service account, need. A Service is immutable, so they are made once.
 type serviceEntries struct {
 	keys []string // of entries
 	all  []onspire.Entry
@@ -246,15 +247,68 @@ func (r *registrar) entries(s *discovery.Snapshot) []onspire.Entry {
 		}
 	})
 	r.services, r.made = s.Services, made.Done()
-	for _, of := range r.made.All() {
+	ids := map[spiffeid.ID]bool{}
+	take := func(of *serviceEntries) {
 		for i, key := range of.keys {
+			ids[of.all[i].ID] = true
 			if !seen[key] {
 				seen[key] = true
 				out = append(out, of.all[i])
 			}
 		}
 	}
+	for _, of := range r.made.All() {
+		take(of)
+	}
+	var failed []discovery.Name
+	for _, a := range s.Accounts {
+		of, err := r.ofAccount(a)
+		take(of)
+		if err == nil || len(of.all) > 0 || ids[r.accountID(a)] { // by its address, say, where a service leads to it
+			continue
+		}
+		failed = append(failed, a)
+		if !slices.Contains(r.failed, a) {
+			r.log.Warn("a workload gets no entry on SPIRE", "account", a.String(), "err", err)
+		}
+	}
+	r.failed = failed
 	return out
+}
+
+// accountID is the ID of a service account, or the zero ID.
+func (r *registrar) accountID(a discovery.Name) spiffeid.ID {
+	id, err := identity.WorkloadID(r.td, a.Namespace, a.Name)
+	if err != nil || identity.Reserved(id) {
+		return spiffeid.ID{}
+	}
+	return id
+}
+
+// ofAccount makes the entries of workloads that no service need lead to, and whose addresses are not known.
+func (r *registrar) ofAccount(a discovery.Name) (*serviceEntries, error) {
+	out := &serviceEntries{}
+	id := r.accountID(a)
+	if id.IsZero() {
+		return out, nil
+	}
+	w := r.self
+	w.ID, w.Namespace, w.ServiceAccount = id.String(), a.Namespace, a.Name
+	var faults []error
+	for _, t := range r.workloads {
+		e, err := r.entry(t, w)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		out.keys, out.all = append(out.keys, keyOf(e)), append(out.all, e)
+	}
+	return out, errors.Join(faults...)
+}
+
+// keyOf tells entries apart.
+func keyOf(e onspire.Entry) string {
+	return e.ID.String() + " " + e.Parent.String() + " " + strings.Join(e.Selectors, " ")
 }
 
 // ofService makes the entries of one service, each once.
@@ -274,7 +328,7 @@ func (r *registrar) ofService(svc *discovery.Service) *serviceEntries {
 				r.log.Warn("a workload gets no entry on SPIRE", "id", ep.SPIFFEID, "service", svc.Name.String(), "err", err)
 				continue
 			}
-			key := e.ID.String() + " " + e.Parent.String() + " " + strings.Join(e.Selectors, " ")
+			key := keyOf(e)
 			if !seen[key] {
 				seen[key] = true
 				out.keys, out.all = append(out.keys, key), append(out.all, e)

@@ -16,7 +16,7 @@ import (
 	"github.com/hanse-mesh/hanse/identity/onspire"
 )
 
-// Each workload of a discovered service has one entry for each template, whatever its number of endpoints and services; nobody else's ID
+// Each workload of a discovered service, and each service account that is told of, has one entry for each template, whatever its number of endpoints and services; nobody else's ID
 // has any, and none that is reserved.
 func TestEntriesOfASnapshot(t *testing.T) {
 	cfg := &Config{Cluster: "west", TrustDomain: "west.demo"}
@@ -43,14 +43,15 @@ func TestEntriesOfASnapshot(t *testing.T) {
 		services[n] = &discovery.Service{Name: n, Endpoints: eps}
 	}
 	var got []string
-	for _, e := range r.entries(&discovery.Snapshot{Services: discovery.NewByName(services)}) {
+	accounts := []discovery.Name{{Namespace: "shop", Name: "frontend"}, {Namespace: "shop", Name: "pay"}}
+	for _, e := range r.entries(&discovery.Snapshot{Services: discovery.NewByName(services), Accounts: accounts}) {
 		if e.X509Life != time.Hour || e.JWTLife != 5*time.Minute {
 			t.Errorf("lives %s and %s, want those of the configuration", e.X509Life, e.JWTLife)
 		}
 		got = append(got, e.ID.Path()+" "+e.Parent.Path())
 	}
 	slices.Sort(got)
-	want := []string{"/hanse/control-plane /nodes", "/ns/shop/sa/pay /host/10.0.0.1", "/ns/shop/sa/pay /host/10.0.0.2", "/ns/shop/sa/pay /nodes"}
+	want := []string{"/hanse/control-plane /nodes", "/ns/shop/sa/frontend /nodes", "/ns/shop/sa/pay /host/10.0.0.1", "/ns/shop/sa/pay /host/10.0.0.2", "/ns/shop/sa/pay /nodes"}
 	if !slices.Equal(got, want) {
 		t.Errorf("entries %q\nwant %q", got, want)
 	}

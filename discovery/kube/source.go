@@ -55,6 +55,8 @@ type Source struct {
 	imports  map[discovery.Name]struct{}                     // guarded by mu: of takeRewritten
 	slices   map[discovery.Name]map[string]*writtenEndpoints // guarded by mu: those written for imports, by the import's name and their own
 	ips      map[netip.Addr]discovery.Name                   // guarded by mu; never changed in place. Nil: to be made anew
+	sidecars map[discovery.Name]int                          // guarded by mu: how many Pods with a sidecar a service account has
+	accounts []discovery.Name                                // guarded by mu; never changed in place. Nil: to be made anew
 	versions map[*kind]schema.GroupVersion                   // guarded by mu: of kinds of CustomResourceDefinitions that are read
 
 	parts    map[types.NamespacedName][]objects.Key // owned by Run: an EndpointSlice's keys in the Set, where not just its own
@@ -95,7 +97,7 @@ func New(cfg Config) (*Source, error) {
 	}
 	s := &Source{
 		cfg: cfg, kinds: kinds(), updated: make(chan struct{}, 1), wake: make(chan struct{}, 1), rewritten: make(chan struct{}, 1),
-		imports: map[discovery.Name]struct{}{}, slices: map[discovery.Name]map[string]*writtenEndpoints{}, versions: map[*kind]schema.GroupVersion{},
+		imports: map[discovery.Name]struct{}{}, slices: map[discovery.Name]map[string]*writtenEndpoints{}, sidecars: map[discovery.Name]int{}, versions: map[*kind]schema.GroupVersion{},
 		changed: map[ref]struct{}{}, crds: map[string]*unstructured.Unstructured{},
 		parts: map[types.NamespacedName][]objects.Key{}, set: objects.NewSet(), faults: map[objects.Key][]*objects.Fault{}, watching: map[*kind]watching{},
 		objectCount: prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -127,7 +129,7 @@ func (s *Source) Complete() bool { return s.current.Load().complete }
 // Faults returns what is wrong with the objects now, sorted by object.
 func (s *Source) Faults() []*objects.Fault { return s.current.Load().faults }
 
-// Updated is signalled after Set, Complete, Faults or ClustersetIPs changed.
+// Updated is signalled after Set, Complete, Faults, ClustersetIPs or Accounts changed.
 func (s *Source) Updated() <-chan struct{} { return s.updated }
 
 // Run reads until ctx ends, and returns nil then. A server that cannot be reached is waited for.
@@ -246,8 +248,41 @@ func (s *Source) keep(k *kind, o *kept) {
 	}
 	k.items[o.name] = o.item
 	if !known || k.condense == nil || was.value != o.value { // most changes of a Pod or Node change nothing here
+		s.count(o.name, o.value, 1) // before the other one, so that an account that stays is not gone in between
+		s.count(o.name, was.value, -1)
 		s.note(k, o.name, o.value)
 	}
+}
+
+// count counts a Pod with a sidecar for its service account. With mu held.
+func (s *Source) count(name types.NamespacedName, value any, n int) {
+	h, ok := value.(unique.Handle[pod])
+	if !ok || h.Value().transport != "hop" {
+		return
+	}
+	account := discovery.Name{Namespace: name.Namespace, Name: h.Value().account}
+	was := s.sidecars[account]
+	if was+n == 0 {
+		delete(s.sidecars, account)
+	} else {
+		s.sidecars[account] = was + n
+	}
+	if was == 0 || was+n == 0 {
+		s.accounts, s.dirty = nil, true
+	}
+}
+
+// Accounts returns the service accounts whose Pods have sidecars, sorted: of services or not, each has an identity. It must not be changed.
+func (s *Source) Accounts() []discovery.Name {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.accounts == nil {
+		s.accounts = slices.SortedFunc(maps.Keys(s.sidecars), discovery.Name.Compare)
+		if s.accounts == nil {
+			s.accounts = []discovery.Name{}
+		}
+	}
+	return s.accounts
 }
 
 // forget drops one object.
@@ -302,7 +337,7 @@ func (s *Source) publish() {
 	}
 	complete := s.complete()
 	_, drills := s.crds[drillCRD]
-	stale := s.ips == nil // ClustersetIPs are others now, or may be
+	stale := s.ips == nil || s.accounts == nil // ClustersetIPs or Accounts are others now, or may be
 	for _, k := range s.kinds {
 		s.objectCount.WithLabelValues(k.name).Set(float64(len(k.items)))
 	}

@@ -61,6 +61,7 @@ func (s *Source) note(k *kind, name types.NamespacedName, value any) {
 func (s *Source) drop(k *kind, name types.NamespacedName) {
 	value := k.items[name].value
 	delete(k.items, name)
+	s.count(name, value, -1)
 	s.changed[ref{k, name}] = struct{}{}
 	if slice, ok := value.(*writtenEndpoints); ok {
 		n := discovery.Name{Namespace: name.Namespace, Name: slice.Labels[mcsv1beta1.LabelServiceName]}

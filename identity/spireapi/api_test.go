@@ -408,7 +408,7 @@ func TestAttestationRefusals(t *testing.T) {
 		want        string
 	}{
 		"used":          {"join_token", used, csr(t, newKey(t)), codes.InvalidArgument, "used already"},
-		"tampered":      {"join_token", good[:20] + "_" + good[21:], csr(t, newKey(t)), codes.InvalidArgument, "damaged"},
+		"tampered":      {"join_token", good[:20] + flip(good[20:21]) + good[21:], csr(t, newKey(t)), codes.InvalidArgument, "damaged"},
 		"wrong":         {"join_token", "c0ffee00-0000-0000-0000-000000000000", csr(t, newKey(t)), codes.InvalidArgument, "not one of"},
 		"empty":         {"join_token", "", csr(t, newKey(t)), codes.InvalidArgument, "not one of"},
 		"another kind":  {"aws_iid", good, csr(t, newKey(t)), codes.FailedPrecondition, "aws_iid"},

@@ -277,6 +277,10 @@ func TestPodsAndNodes(t *testing.T) {
 			t.Errorf("endpoint %s is %s by %s in region %s, want %s by %s in %s", want.address, e.SPIFFEID, e.Transport, e.Locality.Region, want.id, want.transport, want.region)
 		}
 	}
+	account := func(name string) discovery.Name { return discovery.Name{Namespace: "shop", Name: name} }
+	if got := src.Accounts(); !slices.Equal(got, []discovery.Name{account("payments")}) {
+		t.Errorf("accounts with sidecars: %v", got)
+	}
 	if err := s.patch(pods, "shop", "p2", `{"metadata":{"annotations":{"hanse.mesh/sidecar":"v1"}}}`); err != nil {
 		t.Fatal(err)
 	}
@@ -295,6 +299,15 @@ func TestPodsAndNodes(t *testing.T) {
 	})
 	s.delete(slicesR, "shop", "payments-x7")
 	until(t, "all parts of the slice are gone", func() bool { return len(src.Set().List("EndpointSlice", "shop")) == 0 })
+	if got := src.Accounts(); !slices.Equal(got, []discovery.Name{account("billing"), account("payments")}) {
+		t.Errorf("accounts with sidecars, of a service or not: %v", got)
+	}
+	for len(src.Updated()) > 0 {
+		<-src.Updated()
+	}
+	s.delete(pods, "shop", "p1")
+	<-src.Updated()
+	until(t, "an account goes with its last Pod", func() bool { return slices.Equal(src.Accounts(), []discovery.Name{account("billing")}) })
 }
 
 // TestDefinitionsComeAndGo: kinds are read while their CustomResourceDefinition exists, and nothing waits for those that do not.

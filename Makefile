@@ -199,8 +199,8 @@ e2e-kube: kube-tools images ## A mesh's whole life on two real Kubernetes cluste
 	HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run '^TestTwoClusters$$' ./test/kube/e2e
 
 .PHONY: e2e-kube-more
-MORE := TestFlatNetwork TestUpgrade TestSidecars TestReplicas TestZones TestAddresses
-e2e-kube-more: kube-tools images ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load; sidecars from first moment to last; several hansed; zones and drained nodes; load balancers (root, as make e2e-kube)
+MORE := TestFlatNetwork TestUpgrade TestSidecars TestReplicas TestZones TestAddresses TestOnSPIRE
+e2e-kube-more: kube-tools images bin/tools/spire-server bin/tools/spire-agent ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load; sidecars from first moment to last; several hansed; zones and drained nodes; load balancers; a SPIRE that was there before (root, as make e2e-kube)
 	for t in $(MORE); do HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run "^$$t$$" ./test/kube/e2e || exit 1; done
 
 .PHONY: conformance-gateway

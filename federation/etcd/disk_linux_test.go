@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -20,7 +21,13 @@ import (
 const fullDiskEnv = "HANSE_TEST_FULL_DISK"
 
 // TestFullDisk fills a small file system of its own, in a mount namespace: what was acknowledged is there when there is room again.
-func TestFullDisk(t *testing.T) {
+func TestFullDisk(t *testing.T) { fullDisk(t, -1) }
+
+// TestFullDiskTears takes the rest of the space away where the next write goes beyond what etcd's log has in advance, 64 MB: it is torn there.
+func TestFullDiskTears(t *testing.T) { fullDisk(t, 122) }
+
+// fullDisk fills the disk; after so many keys, if it comes to that, at once.
+func fullDisk(t *testing.T, after int) {
 	if os.Getenv(fullDiskEnv) == "" {
 		t.Parallel()
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
@@ -66,7 +73,11 @@ func TestFullDisk(t *testing.T) {
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			t.Fatal(err)
 		}
-		mount(0, "180m")                                   // etcd's log alone takes two files of 64 MB
+		room := "180m" // etcd's log alone takes two files of 64 MB
+		if after > 0 {
+			room = "260m"
+		}
+		mount(0, room)
 		for _, step := range []string{"fill", "restart"} { // each a process of its own, as hansed's end is that of its process
 			runStep(t, dir, step)
 		}
@@ -82,6 +93,9 @@ func TestFullDisk(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			_, err = kv.Put(ctx, key(n), make([]byte, size))
 			cancel()
+			if n+1 == after {
+				fillUp(t, dir)
+			}
 		}
 		t.Logf("after %d keys: %v", n-1, err)
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -120,6 +134,26 @@ func TestFullDisk(t *testing.T) {
 		if _, err := kv.Put(t.Context(), "more", []byte("v")); err != nil {
 			t.Error(err)
 		}
+		if kept, err := filepath.Glob(dir + "/data/member/wal/*.broken"); after > 0 && (err != nil || len(kept) != 1) {
+			t.Errorf("after %d keys: nothing was torn: %v %v", n, kept, err)
+		}
+	}
+}
+
+// fillUp leaves hardly anything of a file system free.
+func fillUp(t *testing.T, dir string) {
+	t.Helper()
+	f, err := os.Create(dir + "/filler")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var s unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(s.Bavail)*s.Bsize-64<<10); err != nil {
+		t.Fatal(err)
 	}
 }
 

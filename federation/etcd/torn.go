@@ -200,19 +200,52 @@ func (s *logScan) read(r io.ReaderAt, size int64, name string, last bool) error 
 	case !last: // zeros may follow; that nothing is missing, the next segment's first record says
 		return nil
 	}
-	rest := make([]byte, size-s.end)
+	left := size - s.end
+	written, err := lastByte(io.NewSectionReader(r, s.end, left))
+	if err != nil {
+		return err
+	}
+	if written == 0 && (left == 0 || left >= frameBytes) {
+		return nil // the end, and space for more
+	}
+	rest := make([]byte, left)
 	if _, err := r.ReadAt(rest, s.end); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	written := bytes.TrimRight(rest, "\x00")
-	if len(written) == 0 && (len(rest) == 0 || len(rest) >= frameBytes) {
-		return nil // the end, and space for more
-	}
-	if err := tornWrite(rest, s.end, s.crc, s.index); err != nil {
+	if err := tornWrite(rest, int(written), s.end, s.crc, s.index); err != nil {
 		return err
 	}
-	s.torn = written
+	s.torn = rest[:written]
 	return nil
+}
+
+// lastByte returns the offset after the last byte that is not zero.
+func lastByte(r io.Reader) (int64, error) {
+	last, buf := int64(0), make([]byte, len(zeros))
+	for at := int64(0); ; at += int64(len(buf)) {
+		n, err := io.ReadFull(r, buf)
+		if !zero(buf[:n]) {
+			last = at + int64(len(bytes.TrimRight(buf[:n], "\x00")))
+		}
+		if err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				err = nil
+			}
+			return last, err
+		}
+	}
+}
+
+var zeros [64 << 10]byte
+
+func zero(b []byte) bool {
+	for len(b) > len(zeros) {
+		if !bytes.Equal(b[:len(zeros)], zeros[:]) {
+			return false
+		}
+		b = b[len(zeros):]
+	}
+	return bytes.Equal(b, zeros[:len(b)])
 }
 
 // record takes in the n-th record of a segment, whose checksum is right.
@@ -262,13 +295,12 @@ func (s *logScan) record(rec *walpb.Record, n int, d wal.Decoder) error {
 }
 
 // tornWrite returns nil if tail is a write that did not finish, else what speaks against it. The tail is a segment from off on, where its
-// last whole record ends; crc and index are as they are there.
+// last whole record ends, and of which so many bytes were written: zeros follow. crc and index are as they are where it begins.
 //
 // etcd writes in order, beyond the file's end or over zeros: a write that stopped ends with the file, or in zeros. One that lost its power
 // may lack any of its sectors, which then are zeros, and whole records may follow; but none that commits an entry beyond index, for such
 // a one is written only after the disk has confirmed that entry.
-func tornWrite(tail []byte, off int64, crc uint32, index uint64) error {
-	written := len(bytes.TrimRight(tail, "\x00"))
+func tornWrite(tail []byte, written int, off int64, crc uint32, index uint64) error {
 	if written <= frameBytes {
 		return nil
 	}
@@ -327,8 +359,6 @@ func lacksSector(tail []byte, end int, off int64) bool {
 	}
 	return false
 }
-
-func zero(b []byte) bool { return len(bytes.TrimRight(b, "\x00")) == 0 }
 
 // wholeRecords yields where in tail, from a place on, something has the form of a record: what went into its checksum is unknown there.
 func wholeRecords(tail []byte, from int) iter.Seq2[int, head] {

@@ -36,13 +36,13 @@ type stores struct {
 func openStores(ctx context.Context, cfg *Config, log *slog.Logger) (*stores, error) {
 	s := &stores{}
 	if len(cfg.Etcd.Endpoints) > 0 {
-		tlsConfig, err := etcdTLS(cfg.Etcd)
+		tlsConfig, roots, err := etcdTLS(cfg.Etcd)
 		if err != nil {
 			return nil, err
 		}
 		start, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
-		x, err := etcd.DialExternal(start, etcd.ExternalConfig{Endpoints: cfg.Etcd.Endpoints, TLS: tlsConfig, Log: log.With("part", "etcd")})
+		x, err := etcd.DialExternal(start, etcd.ExternalConfig{Endpoints: cfg.Etcd.Endpoints, TLS: tlsConfig, Roots: roots, Log: log.With("part", "etcd")})
 		if err != nil {
 			return nil, fmt.Errorf("external etcd: %w", err)
 		}
@@ -72,12 +72,12 @@ func openStores(ctx context.Context, cfg *Config, log *slog.Logger) (*stores, er
 	return s, nil
 }
 
-// etcdTLS reads the client's certificate at each handshake: whoever renews the files need not restart hansed.
-func etcdTLS(c Etcd) (*tls.Config, error) {
+// etcdTLS reads the client's certificate and the CA at each handshake: whoever renews the files need not restart hansed. roots is nil without a CA.
+func etcdTLS(c Etcd) (t *tls.Config, roots func() (*x509.CertPool, error), err error) {
 	if c.CertFile == "" && c.CAFile == "" {
-		return nil, nil
+		return nil, nil, nil
 	}
-	t := &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true}
+	t = &tls.Config{MinVersion: tls.VersionTLS12, SessionTicketsDisabled: true}
 	if c.CertFile != "" {
 		load := func() (*tls.Certificate, error) {
 			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
@@ -87,21 +87,27 @@ func etcdTLS(c Etcd) (*tls.Config, error) {
 			return &cert, nil
 		}
 		if _, err := load(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return load() }
 	}
 	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("etcd CA: %w", err)
+		roots = func() (*x509.CertPool, error) {
+			pem, err := os.ReadFile(c.CAFile)
+			if err != nil {
+				return nil, fmt.Errorf("etcd CA: %w", err)
+			}
+			pool := x509.NewCertPool()
+			if !pool.AppendCertsFromPEM(pem) {
+				return nil, fmt.Errorf("etcd CA %s: no certificate in it", c.CAFile)
+			}
+			return pool, nil
 		}
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("etcd CA %s: no certificate in it", c.CAFile)
+		if t.RootCAs, err = roots(); err != nil {
+			return nil, nil, err
 		}
 	}
-	return t, nil
+	return t, roots, nil
 }
 
 // Close closes everything that was opened.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
@@ -187,7 +186,7 @@ func (w *webhook) runCertificate(ctx context.Context, p *controlPlane) error {
 	for ctx.Err() == nil {
 		wait := time.Second // after an error
 		changed := p.issuer.Changed()
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		key, err := ecdsa.GenerateKey(p.cfg.Identity.Keys.elliptic(), rand.Reader)
 		if err != nil {
 			return err
 		}

@@ -3,11 +3,13 @@ package etcd
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"math"
+	"net"
 	"strings"
 	"time"
 
@@ -18,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 )
 
@@ -239,8 +242,10 @@ func (w *wireWatcher) RequestProgress() error {
 type ExternalConfig struct {
 	Endpoints []string
 	TLS       *tls.Config // nil is plain text, for a Unix socket or loopback only
-	Prefix    string      // put before every key; the Guard needs it empty
-	Log       *slog.Logger
+	// Roots are asked for at each handshake, instead of TLS.RootCAs; may be nil. For endpoints with TLS only.
+	Roots  func() (*x509.CertPool, error)
+	Prefix string // put before every key; the Guard needs it empty
+	Log    *slog.Logger
 }
 
 // External is an external etcd cluster.
@@ -251,10 +256,14 @@ type External struct {
 
 // DialExternal connects to an external etcd cluster and returns when it has answered, or when ctx ends.
 func DialExternal(ctx context.Context, cfg ExternalConfig) (*External, error) {
+	options := []grpc.DialOption{connectParams()}
+	if cfg.TLS != nil && cfg.Roots != nil && len(cfg.Endpoints) > 0 && !plain(cfg.Endpoints[0]) {
+		options = append(options, grpc.WithTransportCredentials(freshRoots{credentials.NewTLS(cfg.TLS), cfg.TLS, cfg.Roots}))
+	}
 	c, err := clientv3.New(clientv3.Config{
 		Endpoints: cfg.Endpoints, TLS: cfg.TLS, Logger: newZap(cfg.Log, nil), Context: context.WithoutCancel(ctx),
 		DialTimeout: requestTimeout, DialKeepAliveTime: keepaliveTime, DialKeepAliveTimeout: keepaliveTimeout,
-		MaxCallRecvMsgSize: math.MaxInt32, DialOptions: []grpc.DialOption{connectParams()},
+		MaxCallRecvMsgSize: math.MaxInt32, DialOptions: options,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("connect to etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
@@ -265,6 +274,36 @@ func DialExternal(ctx context.Context, cfg ExternalConfig) (*External, error) {
 		return nil, fmt.Errorf("read from etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
 	}
 	return x, nil
+}
+
+// plain reports whether the stock client leaves TLS out for an endpoint; it goes by the first one for all.
+func plain(endpoint string) bool {
+	return strings.HasPrefix(endpoint, "http://") || strings.HasPrefix(endpoint, "unix:")
+}
+
+// freshRoots are the credentials of a client whose CA may be replaced while it runs. The stock client's are made of one tls.Config, and its
+// VerifyConnection is not told what address was dialled.
+type freshRoots struct {
+	credentials.TransportCredentials
+	config *tls.Config
+	roots  func() (*x509.CertPool, error)
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (f freshRoots) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	roots, err := f.roots()
+	if err != nil {
+		return nil, nil, err
+	}
+	c := f.config.Clone()
+	c.RootCAs = roots
+	return credentials.NewTLS(c).ClientHandshake(ctx, authority, conn)
+}
+
+// Clone implements credentials.TransportCredentials.
+func (f freshRoots) Clone() credentials.TransportCredentials {
+	f.TransportCredentials = f.TransportCredentials.Clone()
+	return f
 }
 
 // connectParams makes the client try again within 5 s of a peer's return.

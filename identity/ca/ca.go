@@ -270,13 +270,13 @@ func (a *Authority) SignDownstream(_ context.Context, key crypto.PublicKey, ttl 
 	return append([]*x509.Certificate{cert}, r.below()...), nil
 }
 
-// NewSVID makes a P-256 key and signs an X509-SVID for it, for this replica's own use.
+// NewSVID makes a key on the curve of the configuration and signs an X509-SVID for it, for this replica's own use.
 func (a *Authority) NewSVID(id spiffeid.ID, ttl time.Duration) (*x509svid.SVID, error) {
 	return a.newSVID(context.Background(), id, ttl)
 }
 
 func (a *Authority) newSVID(ctx context.Context, id spiffeid.ID, ttl time.Duration) (*x509svid.SVID, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := ecdsa.GenerateKey(a.cfg.Curve, rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make key of %s: %w", id, err)
 	}

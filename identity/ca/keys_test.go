@@ -59,6 +59,11 @@ func TestCurves(t *testing.T) {
 		check(t, err)
 		end()
 		signs(t, open(t, cfg), elliptic.P384())
+		own, err := open(t, cfg).NewSVID(frontend, 0)
+		check(t, err)
+		if key := own.PrivateKey.Public().(*ecdsa.PublicKey); key.Curve != elliptic.P384() {
+			t.Errorf("its own SVID's key is on %s", key.Params().Name)
+		}
 		info, err := os.Stat(filepath.Join(dir, "authority.json"))
 		check(t, err)
 		if info.Mode().Perm() != 0o600 {

@@ -558,7 +558,7 @@ func (p *controlPlane) loaded(before map[string]uint64) map[string]uint64 {
 	proxies, next := p.xds.TrustAcked(before), map[string]uint64{}
 	for td, seq := range p.bundles.Sequences() {
 		name := td.Name()
-		if seq = min(seq, proxies[name]); seq > before[name] && p.spire != nil && len(p.spire.Missing(td, seq)) > 0 {
+		if seq = min(seq, proxies[name]); seq > before[name] && p.spire != nil && p.spire.AnyMissing(td, seq) {
 			seq = before[name]
 		}
 		next[name] = seq

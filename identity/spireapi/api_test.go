@@ -1165,11 +1165,11 @@ func TestMissing(t *testing.T) {
 	}
 	again, err := spireapi.New(ctx, spireapi.Config{Authority: f.authority, Bundles: f.bundles, Tokens: f.tokens, KV: f.kv, Now: f.now})
 	check(t, err)
-	if !slices.Equal(again.Missing(west, f.authority.Sequence()), id) {
+	if !slices.Equal(again.Missing(west, f.authority.Sequence()), id) || !again.AnyMissing(west, f.authority.Sequence()) {
 		t.Error("just after a restart nobody is known to have loaded anything")
 	}
 	again.Moved(id)
-	if got := again.Missing(west, f.authority.Sequence()); len(got) != 0 {
+	if got := again.Missing(west, f.authority.Sequence()); len(got) != 0 || again.AnyMissing(west, f.authority.Sequence()) {
 		t.Errorf("an agent that follows another replica: %v", got)
 	}
 }

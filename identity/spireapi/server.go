@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"path"
 	"slices"
@@ -327,10 +328,22 @@ func (s *Server) TLSConfig() *tls.Config {
 // interval (5 s) ago: what a stock agent fetches it hands on within that time; of our own agents it is 1 s. It asks for agents that were heard of in
 // the last 30 s or follow its changes, and until 30 s after New for all unexpired ones; for a foreign td, for those that federate with it.
 func (s *Server) Missing(td spiffeid.TrustDomain, sequence uint64) []string {
+	return s.missing(td, sequence, math.MaxInt)
+}
+
+// AnyMissing reports whether Missing names anybody.
+func (s *Server) AnyMissing(td spiffeid.TrustDomain, sequence uint64) bool {
+	return len(s.missing(td, sequence, 1)) > 0
+}
+
+func (s *Server) missing(td spiffeid.TrustDomain, sequence uint64, most int) []string {
 	now := s.cfg.Now()
 	starting := now.Sub(s.started) < heardOf
 	var out []string
 	for _, a := range s.reg.allAgents() {
+		if len(out) == most {
+			break
+		}
 		s.mu.Lock()
 		act, heard := s.seen[a.ID]
 		l, ok := act.loaded[td]

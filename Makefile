@@ -128,9 +128,10 @@ bench: ## All micro benchmarks
 	$(GO) test -run '^$$' -bench . ./discovery/... ./identity/... ./proxy/...
 
 .PHONY: docs
-docs: ## Regenerate docs/cli from the commands
+docs: ## Regenerate docs/cli from the commands, docs/files.md from the configuration files
 	$(GO) run ./cmd/hanse docs docs/cli
 	$(GO) test -count=1 -run TestReferenceIsCurrent ./cmd/hanse-proxy -update
+	$(GO) test -count=1 -run TestFiles ./docs -update
 
 .PHONY: generate
 generate: ## Regenerate protobuf code (needs protoc, protoc-gen-go v1.36.12, protoc-gen-go-grpc v1.6.1)

@@ -39,21 +39,21 @@ type Capture struct {
 
 // CaptureOutbound is about what the application calls.
 type CaptureOutbound struct {
-	Outside      string   `json:"outside"` // what is none of the mesh's: allow (default) or deny
-	IncludePorts []Ports  `json:"includePorts"`
-	ExcludePorts []Ports  `json:"excludePorts"`
-	Include      []string `json:"include"` // destinations, "10.0.0.0/8"
-	Exclude      []string `json:"exclude"`
+	Outside      string   `json:"outside"`      // what is none of the mesh's: allow (default) or deny
+	IncludePorts []Ports  `json:"includePorts"` // only to these; default all
+	ExcludePorts []Ports  `json:"excludePorts"` // none to these
+	Include      []string `json:"include"`      // only to these destinations, "10.0.0.0/8"; default all
+	Exclude      []string `json:"exclude"`      // none to these
 }
 
 // CaptureInbound is about what calls the application.
 type CaptureInbound struct {
-	Mode         string   `json:"mode"`        // strict (default): callers without mutual TLS are refused; or permissive
-	ExemptPorts  []uint16 `json:"exemptPorts"` // open to everybody: health checks, metrics
-	IncludePorts []Ports  `json:"includePorts"`
-	ExcludePorts *[]Ports `json:"excludePorts"` // default [22]
-	Include      []string `json:"include"`      // sources
-	Exclude      []string `json:"exclude"`
+	Mode         string   `json:"mode"`         // strict (default): callers without mutual TLS are refused; or permissive
+	ExemptPorts  []uint16 `json:"exemptPorts"`  // open to everybody: health checks, metrics
+	IncludePorts []Ports  `json:"includePorts"` // only at these; default all
+	ExcludePorts *[]Ports `json:"excludePorts"` // none at these; default [22]
+	Include      []string `json:"include"`      // only from these sources; default all
+	Exclude      []string `json:"exclude"`      // none from these
 }
 
 // Ports is one port or a range, as number or string.

@@ -30,10 +30,10 @@ type Config struct {
 	Cluster     string `json:"cluster"`     // as hansed has it
 	TrustDomain string `json:"trustDomain"` // the cluster's
 	Network     string `json:"network"`     // default: the cluster's name
-	Region      string `json:"region"`
-	Zone        string `json:"zone"`
-	Namespace   string `json:"namespace"` // of the workload: short names are in it; in a pod, default: its own
-	NodeID      string `json:"nodeID"`    // unique per proxy; default: from role, namespace, host name and addresses
+	Region      string `json:"region"`      // where it runs: for levels
+	Zone        string `json:"zone"`        // likewise
+	Namespace   string `json:"namespace"`   // of the workload: short names are in it; in a pod, default: its own
+	NodeID      string `json:"nodeID"`      // unique per proxy; default: from role, namespace, host name and addresses
 
 	ControlPlane ControlPlane `json:"controlPlane"`
 	StateDir     string       `json:"stateDir"` // keys, SVID, configuration; 0700, tmpfs in pods
@@ -121,7 +121,7 @@ type ControlPlane struct {
 
 // Listen is one listener.
 type Listen struct {
-	Listen string `json:"listen"`
+	Listen string `json:"listen"` // host:port or :port
 }
 
 // Outbound is the explicit proxy for the application.
@@ -131,8 +131,8 @@ type Outbound struct {
 
 // Local leads a loopback address to one service.
 type Local struct {
-	Listen string `json:"listen"`
-	To     string `json:"to"` // payments.shop:8080
+	Listen string `json:"listen"` // loopback
+	To     string `json:"to"`     // payments.shop:8080
 }
 
 // Workload is an address in the mesh and the applications behind it.

@@ -30,11 +30,11 @@ type Config struct {
 	Cluster     string            `json:"cluster"`     // this cluster's name in the mesh, a DNS label
 	TrustDomain string            `json:"trustDomain"` // its own; never another cluster's
 	Mesh        string            `json:"mesh"`        // name of the mesh, for people; the first cluster's counts
-	Region      string            `json:"region"`
-	Network     string            `json:"network"`  // endpoints of other networks are reached through gateways; default: the cluster's name
-	Gateways    []string          `json:"gateways"` // ip:port or host:port of this cluster's gateways, as other clusters dial them; names are looked up again and again
-	Labels      map[string]string `json:"labels"`   // of this member, for audiences
-	Replica     string            `json:"replica"`  // name of this hansed among those of the cluster (with etcd.endpoints); default: the host's name
+	Region      string            `json:"region"`      // of its endpoints, where nothing else says theirs
+	Network     string            `json:"network"`     // endpoints of other networks are reached through gateways; default: the cluster's name
+	Gateways    []string          `json:"gateways"`    // ip:port or host:port of this cluster's gateways, as other clusters dial them; names are looked up again and again
+	Labels      map[string]string `json:"labels"`      // of this member, for audiences
+	Replica     string            `json:"replica"`     // name of this hansed among those of the cluster (with etcd.endpoints); default: the host's name
 
 	DataDir   string  `json:"dataDir"`   // etcd, keys, bundles; 0700
 	ConfigDir string  `json:"configDir"` // directory of Kubernetes YAML that is watched; optional
@@ -43,10 +43,10 @@ type Config struct {
 
 	Federation Federation `json:"federation"`
 	Identity   Identity   `json:"identity"`
-	XDS        Listen     `json:"xds"`
+	XDS        Listen     `json:"xds"` // for this cluster's proxies; default :7445
 	Bundle     Bundles    `json:"bundleEndpoint"`
 	Remote     Listen     `json:"remoteAdmin"` // off unless an address is given
-	Admin      Listen     `json:"admin"`       // metrics and debug; loopback only
+	Admin      Listen     `json:"admin"`       // metrics and debug; loopback only; default 127.0.0.1:7440
 	Health     Health     `json:"health"`      // for who has no identity, the kubelet above all; off unless an address is given
 	Etcd       Etcd       `json:"etcd"`
 	Log        Log        `json:"log"`
@@ -57,26 +57,26 @@ type Config struct {
 
 // Listen is one listener.
 type Listen struct {
-	Listen string `json:"listen"`
+	Listen string `json:"listen"` // host:port or :port
 }
 
 // Bundles is the bundle endpoint (https_spiffe), and what https_web needs.
 type Bundles struct {
-	Listen   string `json:"listen"`
+	Listen   string `json:"listen"` // default :7446
 	Web      Web    `json:"web"`
 	WebRoots string `json:"webRoots"` // PEM file of who vouches for other trust domains' https_web endpoints; default: the system's roots
 }
 
 // Web is the bundle endpoint with the https_web profile; without listen there is none.
 type Web struct {
-	Listen   string `json:"listen"`
+	Listen   string `json:"listen"`   // host:port or :port
 	CertFile string `json:"certFile"` // PEM files; they are read again when they change
-	KeyFile  string `json:"keyFile"`
+	KeyFile  string `json:"keyFile"`  // PEM
 }
 
 // KubeAPI is an API server. In a pod its service account serves; elsewhere a kubeconfig does.
 type KubeAPI struct {
-	Enabled    bool   `json:"enabled"`
+	Enabled    bool   `json:"enabled"`    // whether there is one; default false
 	Kubeconfig string `json:"kubeconfig"` // file; default: the pod's service account
 	Context    string `json:"context"`    // of the kubeconfig; default: its current one
 
@@ -89,23 +89,23 @@ type KubeAPI struct {
 
 // Health answers /livez and /readyz to whoever asks, and /metrics if it may.
 type Health struct {
-	Listen  string `json:"listen"`
-	Metrics bool   `json:"metrics"`
+	Listen  string `json:"listen"`  // host:port or :port
+	Metrics bool   `json:"metrics"` // whether /metrics is answered, too; default false
 }
 
 // Federation is the listener for other clusters.
 type Federation struct {
-	Listen    string   `json:"listen"`
+	Listen    string   `json:"listen"`    // default :7443
 	Advertise []string `json:"advertise"` // host:port as other clusters dial it; default: listen, unless that is unspecified
 }
 
 // Identity is the SPIRE Server API and the lives of what it signs.
 type Identity struct {
-	Listen   string   `json:"listen"`
-	X509Life Duration `json:"x509Life"`
-	JWTLife  Duration `json:"jwtLife"`
-	RootLife Duration `json:"rootLife"`
-	Keys     Keys     `json:"keys"` // that sign
+	Listen   string   `json:"listen"`   // default :7444
+	X509Life Duration `json:"x509Life"` // of workloads' X509-SVIDs; default 1h
+	JWTLife  Duration `json:"jwtLife"`  // of JWT-SVIDs; default 5m
+	RootLife Duration `json:"rootLife"` // of this control plane's root, which is replaced long before its end; default 168h
+	Keys     Keys     `json:"keys"`     // that sign
 
 	// SPIRE, where a server is given, issues instead of this control plane.
 	SPIRE SPIRE `json:"spire"`
@@ -157,8 +157,8 @@ type SPIRE struct {
 	// Of workloads of discovered services, of the control plane itself, and of its gateways. Parents and selectors are Go templates over
 	// .TrustDomain .Cluster .Namespace .ServiceAccount .ID .Address .Hostname .Region .Zone. None: entries are people's to make.
 	Entries      []SPIREEntry `json:"entries"`
-	ControlPlane []SPIREEntry `json:"controlPlane"`
-	Gateways     []SPIREEntry `json:"gateways"`
+	ControlPlane []SPIREEntry `json:"controlPlane"` // likewise, of the control plane
+	Gateways     []SPIREEntry `json:"gateways"`     // likewise, of its gateways
 
 	Linger         Duration `json:"linger"`         // how long an entry outlives its workload; default 1m
 	BundleEndpoint string   `json:"bundleEndpoint"` // host:port at which spire-server reaches bundleEndpoint.listen; default: that, on 127.0.0.1 if unspecified
@@ -204,11 +204,11 @@ type Kubernetes struct {
 
 // Etcd is where state lives: embedded, unless endpoints are given.
 type Etcd struct {
-	Endpoints  []string `json:"endpoints"`
-	Prefix     string   `json:"prefix"`
-	CertFile   string   `json:"certFile"`
-	KeyFile    string   `json:"keyFile"`
-	CAFile     string   `json:"caFile"`
+	Endpoints  []string `json:"endpoints"`  // URLs of an etcd that is this cluster's alone; default: the embedded one
+	Prefix     string   `json:"prefix"`     // refused: other clusters read exports at their fixed keys
+	CertFile   string   `json:"certFile"`   // PEM, of the client; read again at the next connection
+	KeyFile    string   `json:"keyFile"`    // PEM
+	CAFile     string   `json:"caFile"`     // PEM: whose certificates etcd may have
 	QuotaBytes int64    `json:"quotaBytes"` // embedded; default 2 GiB for own and for imports
 }
 

@@ -84,7 +84,7 @@ func command() *cobra.Command {
 			return run(cmd.Context(), cfg)
 		},
 	}
-	cmd.Flags().StringVar(&path, "config", "", "configuration file (YAML); docs/operations.md lists its fields")
+	cmd.Flags().StringVar(&path, "config", "", "configuration file (YAML); docs/files.md lists its fields")
 	cmd.Flags().BoolVar(&check, "check", false, "check the configuration and end")
 	cmd.Flags().StringSliceVar(&endpoints, "etcd-endpoints", nil, "use this external etcd instead of the embedded one; several hansed over one etcd are replicas, of which one leads")
 	cmd.Flags().StringVar(&replica, "replica", "", "name of this hansed among those of its cluster; default the host's name")

@@ -18,21 +18,21 @@ type Check struct {
 
 // HTTP is a GET; answers from 200 to 399 are good, as the kubelet has it.
 type HTTP struct {
-	Port    uint16      `json:"port"`
-	Path    string      `json:"path"`
-	HTTPS   bool        `json:"https,omitempty"` // its certificate is not verified, as the kubelet has it
-	Headers [][2]string `json:"headers,omitempty"`
+	Port    uint16      `json:"port"`              // of the application
+	Path    string      `json:"path"`              // what is asked for
+	HTTPS   bool        `json:"https,omitempty"`   // its certificate is not verified, as the kubelet has it
+	Headers [][2]string `json:"headers,omitempty"` // [name, value]
 }
 
 // GRPC asks by gRPC's health protocol (grpc.health.v1) for a service, which may be "".
 type GRPC struct {
-	Port    uint16 `json:"port"`
-	Service string `json:"service,omitempty"`
+	Port    uint16 `json:"port"`              // of the application
+	Service string `json:"service,omitempty"` // that is asked about
 }
 
 // TCP connects.
 type TCP struct {
-	Port uint16 `json:"port"`
+	Port uint16 `json:"port"` // of the application
 }
 
 // maxChecks is far beyond three for each container.

@@ -20,7 +20,7 @@ type Values struct {
 	TrustDomain string `json:"trustDomain"` // the cluster's
 	Network     string `json:"network"`     // default: the cluster's name
 
-	Image      string            `json:"image"`
+	Image      string            `json:"image"`           // of hanse-proxy; without one nothing is injected
 	PullPolicy corev1.PullPolicy `json:"imagePullPolicy"` // default IfNotPresent
 	Version    string            `json:"version"`         // of the sidecar, for people
 

@@ -179,6 +179,14 @@ bin/tools/coredns: test/kube/coredns/go.mod
 	@mkdir -p bin/tools
 	cd test/kube/coredns && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o ../../../bin/tools/ github.com/coredns/coredns
 
+bin/tools/spiffe-csi-driver: test/kube/csi/go.mod
+	@mkdir -p bin/tools
+	cd test/kube/csi && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o ../../../bin/tools/ github.com/spiffe/spiffe-csi/cmd/spiffe-csi-driver
+
+bin/tools/csi-registrar: test/kube/csi/go.mod test/kube/csi/registrar/main.go
+	@mkdir -p bin/tools
+	cd test/kube/csi && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o ../../../bin/tools/csi-registrar ./registrar
+
 bin/images/pause.tar: test/kube/pause/main.go
 	@mkdir -p bin/tools
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/tools/pause ./test/kube/pause
@@ -201,7 +209,7 @@ e2e-kube: kube-tools images ## A mesh's whole life on two real Kubernetes cluste
 
 .PHONY: e2e-kube-more
 MORE := TestFlatNetwork TestUpgrade TestSidecars TestReplicas TestZones TestAddresses TestOnSPIRE
-e2e-kube-more: kube-tools images bin/tools/spire-server bin/tools/spire-agent ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load; sidecars from first moment to last; several hansed; zones and drained nodes; load balancers; a SPIRE that was there before (root, as make e2e-kube)
+e2e-kube-more: kube-tools images bin/tools/spire-server bin/tools/spire-agent bin/tools/spiffe-csi-driver bin/tools/csi-registrar ## More on real clusters, each test on its own (MORE=TestUpgrade for one of them): pods without sidecars on one network; upgrades under load; sidecars from first moment to last; several hansed; zones and drained nodes; load balancers; a SPIRE that was there before (root, as make e2e-kube)
 	for t in $(MORE); do HANSE_E2E_KUBE=1 $(GO) test -count=1 -v -timeout 15m -run "^$$t$$" ./test/kube/e2e || exit 1; done
 
 .PHONY: conformance-gateway

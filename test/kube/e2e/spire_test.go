@@ -18,8 +18,8 @@ import (
 	"github.com/hanse-mesh/hanse/test/kube/lab"
 )
 
-// spire is a SPIRE that a cluster's people had before Hanse: a spire-server on its first node and a spire-agent on each, unmodified, with SPIRE's own
-// attestor of Pods.
+// spire is a SPIRE that a cluster's people had before Hanse: spire-server, spire-agent with its own attestor of Pods and the SPIFFE CSI driver, unmodified,
+// on the cluster's only node.
 type spire struct {
 	c       *cluster
 	dir     string
@@ -67,7 +67,32 @@ plugins {
 }
 `, c.IP, filepath.Join(sp.sockets, "spire-agent.sock"), c.Name, sp.path("agent")))
 	sp.run("spire-agent", "run", "-config", sp.path("agent.conf"), "-joinToken", token)
+	sp.driver()
 	return sp
+}
+
+// driver makes the agent's socket a volume.
+func (sp *spire) driver() {
+	sp.c.s.t.Helper()
+	const name = "csi.spiffe.io"
+	dir, node := "/var/lib/kubelet/plugins/"+name, sp.c.Nodes[0]
+	if out, err := node.Command(sp.c.s.ctx, "mkdir", "-p", dir).CombinedOutput(); err != nil {
+		sp.c.s.t.Fatalf("%v: %s", err, out)
+	}
+	sp.follow("spiffe-csi-driver", node.Command(sp.c.s.ctx, sp.tool("spiffe-csi-driver"), "-node-id", node.Name, "-csi-socket-path", dir+"/csi.sock", "-workload-api-socket-dir", sp.sockets))
+	sp.follow("csi-registrar", node.Command(sp.c.s.ctx, sp.tool("csi-registrar"), name, dir+"/csi.sock"))
+	sp.c.apply(`apiVersion: storage.k8s.io/v1
+kind: CSIDriver
+metadata: {name: ` + name + `}
+spec: {attachRequired: false, podInfoOnMount: true, fsGroupPolicy: None, volumeLifecycleModes: [Ephemeral]}
+`)
+	sp.c.s.until(30*time.Second, func() error {
+		out, err := sp.c.Kubectl(sp.c.s.ctx, "get", "csinode", node.Name, "-o", "jsonpath={.spec.drivers[*].name}")
+		if err == nil && out != name {
+			err = fmt.Errorf("the kubelet's drivers: %q", out)
+		}
+		return err
+	})
 }
 
 func (sp *spire) path(name string) string { return filepath.Join(sp.dir, name) }
@@ -81,19 +106,30 @@ func (sp *spire) write(name, text string) {
 	}
 }
 
-// run runs a program on the node, where names of the cluster resolve. It ends with the test.
+// tool is the path of a program.
+func (sp *spire) tool(name string) string {
+	sp.c.s.t.Helper()
+	exe, err := filepath.Abs(filepath.Join(bin, "tools", name))
+	if err != nil {
+		sp.c.s.t.Fatal(err)
+	}
+	return exe
+}
+
+// run runs a program in the node's network, where names of the cluster resolve.
 func (sp *spire) run(program string, args ...string) *exec.Cmd {
 	sp.c.s.t.Helper()
-	log, err := os.OpenFile(sp.path(program+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	return sp.follow(program, sp.c.Command(sp.c.s.ctx, "unshare", append([]string{"-m", "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec "$@"`, sp.path("resolv.conf"), sp.tool(program)}, args...)...))
+}
+
+// follow starts a program, which ends with the test. Its log is NAME.log.
+func (sp *spire) follow(name string, cmd *exec.Cmd) *exec.Cmd {
+	sp.c.s.t.Helper()
+	log, err := os.OpenFile(sp.path(name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		sp.c.s.t.Fatal(err)
 	}
 	defer log.Close()
-	exe, err := filepath.Abs(filepath.Join(bin, "tools", program))
-	if err != nil {
-		sp.c.s.t.Fatal(err)
-	}
-	cmd := sp.c.Command(sp.c.s.ctx, "unshare", append([]string{"-m", "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec "$@"`, sp.path("resolv.conf"), exe}, args...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
 		sp.c.s.t.Fatal(err)
@@ -114,7 +150,7 @@ func (sp *spire) stop() {
 
 // try runs `spire-server` as its administrator.
 func (sp *spire) try(args ...string) (string, error) {
-	out, err := exec.CommandContext(sp.c.s.ctx, filepath.Join(bin, "tools", "spire-server"), append(args, "-socketPath", sp.path("api.sock"))...).CombinedOutput()
+	out, err := exec.CommandContext(sp.c.s.ctx, sp.tool("spire-server"), append(args, "-socketPath", sp.path("api.sock"))...).CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("spire-server %s: %w: %s", strings.Join(args, " "), err, out)
 	}
@@ -135,21 +171,22 @@ func (sp *spire) find(pattern string, args ...string) string {
 func TestOnSPIRE(t *testing.T) {
 	s := up(t, lab.Config{})
 	west, east := s.west, s.east
-	before := west.objects()
 	var sp *spire
+	var before []string
 	s.step("a SPIRE, and what it has to know of Hanse", func() {
 		sp = west.spire()
+		before = west.objects()
 		sp.find(`(Entry ID)`, "entry", "create", "-admin", "-parentID", sp.id("nodes"), "-spiffeID", sp.id("hanse/control-plane"), "-selector", "k8s:ns:"+system, "-selector", "k8s:sa:hansed")
 	})
 	t.Cleanup(func() {
-		for _, name := range []string{"spire-server.log", "spire-agent.log"} {
+		for _, name := range []string{"spire-server.log", "spire-agent.log", "spiffe-csi-driver.log", "csi-registrar.log"} {
 			if b, err := os.ReadFile(sp.path(name)); err == nil && t.Failed() {
 				t.Logf("%s:\n%s", name, b[max(0, len(b)-6000):])
 			}
 		}
 	})
 	s.step("install", func() {
-		s.install(west, "identity.spire.server="+west.IP+":8081", "identity.spire.hostPath="+sp.sockets)
+		s.install(west, "identity.spire.server="+west.IP+":8081")
 		s.install(east)
 		s.t.Logf("%s", s.hanse("check", "--context", "west"))
 		s.t.Logf("%s", s.hanse("--context", "west", "status"))
@@ -231,6 +268,17 @@ func TestOnSPIRE(t *testing.T) {
 		}
 		s.until(time.Minute, func() error { return s.joined(west, east) })
 		load.mustHaveServed(500)
+	})
+	s.step("under load: from the CSI driver to a directory of the node", func() {
+		load := west.load()
+		s.hanse("upgrade", "--context", "west", "--image-tag", version, "--set", "identity.spire.hostPath="+sp.sockets, "--yes", "--timeout", "3m")
+		west.restart("shop", "deployment/frontend")
+		west.restart("shop", "deployment/load")
+		if out := west.kubectl("-n", "shop", "get", "pods", "-l", "app=frontend", "-o", "jsonpath={.items[*].spec.volumes[*].hostPath.path}"); out != sp.sockets {
+			s.t.Errorf("frontend's volumes of the node: %q", out)
+		}
+		west.mustCall("frontend", payments)
+		load.mustHaveServed(200)
 	})
 	s.step("leave, uninstall, and what is left", func() {
 		s.hanse("--context", "west", "leave", "--yes")

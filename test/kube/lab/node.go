@@ -44,9 +44,14 @@ func (n *Node) ips() string {
 // in are nsenter's arguments for its mounts and network.
 func (n *Node) in() []string { return []string{"-t", fmt.Sprint(n.pid), "-m", "-n"} }
 
+// Command is a program to be run on the node, among its mounts and in its network.
+func (n *Node) Command(ctx context.Context, program string, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "nsenter", append(append(n.in(), program), args...)...)
+}
+
 // ctr runs a command of `ctr images`.
 func (n *Node) ctr(ctx context.Context, args ...string) error {
-	_, err := run("", exec.CommandContext(ctx, "nsenter", append(append(n.in(), "ctr", "-n", "k8s.io", "images"), args...)...))
+	_, err := run("", n.Command(ctx, "ctr", append([]string{"-n", "k8s.io", "images"}, args...)...))
 	return err
 }
 
@@ -79,7 +84,7 @@ func (n *Node) up(ctx context.Context) error {
 	}
 	n.pid = containerd.Process.Pid
 	if err := eventually(ctx, 30*time.Second, func() error {
-		_, err := run("", exec.CommandContext(ctx, "nsenter", append(n.in(), "ctr", "--connect-timeout", "1s", "version")...))
+		_, err := run("", n.Command(ctx, "ctr", "--connect-timeout", "1s", "version"))
 		return err
 	}); err != nil {
 		return fmt.Errorf("containerd (%s): %w", n.path("containerd.log"), err)

@@ -55,7 +55,7 @@ func (b *ackBook) Run(ctx context.Context) error {
 			return nil
 		})
 		if ctx.Err() == nil {
-			b.log.Warn("acknowledgements of the replicas are read again", "err", err)
+			etcd.Again(ctx, b.log, "acknowledgements of the replicas are read again", err)
 			pause(ctx, time.Second)
 		}
 	}

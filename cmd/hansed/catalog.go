@@ -142,7 +142,7 @@ func (c *catalog) follow(ctx context.Context) error {
 			return nil
 		})
 		if ctx.Err() == nil {
-			c.log.Warn("applied objects are read again", "err", err)
+			etcd.Again(ctx, c.log, "applied objects are read again", err)
 			pause(ctx, time.Second)
 		}
 	}

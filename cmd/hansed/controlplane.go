@@ -503,7 +503,7 @@ func (p *controlPlane) followRecords(ctx context.Context) error {
 			}
 		}()
 		if ctx.Err() == nil {
-			p.log.Warn("agents and entries are read again", "err", err)
+			etcd.Again(ctx, p.log, "agents and entries are read again", err)
 			pause(ctx, time.Second)
 		}
 	}
@@ -522,7 +522,7 @@ func (p *controlPlane) followDrills(ctx context.Context) error {
 			return nil
 		})
 		if ctx.Err() == nil {
-			p.log.Warn("drills are read again", "err", err)
+			etcd.Again(ctx, p.log, "drills are read again", err)
 			pause(ctx, time.Second)
 		}
 	}

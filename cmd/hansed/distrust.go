@@ -227,7 +227,7 @@ func (d *distrusts) follow(ctx context.Context, again string, kv *etcd.KV, f fun
 	for ctx.Err() == nil {
 		err := kv.Watch(ctx, "", func(all []etcd.KeyValue, rev int64) error { return f(ctx, all, rev) })
 		if ctx.Err() == nil {
-			d.log.Warn(again, "err", err)
+			etcd.Again(ctx, d.log, again, err)
 			pause(ctx, time.Second)
 		}
 	}

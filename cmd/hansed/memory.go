@@ -233,7 +233,7 @@ func (m *sharedMemory) follow(ctx context.Context) error {
 			return nil
 		})
 		if ctx.Err() == nil {
-			m.log.Warn("export times are read again", "err", err)
+			etcd.Again(ctx, m.log, "export times are read again", err)
 			pause(ctx, time.Second)
 		}
 	}

@@ -197,7 +197,7 @@ func (r *roots) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		err := etcd.NewKV(r.store, "").Watch(ctx, rootsPrefix, func(all []etcd.KeyValue, _ int64) error { return r.take(all) })
 		if ctx.Err() == nil {
-			r.log.Warn("roots of the replicas are read again", "err", err)
+			etcd.Again(ctx, r.log, "roots of the replicas are read again", err)
 			pause(ctx, time.Second)
 		}
 	}

@@ -152,7 +152,7 @@ func (r *roots) RunSigning(ctx context.Context) error {
 			return nil
 		})
 		if ctx.Err() == nil {
-			r.log.Warn("what replicas ask to be signed is read again", "err", err)
+			etcd.Again(ctx, r.log, "what replicas ask to be signed is read again", err)
 			pause(ctx, time.Second)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"math"
 	"net"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -252,6 +253,8 @@ type ExternalConfig struct {
 type External struct {
 	client *clientv3.Client
 	prefix string
+	log    *slog.Logger
+	away   atomic.Bool
 }
 
 // DialExternal connects to an external etcd cluster and returns when it has answered, or when ctx ends.
@@ -268,7 +271,7 @@ func DialExternal(ctx context.Context, cfg ExternalConfig) (*External, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
 	}
-	x := &External{client: c, prefix: cfg.Prefix}
+	x := &External{client: c, prefix: cfg.Prefix, log: orDiscard(cfg.Log)}
 	if _, _, err := x.Store().Get(ctx, "hanse", 0); err != nil {
 		_ = c.Close()
 		return nil, fmt.Errorf("read from etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
@@ -319,11 +322,77 @@ func (x *External) Client() *clientv3.Client { return x.client }
 
 // Store returns the cluster as a Store.
 func (x *External) Store() Store {
-	s := newWire(x.client.ActiveConnection())
+	s := &noting{Store: newWire(x.client.ActiveConnection()), x: x}
 	if x.prefix == "" {
 		return s
 	}
 	return &prefixed{Store: s, prefix: x.prefix}
+}
+
+// note says once that the cluster is away, and once that it is there again, for all who read from it or write to it.
+func (x *External) note(ctx context.Context, err error) error {
+	if status.Code(err) == codes.Unavailable || errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil { // the call's own end
+		if !x.away.Swap(true) {
+			x.log.Warn("etcd is away; what was read from it stays in force, and all is tried again", "error", err)
+		}
+		return fmt.Errorf("%w: %w", ErrAway, err)
+	}
+	if err == nil && x.away.Load() && x.away.Swap(false) {
+		x.log.Info("etcd answers again")
+	}
+	return err
+}
+
+// noting has an External note what came of each call. A watch that is only opened says nothing: without a quorum that works, too.
+type noting struct {
+	Store
+	x *External
+}
+
+func (n *noting) Get(ctx context.Context, key string, revision int64) (*KeyValue, Header, error) {
+	kv, h, err := n.Store.Get(ctx, key, revision)
+	return kv, h, n.x.note(ctx, err)
+}
+
+func (n *noting) List(ctx context.Context, prefix string, revision int64, each func(KeyValue) error) (Header, error) {
+	h, err := n.Store.List(ctx, prefix, revision, each)
+	return h, n.x.note(ctx, err)
+}
+
+func (n *noting) Txn(ctx context.Context, compares []Compare, ops []Op) (bool, Header, error) {
+	ok, h, err := n.Store.Txn(ctx, compares, ops)
+	return ok, h, n.x.note(ctx, err)
+}
+
+func (n *noting) Watch(ctx context.Context, prefix string, from int64) (Watcher, error) {
+	w, err := n.Store.Watch(ctx, prefix, from)
+	if err != nil {
+		return nil, n.x.note(ctx, err)
+	}
+	return &notingWatcher{w, ctx, n.x}, nil
+}
+
+type notingWatcher struct {
+	Watcher
+	ctx context.Context // of the stream
+	x   *External
+}
+
+func (w *notingWatcher) Recv() (*WatchResponse, error) {
+	r, err := w.Watcher.Recv()
+	if err != nil {
+		return nil, w.x.note(w.ctx, err)
+	}
+	return r, nil
+}
+
+// Again logs why something of a Store is read again: at level Warn, unless External has said once for all that it is away.
+func Again(ctx context.Context, log *slog.Logger, what string, err error) {
+	level := slog.LevelWarn
+	if errors.Is(err, ErrAway) {
+		level = slog.LevelDebug
+	}
+	log.Log(ctx, level, what, "err", err)
 }
 
 // Close ends the connection.

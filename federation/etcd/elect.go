@@ -234,7 +234,7 @@ func (e *Election) follow(ctx context.Context, key string, won chan struct{}, ca
 			return nil
 		})
 		if ctx.Err() == nil {
-			e.cfg.Log.Warn("who leads is read again", "error", err)
+			Again(ctx, e.cfg.Log, "who leads is read again", err)
 			sleep(ctx, 200*time.Millisecond)
 		}
 	}

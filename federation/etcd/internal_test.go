@@ -17,7 +17,7 @@ import (
 )
 
 // ExternalOf is an external etcd behind a client that the test has made.
-func ExternalOf(c *clientv3.Client) *External { return &External{client: c} }
+func ExternalOf(c *clientv3.Client) *External { return &External{client: c, log: orDiscard(nil)} }
 
 func TestCompactionKeepsHistory(t *testing.T) {
 	start := time.Unix(0, 0)

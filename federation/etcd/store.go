@@ -12,6 +12,7 @@ var (
 	ErrPermissionDenied = errors.New("permission denied")
 	ErrNoSpace          = errors.New("no space: the store's quota is used up")
 	ErrNotLeader        = errors.New("not the leader any more")
+	ErrAway             = errors.New("etcd is away") // an external one; External has logged it
 )
 
 // Limits of one Txn (etcd's own defaults, less what the Store adds itself: a checkpoint and a fence).

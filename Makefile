@@ -37,7 +37,7 @@ demo-check: build ## The same without staying: one JSON document, exit 0 only if
 
 .PHONY: test
 test: lint ## Vet, staticcheck and all tests, with -race
-	$(GO) test -race -shuffle=on -timeout 20m -p 3 ./test/e2e ./... # the longest first, beside the others; most of them wait for timers more than they work
+	$(GO) test -race -shuffle=on -timeout 20m -p 3 ./test/e2e $$($(GO) list ./... | grep -vE '/test/(e2e|kube)$$') # the longest first, beside the others; most wait for timers more than they work. test/kube is make test-kube's
 
 .PHONY: lint
 lint: bin/tools/staticcheck-$(STATICCHECK_VERSION) ## gofmt, vet and staticcheck

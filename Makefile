@@ -162,7 +162,7 @@ bin/tools/controller-gen-$(CONTROLLER_GEN_VERSION):
 
 .PHONY: test-kube
 test-kube: bin/tools/kube-apiserver bin/tools/coredns bin/tools/kubectl ## Against real Kubernetes v1.36.3 programs (8 CPU minutes to build them, once)
-	$(GO) test -race -count=1 -timeout 20m ./test/kube
+	$(GO) test -race -count=1 -parallel 4 -timeout 20m ./test/kube
 
 KUBERNETES_BUILD = @mkdir -p bin/tools && cd test/kube/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w $(KUBERNETES_LDFLAGS)' -o ../../../bin/tools/
 KUBERNETES_PROGRAMS := $(addprefix bin/tools/,kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl)

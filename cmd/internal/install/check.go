@@ -94,6 +94,9 @@ func (c *Cluster) Before(ctx context.Context, objects []*unstructured.Unstructur
 	if wantsStorage(objects) {
 		say(c.storage(ctx))
 	}
+	for _, driver := range csiDrivers(objects) {
+		say(c.csiDriver(ctx, driver))
+	}
 	return ok
 }
 
@@ -171,6 +174,31 @@ func (c *Cluster) storage(ctx context.Context) admin.Check {
 			Remedy: "--set hansed.persistence.storageClass=NAME, or for a trial --set hansed.persistence.enabled=false"}
 	}
 	return admin.Check{Name: "storage", OK: true, Detail: "StorageClass " + found}
+}
+
+// csiDrivers are those of the volumes of Pods, which with identity.spire bring the SPIRE agent's socket.
+func csiDrivers(objects []*unstructured.Unstructured) []string {
+	var out []string
+	for _, o := range objects {
+		l, _, _ := unstructured.NestedSlice(o.Object, "spec", "template", "spec", "volumes")
+		for _, x := range l {
+			m, _ := x.(map[string]any)
+			if driver, ok, _ := unstructured.NestedString(m, "csi", "driver"); ok && !slices.Contains(out, driver) {
+				out = append(out, driver)
+			}
+		}
+	}
+	return out
+}
+
+func (c *Cluster) csiDriver(ctx context.Context, name string) admin.Check {
+	asked, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if _, err := c.client.Resource(gvr("storage.k8s.io", "v1", "csidrivers")).Get(asked, name, metav1.GetOptions{}); err != nil {
+		return admin.Check{Name: "CSI driver", Warn: true, Detail: fmt.Sprintf("there is no CSIDriver %s: Pods would wait for the SPIRE agent's socket", name),
+			Remedy: "install the SPIFFE CSI driver beside SPIRE's agents, or --set identity.spire.hostPath=DIRECTORY of the socket on the nodes"}
+	}
+	return admin.Check{Name: "CSI driver", OK: true, Detail: name}
 }
 
 // After checks an installation. objects are what it should be; nil leaves that out.

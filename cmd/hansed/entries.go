@@ -67,7 +67,8 @@ func (k *entryKeeper) run(ctx context.Context) error {
 	known := false
 	for {
 		wait := retryEntries
-		if term, end, leads := k.p.replicas.during(ctx); known && leads {
+		term, end, leads := k.p.replicas.during(ctx)
+		if known && leads {
 			p, now := k.p, time.Now()
 			all, next := k.stays.entries(want, now)
 			if k.nodes != nil {
@@ -89,10 +90,8 @@ func (k *entryKeeper) run(ctx context.Context) error {
 			if next > 0 {
 				wait = min(wait, next)
 			}
-			end()
-		} else {
-			end()
 		}
+		end()
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():

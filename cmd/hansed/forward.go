@@ -121,11 +121,19 @@ func (p *controlPlane) whileLeads(ctx context.Context, id string) (context.Conte
 	return ctx, cancel
 }
 
+// passedTo is the key, in a request's context, of the replica that it is passed on to: by then another one, or nobody, may lead.
+type passedTo struct{}
+
+func leaderOf(r *http.Request) replica {
+	leader, _ := r.Context().Value(passedTo{}).(replica)
+	return leader
+}
+
 // viaLeader serves the admin API of a replica: what is the leader's is passed on to it.
 func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 	pass := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
-			leader, _ := p.replicas.leader()
+			leader := leaderOf(r.In)
 			r.Out.URL.Scheme, r.Out.URL.Host = "https", leader.Addresses[0]
 			r.Out.Header.Set(forwarded, p.replicas.self.Name)
 		},
@@ -136,7 +144,7 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 				local.ServeHTTP(w, r.WithContext(context.WithoutCancel(r.Context())))
 				return
 			}
-			leader, _ := p.replicas.leader()
+			leader := leaderOf(r)
 			admin.Fail(w, r, &admin.Error{Status: http.StatusServiceUnavailable,
 				Message: fmt.Sprintf("replica %s at %s leads this cluster's control plane, and does not answer: %v", leader.Name, strings.Join(leader.Addresses, ", "), err),
 				Hint:    "try again in some seconds, when another may lead; hanse status shows who does"}, p.log)
@@ -170,7 +178,7 @@ func (p *controlPlane) viaLeader(local http.Handler) http.Handler {
 				ctx, stop = context.WithTimeout(ctx, betterTime)
 				defer stop()
 			}
-			pass.ServeHTTP(w, r.WithContext(ctx))
+			pass.ServeHTTP(w, r.WithContext(context.WithValue(ctx, passedTo{}, leader)))
 		case !ok && only:
 			admin.Fail(w, r, p.replicas.refuse(), p.log)
 		default:

@@ -183,12 +183,21 @@ type registrar struct {
 	log       *slog.Logger
 
 	// of the last call of entries
-	services discovery.ByName[*discovery.Service]
-	made     discovery.ByName[*serviceEntries]
-	failed   []discovery.Name // accounts without an entry
+	services   discovery.ByName[*discovery.Service]
+	made       discovery.ByName[*serviceEntries]
+	accounts   []discovery.Name
+	ofAccounts []accountEntries // of each of accounts
+	failed     []discovery.Name // accounts without an entry
 }
 
-// serviceEntries are what the endpoints of one service, or a service account, need. A Service is immutable, so they are made once.
+// accountEntries are what a service account needs, and why that is not all.
+type accountEntries struct {
+	serviceEntries
+	id  spiffeid.ID
+	err error
+}
+
+// serviceEntries are what the endpoints of one service need. A Service is immutable, so they are made once.
 type serviceEntries struct {
 	keys []string // of entries
 	all  []onspire.Entry
@@ -260,50 +269,46 @@ func (r *registrar) entries(s *discovery.Snapshot) []onspire.Entry {
 	for _, of := range r.made.All() {
 		take(of)
 	}
+	if !slices.Equal(r.accounts, s.Accounts) {
+		r.accounts, r.ofAccounts = s.Accounts, make([]accountEntries, len(s.Accounts))
+		for i, a := range s.Accounts {
+			r.ofAccounts[i] = r.ofAccount(a)
+		}
+	}
 	var failed []discovery.Name
-	for _, a := range s.Accounts {
-		of, err := r.ofAccount(a)
-		take(of)
-		if err == nil || len(of.all) > 0 || ids[r.accountID(a)] { // by its address, say, where a service leads to it
+	for i := range r.ofAccounts {
+		of, a := &r.ofAccounts[i], r.accounts[i]
+		take(&of.serviceEntries)
+		if of.err == nil || ids[of.id] { // by its address, say, where a service leads to it
 			continue
 		}
 		failed = append(failed, a)
 		if !slices.Contains(r.failed, a) {
-			r.log.Warn("a workload gets no entry on SPIRE", "account", a.String(), "err", err)
+			r.log.Warn("a workload gets no entry on SPIRE", "account", a.String(), "err", of.err)
 		}
 	}
 	r.failed = failed
 	return out
 }
 
-// accountID is the ID of a service account, or the zero ID.
-func (r *registrar) accountID(a discovery.Name) spiffeid.ID {
+// ofAccount makes the entries of workloads that no service need lead to, and whose addresses are not known.
+func (r *registrar) ofAccount(a discovery.Name) accountEntries {
 	id, err := identity.WorkloadID(r.td, a.Namespace, a.Name)
 	if err != nil || identity.Reserved(id) {
-		return spiffeid.ID{}
+		return accountEntries{}
 	}
-	return id
-}
-
-// ofAccount makes the entries of workloads that no service need lead to, and whose addresses are not known.
-func (r *registrar) ofAccount(a discovery.Name) (*serviceEntries, error) {
-	out := &serviceEntries{}
-	id := r.accountID(a)
-	if id.IsZero() {
-		return out, nil
-	}
+	out := accountEntries{id: id}
 	w := r.self
 	w.ID, w.Namespace, w.ServiceAccount = id.String(), a.Namespace, a.Name
-	var faults []error
 	for _, t := range r.workloads {
 		e, err := r.entry(t, w)
 		if err != nil {
-			faults = append(faults, err)
+			out.err = errors.Join(out.err, err)
 			continue
 		}
 		out.keys, out.all = append(out.keys, keyOf(e)), append(out.all, e)
 	}
-	return out, errors.Join(faults...)
+	return out
 }
 
 // keyOf tells entries apart.

@@ -55,6 +55,11 @@ func TestEntriesOfASnapshot(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("entries %q\nwant %q", got, want)
 	}
+	for _, accounts := range [][]discovery.Name{accounts[:1], accounts[1:]} {
+		if n := len(r.entries(&discovery.Snapshot{Accounts: accounts})); n != 2 {
+			t.Errorf("%d entries of %v and the control plane", n, accounts)
+		}
+	}
 }
 
 // SPIRE's sequence may go backwards; the one that others see never does, and grows with each change.

@@ -195,6 +195,9 @@ func (c *Cluster) csiDriver(ctx context.Context, name string) admin.Check {
 	asked, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	if _, err := c.client.Resource(gvr("storage.k8s.io", "v1", "csidrivers")).Get(asked, name, metav1.GetOptions{}); err != nil {
+		if !apierrors.IsNotFound(err) {
+			return admin.Check{Name: "CSI driver", Warn: true, Detail: err.Error(), Remedy: "kubectl --context " + c.Context + " get csidriver " + name}
+		}
 		return admin.Check{Name: "CSI driver", Warn: true, Detail: fmt.Sprintf("there is no CSIDriver %s: Pods would wait for the SPIRE agent's socket", name),
 			Remedy: "install the SPIFFE CSI driver beside SPIRE's agents, or --set identity.spire.hostPath=DIRECTORY of the socket on the nodes"}
 	}

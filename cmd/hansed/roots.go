@@ -268,18 +268,18 @@ func (r *roots) take(all []etcd.KeyValue) error {
 		return fmt.Errorf("own bundle: %w", err)
 	}
 	r.include(b)
-	if c := r.authority.Active(); c != nil && !b.HasX509Authority(c) && r.othersSign(b) {
+	if c := r.authority.Active(); c != nil && !b.HasX509Authority(c) && r.othersSign(b, nil) {
 		return r.authority.Rejoin() // and Run publishes it
 	}
 	return nil
 }
 
-// othersSign reports whether another replica has a root in b that signs.
-func (r *roots) othersSign(b *spiffebundle.Bundle) bool {
+// othersSign reports whether another replica, of those that are here if that is said, has a root in b that signs.
+func (r *roots) othersSign(b *spiffebundle.Bundle, here map[string]bool) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for id, rec := range r.records {
-		if id != r.replicas.self.ID && r.now().Before(rec.Until) && slices.ContainsFunc(b.X509Authorities(), func(c *x509.Certificate) bool {
+		if id != r.replicas.self.ID && (here == nil || here[id]) && r.now().Before(rec.Until) && slices.ContainsFunc(b.X509Authorities(), func(c *x509.Certificate) bool {
 			return len(rec.Active) > 0 && bytes.Equal(c.SubjectKeyId, rec.Active)
 		}) {
 			return true

@@ -42,6 +42,12 @@ type askAnswer struct {
 	Error   string    `json:"error,omitempty"`
 }
 
+// Signing implements ca.Peers.
+func (r *roots) Signing() bool {
+	b, ok := r.bundles.Get(r.td)
+	return ok && r.othersSign(b, r.replicas.here())
+}
+
 // SignX509 implements ca.Peers.
 func (r *roots) SignX509(ctx context.Context, p ca.X509Params) ([]*x509.Certificate, error) {
 	key, err := x509.MarshalPKIXPublicKey(p.PublicKey)
@@ -76,7 +82,7 @@ func (r *roots) SignJWT(ctx context.Context, id spiffeid.ID, audience []string, 
 }
 
 func (r *roots) ask(ctx context.Context, a ask) (*askAnswer, error) {
-	if b, ok := r.bundles.Get(r.td); !ok || !r.othersSign(b) {
+	if !r.Signing() {
 		return nil, fmt.Errorf("%w: no other replica signs", ca.ErrNotActive)
 	}
 	nonce := make([]byte, 8)

@@ -276,7 +276,7 @@ func (a *Agent) TrustRefresh(ctx context.Context, want map[spiffeid.TrustDomain]
 		var err error
 		behind := a.behind(want)
 		if len(behind) > 0 || !loaded {
-			if err = a.step(ctx); err == nil {
+			if err = a.step(ctx); err == nil || errors.Is(err, errNotRenewed) {
 				loaded = true
 				maps.DeleteFunc(want, func(td spiffeid.TrustDomain, _ uint64) bool {
 					return td != a.cfg.TrustDomain && !slices.Contains(a.state.federates, td.Name())

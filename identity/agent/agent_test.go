@@ -81,6 +81,48 @@ func TestAttestAndRenew(t *testing.T) {
 	})
 }
 
+// The server's store is away for as long as a renewed agent SVID can wait: workloads get theirs, and trust is loaded. It may also go away at the worst
+// moment, when a new agent SVID is written and not used yet.
+func TestStoreAway(t *testing.T) {
+	for name, renewed := range map[string]bool{"before the agent is renewed": false, "when the agent is renewed": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newServer(t, "west.demo", options{})
+				s.start()
+				cfg := s.agentConfig(s.token(frontend))
+				cfg.SyncInterval = 10 * time.Minute
+				a, _ := runAgent(t, cfg)
+				wait(t, a.Source())
+				if renewed {
+					s.store.renewed.Store(true)
+				} else {
+					s.store.away.Store(true)
+				}
+				healthy := func(hours int) {
+					t.Helper()
+					for range 4 * hours {
+						time.Sleep(15 * time.Minute)
+						if svid, err := a.Source().GetX509SVID(); err != nil || time.Until(svid.Certificates[0].NotAfter) < 20*time.Minute {
+							t.Fatalf("its store away: %v", err)
+						}
+						ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+						err := a.TrustRefresh(ctx, map[spiffeid.TrustDomain]uint64{s.td: s.authority.Sequence()})
+						cancel()
+						check(t, err)
+					}
+				}
+				healthy(23)
+				if away := s.store.away.Load(); !away {
+					t.Error("the agent was not renewed at its half life")
+				}
+				s.store.away.Store(false)
+				s.store.renewed.Store(false)
+				healthy(25) // longer than the agent's first SVID lives
+			})
+		})
+	}
+}
+
 func gauge(t *testing.T, reg *prometheus.Registry, name string) float64 {
 	t.Helper()
 	families, err := reg.Gather()

@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -41,6 +42,7 @@ type server struct {
 	td        spiffeid.TrustDomain
 	dir       string
 	kv        *attest.Memory
+	store     store // what the SPIRE Server API has of kv
 	authority *ca.Authority
 	bundles   *bundle.Store
 	tokens    *attest.Tokens
@@ -55,6 +57,29 @@ type server struct {
 	ends []context.CancelFunc
 }
 
+// store is a KV that may be away: it answers nothing, as an etcd behind a cut link.
+type store struct {
+	spireapi.KV
+	away    atomic.Bool
+	renewed atomic.Bool // it goes away when an agent has been renewed
+}
+
+func (k *store) Get(ctx context.Context, key string) ([]byte, error) {
+	if k.away.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return k.KV.Get(ctx, key)
+}
+
+func (k *store) CompareAndPut(ctx context.Context, key string, old, value []byte) (bool, error) {
+	ok, err := k.KV.CompareAndPut(ctx, key, old, value)
+	if ok && k.renewed.Load() && bytes.Contains(value, []byte("new_serial")) {
+		k.away.Store(true)
+	}
+	return ok, err
+}
+
 type options struct {
 	ca ca.Config
 	// agentLife of agents' SVIDs.
@@ -66,6 +91,7 @@ type options struct {
 func newServer(t *testing.T, td string, opts options) *server {
 	t.Helper()
 	s := &server{t: t, td: spiffeid.RequireTrustDomainFromString(td), dir: t.TempDir(), kv: attest.NewMemory()}
+	s.store.KV = s.kv
 	s.open(opts)
 	return s
 }
@@ -86,7 +112,7 @@ func (s *server) open(opts options) {
 func (s *server) start() {
 	s.t.Helper()
 	var err error
-	s.api, err = spireapi.New(s.t.Context(), spireapi.Config{Authority: s.authority, Bundles: s.bundles, Tokens: s.tokens, KV: s.kv,
+	s.api, err = spireapi.New(s.t.Context(), spireapi.Config{Authority: s.authority, Bundles: s.bundles, Tokens: s.tokens, KV: &s.store,
 		OwnBundle: s.ownBundle, AgentLife: s.agentLife, AttestBurst: 2000, Now: s.now, Log: testLog(s.t)})
 	check(s.t, err)
 	s.ends = []context.CancelFunc{run(s.t, s.api.Run, nil), run(s.t, s.authority.Run, nil)}

@@ -35,10 +35,11 @@ import (
 )
 
 const (
-	rpcTimeout = 30 * time.Second
-	maxEntries = 10000 // that one agent reads
-	maxToken   = 4096  // bytes of the token file
-	maxTrust   = 1 << 20
+	rpcTimeout   = 30 * time.Second
+	renewTimeout = 5 * time.Second // of the agent's SVID: the workload's next one waits meanwhile
+	maxEntries   = 10000           // that one agent reads
+	maxToken     = 4096            // bytes of the token file
+	maxTrust     = 1 << 20
 
 	maxPodToken = 32 << 10
 )
@@ -58,9 +59,11 @@ func (a *Agent) step(ctx context.Context) error {
 		a.dropClient(false)
 		err = a.stepOnce(ctx)
 	}
-	if err == nil {
-		a.failed = 0
-		return nil
+	if err == nil || errors.Is(err, errNotRenewed) {
+		if err != nil {
+			a.dropClient(true)
+		}
+		return err
 	}
 	if a.failed++; a.failed >= shutOutAfter && a.shutOut(err) {
 		aerr := a.attestAnew(ctx)
@@ -114,6 +117,11 @@ func (a *Agent) attestAnew(ctx context.Context) error {
 	return nil
 }
 
+// errNotRenewed is that all is in step, but the agent's own SVID is still the one that should have been renewed.
+var errNotRenewed = errors.New("the agent's SVID is good still, but was not renewed")
+
+// stepOnce looks after the workload first: what the server must write down, a new agent SVID, can wait for as long as the old one is valid, and with
+// it the server's etcd.
 func (a *Agent) stepOnce(ctx context.Context) error {
 	now := a.cfg.Now()
 	if !a.state.agent.valid(now) {
@@ -121,12 +129,19 @@ func (a *Agent) stepOnce(ctx context.Context) error {
 			return err
 		}
 	}
-	if !now.Before(a.state.agent.renewAt) {
-		if err := a.renewAgent(ctx); err != nil {
-			return err
-		}
+	if err := a.sync(ctx); err != nil {
+		return err
 	}
-	return a.sync(ctx)
+	a.failed = 0
+	if now.Before(a.state.agent.renewAt) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, renewTimeout)
+	defer cancel()
+	if err := a.renewAgent(ctx); err != nil {
+		return fmt.Errorf("%w: %w", errNotRenewed, err)
+	}
+	return nil
 }
 
 // reason is why the server refused the agent.

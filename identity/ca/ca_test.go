@@ -401,6 +401,46 @@ func TestJoiningReplica(t *testing.T) {
 	})
 }
 
+// peer is another replica.
+type peer struct {
+	ca.Peers
+	away atomic.Bool
+}
+
+func (p *peer) Signing() bool { return !p.away.Load() }
+
+// A joining replica whose root somebody does not acknowledge lets the others sign for as long as they are there, with a fresh root when half of
+// its life is over, and signs when they are gone.
+func TestJoiningReplicaUnacknowledged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var one peer
+		a := open(t, ca.Config{Join: true, Peers: &one, Acked: func(uint64) (bool, []string) { return false, []string{"agent x"} }})
+		run(t, a)
+		first := a.Roots()
+		if until := first[0].Created.Add(84 * time.Hour); !a.Deadline().Equal(until) {
+			t.Errorf("waits until %v, want %v", a.Deadline(), until)
+		}
+		time.Sleep(83 * time.Hour)
+		if a.Signs() {
+			t.Error("it signs though somebody would refuse that, and another replica is there")
+		}
+		time.Sleep(2 * time.Hour)
+		second := a.Roots()
+		if a.Signs() || len(second) != 1 || second[0].KeyID == first[0].KeyID {
+			t.Errorf("after half of the root's life: %+v", second)
+		}
+		time.Sleep(50 * time.Hour)
+		if a.Signs() {
+			t.Error("it signs though another replica is there")
+		}
+		one.away.Store(true)
+		time.Sleep(10 * time.Second)
+		if !a.Signs() {
+			t.Error("nobody signs")
+		}
+	})
+}
+
 // Many rotations leave three roots at most, and the sequence only grows.
 func TestManyRotations(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

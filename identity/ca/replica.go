@@ -14,6 +14,7 @@ import (
 // Peers are the other replicas of the trust domain, which sign for this one until its own root is acknowledged. Their errors wrap
 // ErrNotActive where none of them signs now.
 type Peers interface {
+	Signing() bool // whether one of them signs now
 	SignX509(ctx context.Context, p X509Params) ([]*x509.Certificate, error)
 	SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error)
 }

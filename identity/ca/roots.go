@@ -71,14 +71,15 @@ func (a *Authority) Rotate() (Root, error) {
 	return Root{}, fmt.Errorf("rotate root of %s: %w", a.cfg.TrustDomain, ErrUnknownRoot)
 }
 
-// Deadline is when Run activates the prepared root though not all have acknowledged it; zero where none is prepared.
+// Deadline is when Run activates the prepared root though not all have acknowledged it, or, where others sign, prepares another one; zero where
+// none is prepared.
 func (a *Authority) Deadline() time.Time {
 	st := a.state.Load()
 	next := st.with(prepared)
 	if next == nil {
 		return time.Time{}
 	}
-	return patience(st.with(active), next)
+	return a.patience(st.with(active), next)
 }
 
 // kick makes Run look at once.

@@ -14,23 +14,25 @@ import (
 func (a *Authority) Prepare() error { return a.prepare(false) }
 
 func (a *Authority) prepare(held bool) error {
-	now := a.cfg.Now()
-	if r := a.state.Load().with(prepared); r != nil && now.Before(r.cert.NotAfter) {
+	if r := a.state.Load().with(prepared); r != nil && a.cfg.Now().Before(r.cert.NotAfter) {
 		if !held || r.held {
 			return nil
 		}
 		return a.editRoot("", prepared, false, func(r *root) { r.held = true })
 	}
-	next, err := newRoot(a.cfg, now)
-	if err != nil {
-		return fmt.Errorf("prepare root of %s: %w", a.cfg.TrustDomain, err)
+	return a.prepareFresh(held)
+}
+
+// prepareFresh makes a root, and puts it in the place of one that was prepared.
+func (a *Authority) prepareFresh(held bool) error {
+	next, err := newRoot(a.cfg, a.cfg.Now())
+	if err == nil {
+		next.held = held
+		err = a.change(func(n *state) bool {
+			n.roots = append(slices.DeleteFunc(n.roots, func(r *root) bool { return r.phase == prepared }), next)
+			return true
+		})
 	}
-	next.held = held
-	err = a.change(func(n *state) bool {
-		n.roots = slices.DeleteFunc(n.roots, func(r *root) bool { return r.phase == prepared })
-		n.roots = append(n.roots, next)
-		return true
-	})
 	if err != nil {
 		return fmt.Errorf("prepare root of %s: %w", a.cfg.TrustDomain, err)
 	}
@@ -146,17 +148,24 @@ const (
 	soonPoll = 200 * time.Millisecond
 )
 
-// patience is until when acknowledgements are waited for: a quarter of the active root's life must remain. act may be nil.
-func patience(act, next *root) time.Time {
-	if act == nil {
-		return next.created.Add(next.life() / 4) // the first root of a joining replica
+// patience is until when acknowledgements are waited for: a quarter of the active root's life must remain. act may be nil: a joining replica
+// need not hurry while others sign, and begins anew when half of its root's life is over.
+func (a *Authority) patience(act, next *root) time.Time {
+	switch {
+	case act != nil:
+		return act.cert.NotAfter.Add(-act.life() / 4)
+	case a.peersSign():
+		return next.created.Add(next.life() / 2)
 	}
-	return act.cert.NotAfter.Add(-act.life() / 4)
+	return next.created.Add(next.life() / 4)
 }
 
-// activateWhenKnown activates next when it is acknowledged, or when the time to wait is over.
+func (a *Authority) peersSign() bool { return a.cfg.Peers != nil && a.cfg.Peers.Signing() }
+
+// activateWhenKnown activates next when it is acknowledged, or when the time to wait is over; one that nobody needs since others sign gives way to
+// a fresh one instead.
 func (a *Authority) activateWhenKnown(now time.Time, sequence uint64, act, next *root) error {
-	deadline := patience(act, next)
+	deadline := a.patience(act, next)
 	var missing []string
 	if a.cfg.Acked != nil {
 		ok, m := a.cfg.Acked(sequence)
@@ -167,6 +176,10 @@ func (a *Authority) activateWhenKnown(now time.Time, sequence uint64, act, next 
 	}
 	if now.Before(deadline) {
 		return nil
+	}
+	if act == nil && a.peersSign() {
+		a.log.Warn("root not acknowledged by all for half of its life; others sign, and a fresh one is prepared", "missing", missing, "sequence", sequence)
+		return a.prepareFresh(next.held)
 	}
 	if a.cfg.Acked != nil {
 		a.metrics.unacknowledged.Inc()

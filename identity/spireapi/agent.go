@@ -381,8 +381,11 @@ func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 		n.NewSerial, n.NewExpires, n.NewAuthority = chain[0].SerialNumber.String(), chain[0].NotAfter.Unix(), authorityOf(chain[0])
 		return nil
 	})
-	if err != nil {
-		return nil, s.internal("renew agent", err)
+	switch {
+	case errors.Is(err, errNoAgent):
+		return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested", a.ID)
+	case err != nil:
+		return nil, s.unavailable("renew agent", err)
 	}
 	return &agentv1.RenewAgentResponse{Svid: spiretypes.FromChain(id, chain)}, nil
 }

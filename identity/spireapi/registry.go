@@ -87,7 +87,7 @@ type registry struct {
 	kv KV
 	td spiffeid.TrustDomain
 
-	write sync.Mutex // serialises writers, over the KV too
+	write chan struct{} // size 1; who holds it writes, over the KV too
 
 	mu       sync.RWMutex
 	agents   map[string]*agentRecord      // guarded by mu, written under write
@@ -138,12 +138,26 @@ func (r *registry) notify(parent string) {
 }
 
 func newRegistry(kv KV, td spiffeid.TrustDomain) *registry {
-	return &registry{kv: kv, td: td, watchers: map[string]map[*watcher]bool{}}
+	return &registry{kv: kv, td: td, write: make(chan struct{}, 1), watchers: map[string]map[*watcher]bool{}}
 }
 
+// lock makes the caller the one that writes, until unlock: a store that does not answer holds up nobody longer than his context.
+func (r *registry) lock(ctx context.Context) error {
+	select {
+	case r.write <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (r *registry) unlock() { <-r.write }
+
 func (r *registry) load(ctx context.Context) error {
-	r.write.Lock()
-	defer r.write.Unlock()
+	if err := r.lock(ctx); err != nil {
+		return err
+	}
+	defer r.unlock()
 	agentValues, err := r.kv.List(ctx, agentPrefix)
 	if err != nil {
 		return err
@@ -231,8 +245,10 @@ func (r *registry) putAgent(ctx context.Context, id string, f func(next *agentRe
 }
 
 func (r *registry) writeAgent(ctx context.Context, id string, create bool, f func(next *agentRecord) error) (*agentRecord, error) {
-	r.write.Lock()
-	defer r.write.Unlock()
+	if err := r.lock(ctx); err != nil {
+		return nil, fmt.Errorf("write agent %s: %w", id, err)
+	}
+	defer r.unlock()
 	for range tries {
 		was, err := r.kv.Get(ctx, agentPrefix+id)
 		if err != nil {
@@ -344,8 +360,10 @@ func (r *registry) fetchAgent(ctx context.Context, id spiffeid.ID) (*agentRecord
 }
 
 func (r *registry) deleteAgent(ctx context.Context, id string) error {
-	r.write.Lock()
-	defer r.write.Unlock()
+	if err := r.lock(ctx); err != nil {
+		return fmt.Errorf("delete agent %s: %w", id, err)
+	}
+	defer r.unlock()
 	if err := r.kv.Delete(ctx, agentPrefix+id); err != nil {
 		return fmt.Errorf("delete agent %s: %w", id, err)
 	}
@@ -384,8 +402,10 @@ func (r *registry) putEntry(ctx context.Context, id string, f func(cur *entryRec
 }
 
 func (r *registry) putEntryIn(ctx context.Context, kv KV, id string, f func(cur *entryRecord) (*entryRecord, error)) (*entryRecord, error) {
-	r.write.Lock()
-	defer r.write.Unlock()
+	if err := r.lock(ctx); err != nil {
+		return nil, fmt.Errorf("write entry %s: %w", id, err)
+	}
+	defer r.unlock()
 	for range tries {
 		was, err := kv.Get(ctx, entryPrefix+id)
 		if err != nil {
@@ -426,8 +446,10 @@ func (r *registry) deleteEntry(ctx context.Context, id string) (bool, error) {
 }
 
 func (r *registry) deleteEntryIn(ctx context.Context, kv KV, id string) (bool, error) {
-	r.write.Lock()
-	defer r.write.Unlock()
+	if err := r.lock(ctx); err != nil {
+		return false, fmt.Errorf("delete entry %s: %w", id, err)
+	}
+	defer r.unlock()
 	cur, err := kv.Get(ctx, entryPrefix+id)
 	if err != nil {
 		return false, fmt.Errorf("read entry %s: %w", id, err)

@@ -43,9 +43,10 @@ import (
 )
 
 const (
-	heardOf      = 30 * time.Second // after which a silent agent is waited for no more
-	syncInterval = 5 * time.Second  // of stock agents
-	ownInterval  = time.Second      // of our own, which push what they load
+	activateTime = 500 * time.Millisecond // for the store to note that an agent uses its new SVID
+	heardOf      = 30 * time.Second       // after which a silent agent is waited for no more
+	syncInterval = 5 * time.Second        // of stock agents
+	ownInterval  = time.Second            // of our own, which push what they load
 )
 
 // Config of a Server. Authority, Bundles, Tokens and KV are required.
@@ -100,7 +101,7 @@ type Server struct {
 
 	attesting chan struct{} // one for each attestation that is worked on
 
-	floods, strangers identity.Seldom // of their lines in the log
+	floods, strangers, unwritten identity.Seldom // of their lines in the log
 
 	mu       sync.Mutex
 	seen     map[string]activity  // guarded by mu; by agent ID
@@ -477,7 +478,7 @@ func (s *service) admin(ctx context.Context) error {
 }
 
 // agent returns the calling agent, which must be attested and present its active SVID, or the one just renewed, which
-// becomes active by this.
+// becomes active by this; while the store is away both are good.
 func (s *service) agent(ctx context.Context) (*agentRecord, error) {
 	id, cert, err := s.callerID(ctx)
 	if err != nil {
@@ -498,14 +499,22 @@ func (s *service) agent(ctx context.Context) (*agentRecord, error) {
 	switch serial := cert.SerialNumber.String(); serial {
 	case a.Serial:
 	case a.NewSerial:
-		if a, err = s.reg.updateAgent(ctx, a.ID, func(n *agentRecord) error {
+		wctx, cancel := context.WithTimeout(ctx, activateTime)
+		defer cancel()
+		now, err := s.reg.updateAgent(wctx, a.ID, func(n *agentRecord) error {
 			if n.NewSerial == serial {
 				n.Serial, n.Expires, n.Authority = n.NewSerial, n.NewExpires, n.NewAuthority
 				n.NewSerial, n.NewExpires, n.NewAuthority = "", 0, ""
 			}
 			return nil
-		}); err != nil {
-			return nil, s.internal("activate agent SVID", err)
+		})
+		switch {
+		case err == nil:
+			a = now
+		case errors.Is(err, errNoAgent):
+			return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested", id)
+		case s.unwritten.Due(s.cfg.Now()): // the store is away: it is written down another time
+			s.log.Warn("that an agent has begun to use its new SVID is not written down; tried again at its next call", "agent", a.ID, "error", err)
 		}
 	default:
 		return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "the SVID of agent %s is not its active one", id)

@@ -3,7 +3,9 @@ package sidecar
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -14,6 +16,8 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc/codes"
 
 	"github.com/hanse-mesh/hanse/proxy"
 	"github.com/hanse-mesh/hanse/proxy/hop"
@@ -244,7 +248,7 @@ func (s *Sidecar) serveInbound(v *serving, rec *record, to *app, caller hop.Call
 	end := !upgrade && out.Length == 0
 	up, err := to.open(s.coreCtx, out, message.Options{End: end, Inform: v.informed}, h2)
 	if err != nil {
-		s.refuse(st, rec, appFailure(v, err))
+		s.refuse(st, rec, appFailure(v, rec.start, err))
 		return
 	}
 	defer up.Close()
@@ -259,7 +263,7 @@ func (s *Sidecar) serveInbound(v *serving, rec *record, to *app, caller hop.Call
 	}
 	resp, err := up.Response()
 	if err != nil {
-		s.refuse(st, rec, appFailure(v, err))
+		s.refuse(st, rec, appFailure(v, rec.start, err))
 		return
 	}
 	rec.firstByte, rec.status = time.Since(rec.start), resp.Status
@@ -306,15 +310,42 @@ func (s *Sidecar) upgraded(st message.ServerStream, rec *record, up message.Clie
 	return true
 }
 
-// appFailure tells an application that cannot be reached from one that broke off.
-func appFailure(v *serving, err error) *failure {
+// appFailure tells an application that cannot be reached from one that broke off. What a gRPC server says by a reset is its caller's to hear in
+// gRPC's words (gRPC over HTTP/2, Errors); a server whose timer ends with the caller's deadline is often the first to give up.
+func appFailure(v *serving, start time.Time, err error) *failure {
 	switch {
 	case v.left():
 		return failWith(codeCanceled, "the caller went away")
-	case message.Sent(err):
-		return failWith(codeAppFailed, "%v", err)
+	case !message.Sent(err):
+		return failWith(codeNoApp, "%v", err)
 	}
-	return failWith(codeNoApp, "%v", err)
+	f := failWith(codeAppFailed, "%v", err)
+	if e := (*message.Error)(nil); errors.As(err, &e) && isGRPC(v.out.Fields) {
+		switch http2.ErrCode(e.Code) {
+		case http2.ErrCodeCancel:
+			f.grpc = codes.Canceled
+			if timeout, ok := grpcTimeout(v.out.Fields); ok && time.Since(start) >= timeout {
+				return failWith(codeTimeout, "the caller's deadline has passed: %v", err)
+			}
+		case http2.ErrCodeEnhanceYourCalm:
+			f.grpc = codes.ResourceExhausted
+		}
+	}
+	return f
+}
+
+// grpcTimeout is how long the caller waits (gRPC over HTTP/2, Requests: at most 8 digits and a unit).
+func grpcTimeout(fields message.Fields) (time.Duration, bool) {
+	v, _ := fields.Get("grpc-timeout")
+	if len(v) < 2 || len(v) > 9 {
+		return 0, false
+	}
+	unit, ok := map[byte]time.Duration{'H': time.Hour, 'M': time.Minute, 'S': time.Second, 'm': time.Millisecond, 'u': time.Microsecond, 'n': 1}[v[len(v)-1]]
+	n, err := strconv.ParseUint(v[:len(v)-1], 10, 32)
+	if !ok || err != nil || n > uint64(math.MaxInt64/unit) {
+		return 0, false
+	}
+	return time.Duration(n) * unit, true
 }
 
 func (s *Sidecar) inboundTCP(st message.ServerStream, rec *record, to *app) {

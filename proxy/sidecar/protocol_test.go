@@ -12,11 +12,13 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/coder/websocket"
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -254,6 +256,80 @@ func TestGRPC(t *testing.T) {
 	if err := conn.Invoke(t.Context(), "/test.Echo/Unary", wrapperspb.String("hi"), out); status.Code(err) != codes.Unavailable {
 		t.Errorf("unknown service: %v", err)
 	}
+}
+
+// The server's timer may end before its caller's: what it says by a reset is the caller's deadline, and no failure of the application.
+func TestGRPCDeadlineAtServer(t *testing.T) {
+	front, _ := pairWith(t, proxy.GRPC, h2app(t, func(fr *http2.Framer, stream uint32) { // as a gRPC server whose deadline has passed
+		time.Sleep(60 * time.Millisecond)
+		_ = fr.WriteRSTStream(stream, http2.ErrCodeCancel)
+	}))
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	tr := &http.Transport{Protocols: protocols}
+	t.Cleanup(tr.CloseIdleConnections)
+	for timeout, want := range map[string]codes.Code{"30m": codes.DeadlineExceeded, "30x": codes.Canceled} { // m: milliseconds
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+front.outbound+"/test.Echo/Unary", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = "payments.shop:8080"
+		req.Header = http.Header{"Content-Type": {"application/grpc"}, "Te": {"trailers"}, "Grpc-Timeout": {timeout}}
+		resp, err := tr.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if got := resp.Header.Get("grpc-status"); got != strconv.Itoa(int(want)) {
+			t.Errorf("grpc-timeout %s: status %s (%s), want %v", timeout, got, resp.Header.Get("grpc-message"), want)
+		}
+	}
+}
+
+// h2app is an application that speaks HTTP/2 without net/http: answer does as it likes with each request.
+func h2app(t *testing.T, answer func(fr *http2.Framer, stream uint32)) (address string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "h2.sock")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				if _, err := io.ReadFull(c, make([]byte, len(http2.ClientPreface))); err != nil {
+					return
+				}
+				fr := http2.NewFramer(c, c)
+				_ = fr.WriteSettings()
+				for {
+					f, err := fr.ReadFrame()
+					if err != nil {
+						return
+					}
+					switch f := f.(type) {
+					case *http2.SettingsFrame:
+						if !f.IsAck() {
+							_ = fr.WriteSettingsAck()
+						}
+					case *http2.PingFrame:
+						if !f.IsAck() {
+							_ = fr.WritePing(true, f.Data)
+						}
+					case *http2.HeadersFrame:
+						answer(fr, f.StreamID)
+					}
+				}
+			}()
+		}
+	}()
+	return "unix:" + path
 }
 
 func TestWebSocket(t *testing.T) {

@@ -81,6 +81,7 @@ type cluster struct {
 	refusedRetries atomic.Uint64
 	ejections      atomic.Uint64
 	died           atomic.Pointer[proxy.Endpoint] // the last to lose its connection; nil: Run has seen it
+	doubted        atomic.Bool                    // somebody is in doubt, and Run has not seen it
 
 	mu sync.Mutex
 
@@ -497,6 +498,8 @@ func (b *Balancer) Gateway(addr netip.AddrPort, err error) {
 		b.gatewayFailed(g, b.clock(), err.Error())
 	case g.down.Load():
 		b.gatewayReturned(g)
+	default:
+		g.doubt.end()
 	}
 }
 
@@ -520,6 +523,7 @@ func (b *Balancer) gatewayFailed(g *gateway, now int64, reason string) {
 
 func (b *Balancer) gatewayReturned(g *gateway) {
 	now := b.clock()
+	g.doubt.end()
 	b.mu.Lock()
 	wasDown := g.recover()
 	if wasDown {

@@ -17,6 +17,11 @@
 //   - ejected: consecutive answers 502, 503, 504 or UNAVAILABLE, resets and timeouts. It is a judgement, so it follows Envoy's
 //     outlier detection: for base × n, within a percentage of the level unless a lower level has healthy endpoints.
 //
+// Before that there is doubt: a PING on an endpoint's connection is not answered as soon as usual. Who is in doubt is passed over while there are
+// others, and counts as well in all arithmetic, so that one slow endpoint moves nobody's traffic but its own. At the first doubt a few endpoints of
+// each place are asked by Config.Probe: by the time that a call which waits for the silent one is given up, it is known who else is silent. Its retry
+// (PickInfo.Silent) goes to the nearest who has answered, or else away from each place where somebody is in doubt, and so meets no second black hole.
+//
 // What comes back takes its share over a ramp (10 s), as long as others can carry the rest.
 //
 // Pick and Done take no lock on the way of a healthy request: they read one immutable state per xDS cluster. There are no timers: what

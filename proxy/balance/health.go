@@ -74,6 +74,8 @@ type host struct {
 	retried atomic.Uint64
 	latency histogram
 	uneasy  atomic.Bool // a success must take the lock: something is to be forgiven
+	doubt   doubt
+	heard   atomic.Int64 // clock: the last answer to a check; 0: none
 
 	dead     backoff     // its failures are guarded by cluster.mu
 	refusing atomic.Bool // dead because it refuses requests, of which a probe knows nothing
@@ -102,6 +104,7 @@ type counts struct{ issued, ok, failed, retried uint64 }
 type gateway struct {
 	addr netip.AddrPort
 	backoff
+	doubt      doubt
 	returnedAt atomic.Int64
 
 	// guarded by Balancer.mu
@@ -219,6 +222,7 @@ func (p *Pick) reached(c *cluster, good bool) {
 // forgive brings a dead endpoint back; a good answer also ends a row of bad ones.
 func (c *cluster) forgive(h *host, good bool) {
 	now := c.b.clock()
+	h.doubt.end()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	back := h.dead.recover()

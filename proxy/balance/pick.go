@@ -29,6 +29,7 @@ type PickInfo struct {
 	Exclude []string // endpoint IDs already tried; used again only where nothing else is left
 	Only    string   // the ID of the one endpoint that will do, healthy or not, unless it is excluded; empty: any
 	Retry   bool     // this try counts against the retry budget: set it where the one before may have reached the application
+	Silent  bool     // a try before met silence (Pick.Doubt): take who has answered a check lately, or else leave the places where somebody is in doubt, as long as there is another
 }
 
 // Hash hashes a header's value for PickInfo. It is never 0.
@@ -133,8 +134,13 @@ func (b *Balancer) Pick(name string, info PickInfo) (Pick, error) {
 	var through *gateway
 	if info.Only != "" {
 		chosen = s.only(&info)
-	} else if chosen, through = s.trial(b, now, info.Exclude); chosen == nil {
-		chosen = s.choose(c, b.rand(), b.rand(), &info)
+	} else {
+		if !info.Silent {
+			chosen, through = s.trial(b, now, info.Exclude)
+		}
+		if chosen == nil {
+			chosen = s.choose(c, now, b.rand(), b.rand(), &info)
+		}
 	}
 	if chosen == nil {
 		c.active.Add(-1)
@@ -170,9 +176,9 @@ func (s *state) only(info *PickInfo) *candidate {
 	return nil
 }
 
-// choose draws a level, a locality and an endpoint. Where all of that level were tried before, the other levels follow in
-// order; where all of all were, they are drawn from again.
-func (s *state) choose(c *cluster, r1, r2 uint64, info *PickInfo) *candidate {
+// choose draws a level, a locality and an endpoint. Where all of that level are to be avoided, the other levels follow in order; where all of all
+// are, one reason after the other is dropped.
+func (s *state) choose(c *cluster, now int64, r1, r2 uint64, info *PickInfo) *candidate {
 	at := uint32(scale(r1, 100))
 	if info.Hash != 0 && s.def.Policy == ringHash {
 		at = uint32(info.Hash % 100)
@@ -184,25 +190,38 @@ func (s *state) choose(c *cluster, r1, r2 uint64, info *PickInfo) *candidate {
 	if first >= len(s.levels) {
 		return nil
 	}
-	if m := s.levels[first].choose(c, s.def.Policy, r1, r2, info.Hash, info.Exclude); m != nil {
-		return m
+	doubted := false
+	if len(info.Exclude) == 0 && !info.Silent { // the usual first try
+		m := s.levels[first].choose(c, s.def.Policy, r1, r2, info.Hash, nil)
+		if doubted = m != nil && m.host.doubt.on(now); m != nil && !doubted {
+			return m
+		}
 	}
-	for _, exclude := range [][]string{info.Exclude, nil} {
+	a := s.avoid(now, info)
+	if !info.Silent {
+		if m := s.levels[first].choose(c, s.def.Policy, r1, r2, info.Hash, &a); m != nil {
+			return m
+		}
+		a.unheard = doubted // the whole level is
+	}
+	for {
+		if m := s.levels[first].choose(c, s.def.Policy, r1, r2, info.Hash, &a); m != nil {
+			return m
+		}
 		for i := range s.levels {
-			if m := s.levels[i].choose(c, s.def.Policy, r1, r2, info.Hash, exclude); m != nil {
+			if m := s.levels[i].choose(c, s.def.Policy, r1, r2, info.Hash, &a); m != nil {
 				return m
 			}
 		}
-		if len(info.Exclude) == 0 {
-			break
+		if !a.relax() {
+			return nil
 		}
 	}
-	return nil
 }
 
-func (l *level) choose(c *cluster, policy string, r1, r2, hash uint64, exclude []string) *candidate {
+func (l *level) choose(c *cluster, policy string, r1, r2, hash uint64, a *avoid) *candidate {
 	if policy == ringHash && hash != 0 {
-		return l.ring.find(hash, l, exclude)
+		return l.ring.find(hash, l, a)
 	}
 	if len(l.localities) == 0 {
 		return nil
@@ -213,26 +232,26 @@ func (l *level) choose(c *cluster, policy string, r1, r2, hash uint64, exclude [
 		from = sort.Search(n-1, func(i int) bool { return l.localities[i].cumulated > at })
 	}
 	for i := range l.localities {
-		if m := l.localities[(from+i)%len(l.localities)].choose(c, policy, r2, exclude); m != nil {
+		if m := l.localities[(from+i)%len(l.localities)].choose(c, policy, r2, a); m != nil {
 			return m
 		}
 	}
 	return nil
 }
 
-func (s *hostSet) choose(c *cluster, policy string, r uint64, exclude []string) *candidate {
+func (s *hostSet) choose(c *cluster, policy string, r uint64, a *avoid) *candidate {
 	var m *candidate
 	if policy == roundRobin {
 		m = s.turn(c.turn.Add(1))
 	} else {
 		m = s.lesser(r)
 	}
-	if m == nil || len(exclude) == 0 || !slices.Contains(exclude, m.endpoint.ID) {
+	if m == nil || !a.has(m) {
 		return m
 	}
 	start := int(scale(r, uint64(len(s.members))))
 	for i := range s.members {
-		if m = s.members[(start+i)%len(s.members)]; !slices.Contains(exclude, m.endpoint.ID) {
+		if m = s.members[(start+i)%len(s.members)]; !a.has(m) {
 			return m
 		}
 	}
@@ -315,10 +334,15 @@ func (s *state) trial(b *Balancer, now int64, exclude []string) (*candidate, *ga
 	return nil, nil
 }
 
-// pickGateway takes the gateways that are up in turn, and one that is due to be tried; where there is neither, the one whose failure is longest ago: a call that has just lost the last
+// pickGateway takes the gateways that are up and not in doubt in turn, then any that is up, and one that is due to be tried; where there is neither, the one whose failure is longest ago: a call that has just lost the last
 // one tries another, which may be back.
 func (b *Balancer) pickGateway(gs []*gateway, turn uint64, now int64, connectTimeout time.Duration) *gateway {
 	n := uint64(len(gs))
+	for i := range n {
+		if g := gs[(turn+i)%n]; !g.down.Load() && !g.doubt.on(now) {
+			return g
+		}
+	}
 	for i := range n {
 		g := gs[(turn+i)%n]
 		if !g.down.Load() || b.probe == nil && g.try(now, connectTimeout) {
@@ -368,14 +392,14 @@ func newRing(all []candidate, weights []uint64) ring {
 	return r
 }
 
-func (r ring) find(hash uint64, l *level, exclude []string) *candidate {
+func (r ring) find(hash uint64, l *level, a *avoid) *candidate {
 	if len(r) == 0 {
 		return nil
 	}
 	start := sort.Search(len(r), func(i int) bool { return r[i].hash >= hash })
 	for i := range r {
 		k := r[(start+i)%len(r)].index
-		if l.usable[k] && !slices.Contains(exclude, l.all[k].endpoint.ID) {
+		if l.usable[k] && !a.has(&l.all[k]) {
 			return &l.all[k]
 		}
 	}

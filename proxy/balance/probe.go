@@ -29,7 +29,7 @@ func (b *Balancer) Run(ctx context.Context) error {
 		next := tick.C
 		if b.probe != nil {
 			due, dead := b.dueProbes()
-			for _, p := range append(due, b.neighbours()...) {
+			for _, p := range slices.Concat(due, b.neighbours(), b.scouts()) {
 				select {
 				case slots <- struct{}{}:
 				case <-ctx.Done():
@@ -78,16 +78,21 @@ func (b *Balancer) neighbours() (out []probe) {
 				if m.host.id == dead.ID || !m.available() || m.endpoint.Locality != dead.Locality && !common(m.endpoint.Gateways, dead.Gateways) {
 					continue
 				}
-				p := probe{c: c, m: m, check: true}
-				if len(m.gateways) > 0 {
-					p.g = b.pickGateway(m.gateways, c.turn.Add(1), b.clock(), 0)
-					p.through = p.g.addr
-				}
-				out = append(out, p)
+				out = append(out, b.check(c, m, false))
 			}
 		}
 	}
 	return out
+}
+
+// check is a look at an endpoint that is thought to be well.
+func (b *Balancer) check(c *cluster, m *candidate, scout bool) probe {
+	p := probe{c: c, m: m, check: true, scout: scout}
+	if len(m.gateways) > 0 {
+		p.g = b.pickGateway(m.gateways, c.turn.Add(1), b.clock(), 0)
+		p.through = p.g.addr
+	}
+	return p
 }
 
 func common(a, b []netip.AddrPort) bool {
@@ -101,6 +106,7 @@ type probe struct {
 	g       *gateway // whose trial it is; nil: the endpoint's
 	through netip.AddrPort
 	check   bool // nobody's trial: the endpoint is thought to be well
+	scout   bool // a check because of a doubt only: it has more time
 }
 
 // dueProbes takes the trials that are due, and says whether anybody is dead at all.
@@ -142,15 +148,29 @@ func (b *Balancer) dueProbes() (due []probe, dead bool) {
 func (p *probe) run(ctx context.Context) {
 	b := p.c.b
 	limit := p.c.state.Load().def.ConnectTimeout
-	if !p.check {
+	if !p.check || p.scout {
 		limit += time.Second
 	}
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	began := b.clock()
+	if p.check {
+		slow := time.AfterFunc(slowCheck, func() {
+			if p.m.host.heard.Load() < began {
+				p.m.host.doubt.begin(b.clock())
+			}
+		})
+		defer slow.Stop()
+	}
 	err := b.probe(limited, p.m.endpoint, p.through)
 	now := b.clock()
 	switch {
-	case ctx.Err() != nil, p.check && err == nil: // it says nothing about the endpoint, or nothing new
+	case ctx.Err() != nil: // it says nothing about the endpoint
+	case p.check && err == nil:
+		p.m.host.hear(now)
+		if p.g != nil {
+			p.g.doubt.end()
+		}
 	case p.check && !errors.Is(err, ErrGateway):
 		p.c.fail(p.m.host, now, &Result{Outcome: ConnectFailed, Reason: err.Error()})
 	case p.g != nil && (err == nil || !errors.Is(err, ErrGateway)): // the gateway did its part

@@ -56,6 +56,8 @@ type Client struct {
 	cancel context.CancelFunc
 	dials  sync.WaitGroup
 
+	doubt func(Peer, bool) // set before Run
+
 	share atomic.Int32 // connections for small streams
 
 	mu     sync.Mutex // held to change pools
@@ -150,7 +152,8 @@ func NewClient(cfg ClientConfig) *Client {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	c := &Client{
-		cfg: cfg,
+		cfg:   cfg,
+		doubt: func(Peer, bool) {},
 		metrics: clientMetrics{
 			open: prometheus.NewGauge(prometheus.GaugeOpts{
 				Name: "hanse_hop_client_connections", Help: "Open hop connections to peers."}),
@@ -174,6 +177,10 @@ func setDefault(d *time.Duration, v time.Duration) {
 		*d = v
 	}
 }
+
+// OnDoubt sets, before Run, what is called where a PING on a connection is not answered within a quarter of the time that there is for it, and (false)
+// where a byte comes after all. A connection that is ended with ErrDead stays in doubt. f must not block.
+func (c *Client) OnDoubt(f func(to Peer, doubtful bool)) { c.doubt = f }
 
 // Run watches the connections until ctx ends, then closes them all.
 func (c *Client) Run(ctx context.Context) error {
@@ -304,8 +311,18 @@ func (c *Client) ping(cc *clientConn, deadline time.Time) {
 	from := cc.meter.lastRead.Load()
 	ctx, cancel := context.WithDeadline(c.ctx, deadline)
 	defer cancel()
-	err := cc.session.Ping(ctx)
-	if err == nil || c.ctx.Err() != nil || cc.meter.lastRead.Load() != from {
+	usual, stop := context.WithTimeout(ctx, (c.cfg.DeadAfter-c.cfg.PingAfter)/4)
+	err := cc.session.Ping(usual)
+	stop()
+	answered := func() bool { return err == nil || cc.meter.lastRead.Load() != from }
+	if !answered() && cc.session.Err() == nil && ctx.Err() == nil {
+		peer := Peer{Address: cc.key.address, Gateway: cc.key.gateway, SNI: cc.key.sni, SPIFFEID: cc.key.peer}
+		c.doubt(peer, true)
+		if err = cc.session.Ping(ctx); answered() {
+			c.doubt(peer, false)
+		}
+	}
+	if answered() || c.ctx.Err() != nil {
 		return
 	}
 	c.cfg.Log.Warn("hop connection dead", "peer", cc.key.peer, "address", cc.key.address, "gateway", cc.key.gateway, "silent", time.Since(time.Unix(0, from)).String())

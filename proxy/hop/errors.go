@@ -3,6 +3,7 @@ package hop
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 )
 
@@ -54,4 +55,14 @@ func (e *Error) Unwrap() error { return e.Err }
 func Sent(err error) bool {
 	var e *Error
 	return !errors.As(err, &e) || e.Sent
+}
+
+// Silent reports whether err is of somebody who was not heard, neither to agree nor to refuse: it may be in a black hole, with others.
+func Silent(err error) bool {
+	var e *Error
+	if errors.Is(err, ErrDead) || !errors.As(err, &e) || e.Stage == StageStream {
+		return errors.Is(err, ErrDead)
+	}
+	var late net.Error
+	return errors.As(e.Err, &late) && late.Timeout()
 }

@@ -278,6 +278,96 @@ func TestBlackHoleIsFoundByPing(t *testing.T) {
 	}
 }
 
+// pause is a connection whose bytes wait while it is shut.
+type pause struct {
+	net.Conn
+	shut, open chan struct{}
+}
+
+func (p pause) Write(b []byte) (int, error) {
+	select {
+	case <-p.shut:
+		<-p.open
+	default:
+	}
+	return p.Conn.Write(b)
+}
+
+// TestDoubt: a PING that is not answered as soon as usual is told, and that an answer came after all; so is one that is never answered.
+func TestDoubt(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	shut, reopen := make(chan struct{}), make(chan struct{})
+	entered, leave := make(chan struct{}, 2), make(chan struct{})
+	peer, _, _ := serve(t, d.Source(payments), http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		entered <- struct{}{}
+		<-leave
+	}), func(c *hop.ServerConfig) { c.Wrap = func(n net.Conn) net.Conn { return pause{n, shut, reopen} } })
+	c := hop.NewClient(hop.ClientConfig{Source: d.Source("/ns/shop/sa/frontend"), PingAfter: 50 * time.Millisecond, DeadAfter: 4 * time.Second})
+	told := make(chan bool, 100)
+	c.OnDoubt(func(to hop.Peer, doubtful bool) {
+		if to.Address != peer.Address || to.SPIFFEID != peer.SPIFFEID || to.Gateway.IsValid() {
+			t.Errorf("doubt of %+v", to)
+		}
+		told <- doubtful
+	})
+	run(t, c.Run)
+	failed := make(chan error, 1)
+	go func() {
+		_, err := roundTrip(c, peer, request(t, "GET", "/", nil))
+		failed <- err
+	}()
+	<-entered
+	close(shut)
+	if !<-told {
+		t.Fatal("no doubt while nothing comes")
+	}
+	close(reopen)
+	if <-told {
+		t.Fatal("a doubt again, and no answer")
+	}
+	close(leave)
+	if err := <-failed; err != nil {
+		t.Errorf("the call: %v", err)
+	}
+}
+
+// TestSilent tells silence from refusals.
+func TestSilent(t *testing.T) {
+	d := proxytest.NewDomain(t, "west.test")
+	peer, _, stop := serve(t, d.Source(payments), http.HandlerFunc(whoCalls))
+	mute, err := net.Listen("tcp", "127.0.0.1:0") // connects, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mute.Close()
+	c := client(t, d.Source("/ns/shop/sa/frontend"), func(c *hop.ClientConfig) {
+		dial := (&net.Dialer{}).DialContext
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if strings.HasPrefix(address, "192.0.2.1:") { // nobody there: as the dialer says when its time is up
+				<-ctx.Done()
+			}
+			return dial(ctx, network, address)
+		}
+	})
+	lost, noAnswer := peer, peer
+	lost.Address, lost.ConnectTimeout = netip.MustParseAddrPort("192.0.2.1:1"), 50*time.Millisecond
+	noAnswer.Address, noAnswer.ConnectTimeout = netip.MustParseAddrPort(mute.Addr().String()), 50*time.Millisecond
+	stranger := peer
+	stranger.SPIFFEID = "spiffe://west.test/ns/shop/sa/else"
+	check := func(what string, to hop.Peer, want bool) {
+		t.Helper()
+		_, err := roundTrip(c, to, request(t, "GET", "/", nil))
+		if err == nil || hop.Silent(err) != want {
+			t.Errorf("%s: silent is %v, want %v: %v", what, !want, want, err)
+		}
+	}
+	check("no connection", lost, true)
+	check("no handshake", noAnswer, true)
+	check("another identity", stranger, false)
+	stop()
+	check("refused", peer, false)
+}
+
 // TestLongSilenceIsNotDeath: an application may take its time as long as the peer answers PINGs.
 func TestLongSilenceIsNotDeath(t *testing.T) {
 	t.Parallel() // it waits

@@ -1,7 +1,11 @@
 package sidecar_test
 
 import (
+	"bufio"
 	"bytes"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -49,6 +53,111 @@ func TestBlackhole(t *testing.T) {
 	})
 	pays[0].faults()
 	eventually(t, "return to e0", func() bool { _, got := get(t, front, "/"); return got == "0" })
+}
+
+// TestOneBlackHoleIsEnough: endpoints fall silent at once. A call loses the time in which one silence is noticed, and is answered by the second endpoint
+// that it tries. Where connections are open, it is known by then who else is silent; where none is, the place of the first is left.
+func TestOneBlackHoleIsEnough(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		protocol proxy.Protocol
+		open     bool // connections to the nearest
+		silent   int  // so many of e0 and e1 in west/a, e2 in west/b, e3 in east/a
+		answers  string
+	}{
+		{"HTTP, a cluster", proxy.HTTP, true, 3, "e3"},
+		{"TCP, a cluster", proxy.TCP, true, 3, "e3"},
+		{"HTTP, a zone, nothing open", proxy.HTTP, false, 2, "e2"},
+		{"TCP, a zone, nothing open", proxy.TCP, false, 2, "e2"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			west := proxytest.NewDomain(t, "west.test")
+			front := start(t, west.Source("/ns/shop/sa/frontend"))
+			var levels [3][]*proxy.Endpoint
+			var pays []*node
+			for i, at := range []struct {
+				level         int
+				cluster, zone string
+			}{{0, "west", "a"}, {0, "west", "a"}, {1, "west", "b"}, {2, "east", "a"}} {
+				address := tcpApp(t)
+				if c.protocol == proxy.HTTP {
+					address = app(t, says("ok"))
+				}
+				pay := start(t, west.Source("/ns/shop/sa/payments"), func(c *sidecar.Config) { c.Apps[8080] = address })
+				pay.serves(c.protocol, authority)
+				e := pay.endpoint(fmt.Sprintf("e%d", i))
+				e.Locality = proxy.Locality{Cluster: at.cluster, Region: "eu", Zone: at.zone}
+				levels[at.level], pays = append(levels[at.level], e), append(pays, pay)
+			}
+			front.calls(c.protocol, authority, levels[:]...)
+			call := func() {
+				if c.protocol == proxy.HTTP {
+					if resp, got := get(t, front, "/"); resp.StatusCode != 200 {
+						t.Errorf("a call failed: %s %q", resp.Status, got)
+					}
+					return
+				}
+				conn, err := net.Dial("tcp", front.outbound)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer conn.Close()
+				fmt.Fprint(conn, "CONNECT payments.shop:8080 HTTP/1.1\r\nHost: payments.shop:8080\r\n\r\n")
+				if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, " 200 ") {
+					t.Errorf("a tunnel failed: %q, %v", line, err)
+				}
+			}
+			if c.open {
+				for i := 0; i < 50 && len(front.client.Connections()) < 2; i++ {
+					call()
+				}
+			}
+			for i := c.silent - 1; i >= 0; i-- {
+				pays[i].faults(proxy.Fault{Drill: "d", Mode: proxy.FaultBlackhole, Share: 100, End: time.Minute})
+			}
+			for i := range c.silent {
+				eventually(t, "silence", func() bool { return mute(pays[i]) })
+			}
+			tries := map[string]int{} // of a call, at most, by who answered in the end
+			eventually(t, "an answer after a silence", func() bool {
+				var callers sync.WaitGroup
+				for range 4 {
+					callers.Go(call)
+				}
+				callers.Wait()
+				for line := range strings.Lines(front.log.String()) {
+					var l struct {
+						Endpoint string
+						Tries    int
+					}
+					if err := json.Unmarshal([]byte(line), &l); err != nil {
+						t.Fatalf("%v: %s", err, line)
+					}
+					tries[l.Endpoint] = max(tries[l.Endpoint], l.Tries)
+				}
+				return tries[c.answers] > 1
+			})
+			for id, n := range tries {
+				if n > 2 || n > 1 && id != c.answers {
+					t.Errorf("a call met more than one silence: tries %v", tries)
+				}
+			}
+			for i := range c.silent {
+				pays[i].faults() // it drains
+			}
+		})
+	}
+}
+
+// mute reports whether a node answers no TLS handshake.
+func mute(of *node) bool {
+	c, err := tls.DialWithDialer(&net.Dialer{Timeout: 100 * time.Millisecond}, "tcp", of.hop.String(), &tls.Config{InsecureSkipVerify: true})
+	if err == nil {
+		_ = c.Close()
+	}
+	var late net.Error
+	return errors.As(err, &late) && late.Timeout()
 }
 
 // TestExpiredAndDistrusted: what a drill does to identities is refused by the other end's handshake; open connections take no new streams, or

@@ -210,7 +210,8 @@ type transfer struct {
 
 	tried    [4]string // backs triedIDs
 	triedIDs []string
-	retries  int // that may have reached the application
+	retries  int  // that may have reached the application
+	silent   bool // a try met silence
 
 	abort    func(error) // these three are made once, of methods
 	informed func(status int, fields message.Fields)
@@ -253,6 +254,7 @@ type attempt struct {
 
 	brokeOff bool // the application took the request and ended without an answer
 	safe     bool // nothing reached the application
+	silent   bool // nothing came back, not even a refusal
 }
 
 // cancel ends the request early, whatever it is doing.
@@ -360,6 +362,10 @@ func (t *transfer) again(before *attempt) (attempt, bool) {
 	if !before.safe {
 		t.retries++
 	}
+	if before.silent {
+		t.silent = true
+		before.pick.Doubt(before.result.Outcome)
+	}
 	// A peer or an application that died takes all its calls at once. Trying them elsewhere once is no storm, and must not be cut short
 	// by the budget.
 	died := before.result.Outcome == balance.Dead || before.brokeOff && t.retries == 1
@@ -386,7 +392,7 @@ func (t *transfer) end(a *attempt) {
 
 // try sends the request to one endpoint and waits for the head of the answer. picked, if not nil, is called once there is an endpoint.
 func (t *transfer) try(counts bool, picked func()) attempt {
-	info := balance.PickInfo{Exclude: t.triedIDs, Only: t.rec.only, Retry: counts}
+	info := balance.PickInfo{Exclude: t.triedIDs, Only: t.rec.only, Retry: counts, Silent: t.silent}
 	if c := t.table.Clusters[t.backend.Cluster]; c != nil && c.HashHeader != "" {
 		if v := t.out.Fields.Value(c.HashHeader); v != "" {
 			info.Hash = balance.Hash(v)
@@ -521,6 +527,7 @@ func (t *transfer) classify(a *attempt, err error) {
 		a.failure = failWith(codeBadRequest, "the request's body: %v", caller)
 	default:
 		a.result = balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}
+		a.silent = hop.Silent(err)
 		if a.safe = !hop.Sent(err); a.safe {
 			a.failure = failWith(codeUnreachable, "%v", err)
 			a.retry = len(t.triedIDs) < maxConnTries

@@ -123,6 +123,7 @@ func New(cfg Config) (*Sidecar, error) {
 		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Metrics), hop: cfg.Hop, balancer: cfg.Balancer,
 		faults: fault.New(cfg.Log), mirrors: make(chan struct{}, maxMirrors), workload: cfg.Workload.String(),
 	}
+	s.hop.OnDoubt(func(to hop.Peer, doubtful bool) { s.balancer.Doubt(to.Address, to.SPIFFEID, to.Gateway, doubtful) })
 	s.accessLog = newAccessLog(cfg.AccessLog, s.metrics.dropped.Inc)
 	s.captured = newCaptured(cfg.Capture, cfg.Metrics)
 	s.plaintext = newPlaintext(cfg.Locality.Cluster, s.newApp)

@@ -33,8 +33,9 @@ func (s *Sidecar) open(rec *record, cluster string, r *message.Request, abort fu
 	timer := time.AfterFunc(openTimeout, func() { t.cancel(errRequestTimeout) })
 	defer timer.Stop()
 	var tried []string
+	silent := false // a try met silence
 	for {
-		pick, f := s.pick(cluster, balance.PickInfo{Exclude: tried, Only: rec.only})
+		pick, f := s.pick(cluster, balance.PickInfo{Exclude: tried, Only: rec.only, Silent: silent})
 		if f != nil {
 			return nil, f
 		}
@@ -61,7 +62,13 @@ func (s *Sidecar) open(rec *record, cluster string, r *message.Request, abort fu
 			result = balance.Result{Outcome: balance.TimedOut, Reason: ended.Error()}
 			f = failWith(codeTimeout, "no answer within %s", openTimeout)
 		case err != nil:
-			result, again = balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}, !hop.Sent(err)
+			result = balance.Result{Outcome: outcomeOf(err), Reason: err.Error()}
+			// Of raw bytes none has left before the answer: an application that lost its sidecar has seen a connection come and go.
+			again = !hop.Sent(err) || r.Protocol == "" && result.Outcome == balance.Dead
+			if hop.Silent(err) {
+				silent = true
+				pick.Doubt(result.Outcome)
+			}
 			f = failWith(codeUnreachable, "%v", err)
 		default:
 			result = balance.Result{Outcome: balance.Responded, Status: resp.Status}

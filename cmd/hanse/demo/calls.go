@@ -84,12 +84,13 @@ type traffic struct {
 	caller *caller
 	to     string
 
-	mu     sync.Mutex // guards all below
-	counts map[string]int
-	calls  int
-	failed int
-	recent []string // who served the newest, at most recentCalls
-	fault  string   // of the newest that failed
+	mu      sync.Mutex // guards all below
+	counts  map[string]int
+	calls   int
+	failed  int
+	slowest float64  // milliseconds, since it was last asked for
+	recent  []string // who served the newest, at most recentCalls
+	fault   string   // of the newest that failed
 }
 
 const (
@@ -131,6 +132,7 @@ func (t *traffic) count(c Call) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.calls++
+	t.slowest = max(t.slowest, c.Millis)
 	if c.Status != http.StatusOK {
 		t.failed++
 		t.fault = fmt.Sprintf("%d %s", c.Status, c.Error)
@@ -169,6 +171,15 @@ func (t *traffic) served() (byPlace map[string]int, calls, failed int, fault str
 		byPlace[k] = v
 	}
 	return byPlace, t.calls, t.failed, t.fault
+}
+
+// worst is how long the slowest call took since worst was last called, in milliseconds.
+func (t *traffic) worst() float64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	w := t.slowest
+	t.slowest = 0
+	return w
 }
 
 // until polls until ok is true. The error says what was waited for, and what ok said last.

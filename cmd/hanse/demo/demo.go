@@ -57,6 +57,9 @@ type Calls struct {
 	Served map[string]int `json:"served"`
 	Total  int            `json:"total"`
 	Failed int            `json:"failed"`
+
+	SlowestZone  float64 `json:"slowestZoneMs"`  // during the drill of a zone
+	SlowestDrill float64 `json:"slowestDrillMs"` // during that of all of a cluster's payments
 }
 
 // show is the state of one telling.
@@ -520,7 +523,8 @@ func (s *show) drills(ctx context.Context) error {
 	if s.report.Zone, err = s.drill(ctx, "--zone", "eu-1a", "--for", length); err != nil {
 		return err
 	}
-	s.claimDrill("zone eu-1a fails: its calls go to eu-1b, and come back", s.report.Zone, "west/eu-1b")
+	s.report.Calls.SlowestZone = s.traffic.worst()
+	s.claimDrill("zone eu-1a fails: its calls go to eu-1b, and come back", s.report.Zone, s.report.Calls.SlowestZone, "west/eu-1b")
 
 	s.title("… then all of west's payments")
 	if _, err := s.shell(ctx, false, hanse("drill", "plan", "--blackhole", "--service", "payments")); err != nil {
@@ -529,7 +533,8 @@ func (s *show) drills(ctx context.Context) error {
 	if s.report.Drill, err = s.drill(ctx, "--for", length); err != nil {
 		return err
 	}
-	s.claimDrill("west's payments fail: their calls go to east, and come back", s.report.Drill, "east")
+	s.report.Calls.SlowestDrill = s.traffic.worst()
+	s.claimDrill("west's payments fail: their calls go to east, and come back", s.report.Drill, s.report.Calls.SlowestDrill, "east")
 
 	err = s.traffic.settled(ctx, "west/eu-1a")
 	s.claim("calls are back in their own zone", err, "")
@@ -549,6 +554,7 @@ func (s *show) drill(ctx context.Context, args ...string) (*admin.Drill, error) 
 	if err := s.traffic.settled(ctx, "west/eu-1a"); err != nil {
 		return nil, err
 	}
+	s.traffic.worst()
 	_, runErr := s.shell(ctx, true, hanse(command...))
 	b, err := admin.New(admin.Config{Socket: s.l.cluster("west").socket()})
 	if err != nil {
@@ -566,7 +572,7 @@ func (s *show) drill(ctx context.Context, args ...string) (*admin.Drill, error) 
 }
 
 // claimDrill says what a drill must have shown: it passed, nothing failed, and the traffic went where it should and came back.
-func (s *show) claimDrill(what string, d *admin.Drill, to string) {
+func (s *show) claimDrill(what string, d *admin.Drill, slowest float64, to string) {
 	moved := 0.0
 	for _, x := range d.Traffic {
 		if strings.HasPrefix(x.Cluster+"/"+x.Zone, to) {
@@ -586,7 +592,7 @@ func (s *show) claimDrill(what string, d *admin.Drill, to string) {
 	}
 	detail := ""
 	if d.Shift != nil {
-		detail = fmt.Sprintf("shifted in %.1fs, 0 of %d calls failed", *d.Shift, d.Calls)
+		detail = fmt.Sprintf("shifted in %.1fs, 0 of %d calls failed, the slowest took %.1fs", *d.Shift, d.Calls, slowest/1000)
 	}
 	s.claim(what, err, detail)
 }

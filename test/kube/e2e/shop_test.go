@@ -65,7 +65,7 @@ spec:
 	}
 	app("frontend", 1, idle, "")
 	app("stranger", 1, idle, "")
-	// A call that meets two black holes one after the other takes twice the 2 s in which one is noticed, and more on a busy machine: callers here ask whether calls fail, not how long they take.
+	// A call that meets a black hole takes the 2 s in which it is noticed, and more on a busy machine: callers here ask whether calls fail, not how long they take.
 	app("load", 0, fmt.Sprintf(`[call, --proxy, "", --count, "0", --interval, 20ms, --timeout, 10s, "http://%s/"]`, url), "")
 	app("load-grpc", 0, fmt.Sprintf(`[call, --proxy, "", --count, "0", --interval, 20ms, --timeout, 10s, "grpc://%s"]`, url), "")
 	return b.String()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"maps"
 	"slices"
 	"strings"
@@ -87,11 +88,14 @@ type registry struct {
 	kv KV
 	td spiffeid.TrustDomain
 
-	write chan struct{} // size 1; who holds it writes, over the KV too
+	// Who holds one writes what it is for, over the KV too. Entries are written one after the other, since one must not be like another; of agents
+	// those that share a lock by their ID's hash: many renew at a time, and a store that takes its time is waited for together.
+	entryWrite turn
+	agentWrite [64]turn
 
 	mu       sync.RWMutex
-	agents   map[string]*agentRecord      // guarded by mu, written under write
-	entries  map[string]*entryRecord      // guarded by mu, written under write
+	agents   map[string]*agentRecord      // guarded by mu, written under agentWrite
+	entries  map[string]*entryRecord      // guarded by mu, written under entryWrite
 	byParent map[string][]string          // guarded by mu: parent ID → entry IDs, sorted
 	watchers map[string]map[*watcher]bool // guarded by mu; by parent ID
 }
@@ -138,26 +142,40 @@ func (r *registry) notify(parent string) {
 }
 
 func newRegistry(kv KV, td spiffeid.TrustDomain) *registry {
-	return &registry{kv: kv, td: td, write: make(chan struct{}, 1), watchers: map[string]map[*watcher]bool{}}
+	r := &registry{kv: kv, td: td, entryWrite: make(turn, 1), watchers: map[string]map[*watcher]bool{}}
+	for i := range r.agentWrite {
+		r.agentWrite[i] = make(turn, 1)
+	}
+	return r
 }
 
-// lock makes the caller the one that writes, until unlock: a store that does not answer holds up nobody longer than his context.
-func (r *registry) lock(ctx context.Context) error {
+// turn is a lock, of size 1, that is waited for no longer than a context.
+type turn chan struct{}
+
+func (t turn) take(ctx context.Context) error {
 	select {
-	case r.write <- struct{}{}:
+	case t <- struct{}{}:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-func (r *registry) unlock() { <-r.write }
+func (t turn) end() { <-t }
+
+func (r *registry) agentTurn(id string) turn {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(id))
+	return r.agentWrite[h.Sum32()%uint32(len(r.agentWrite))]
+}
 
 func (r *registry) load(ctx context.Context) error {
-	if err := r.lock(ctx); err != nil {
-		return err
+	for _, t := range append(r.agentWrite[:], r.entryWrite) {
+		if err := t.take(ctx); err != nil {
+			return err
+		}
+		defer t.end()
 	}
-	defer r.unlock()
 	agentValues, err := r.kv.List(ctx, agentPrefix)
 	if err != nil {
 		return err
@@ -245,10 +263,11 @@ func (r *registry) putAgent(ctx context.Context, id string, f func(next *agentRe
 }
 
 func (r *registry) writeAgent(ctx context.Context, id string, create bool, f func(next *agentRecord) error) (*agentRecord, error) {
-	if err := r.lock(ctx); err != nil {
+	turn := r.agentTurn(id)
+	if err := turn.take(ctx); err != nil {
 		return nil, fmt.Errorf("write agent %s: %w", id, err)
 	}
-	defer r.unlock()
+	defer turn.end()
 	for range tries {
 		was, err := r.kv.Get(ctx, agentPrefix+id)
 		if err != nil {
@@ -360,10 +379,11 @@ func (r *registry) fetchAgent(ctx context.Context, id spiffeid.ID) (*agentRecord
 }
 
 func (r *registry) deleteAgent(ctx context.Context, id string) error {
-	if err := r.lock(ctx); err != nil {
+	turn := r.agentTurn(id)
+	if err := turn.take(ctx); err != nil {
 		return fmt.Errorf("delete agent %s: %w", id, err)
 	}
-	defer r.unlock()
+	defer turn.end()
 	if err := r.kv.Delete(ctx, agentPrefix+id); err != nil {
 		return fmt.Errorf("delete agent %s: %w", id, err)
 	}
@@ -402,10 +422,10 @@ func (r *registry) putEntry(ctx context.Context, id string, f func(cur *entryRec
 }
 
 func (r *registry) putEntryIn(ctx context.Context, kv KV, id string, f func(cur *entryRecord) (*entryRecord, error)) (*entryRecord, error) {
-	if err := r.lock(ctx); err != nil {
+	if err := r.entryWrite.take(ctx); err != nil {
 		return nil, fmt.Errorf("write entry %s: %w", id, err)
 	}
-	defer r.unlock()
+	defer r.entryWrite.end()
 	for range tries {
 		was, err := kv.Get(ctx, entryPrefix+id)
 		if err != nil {
@@ -446,10 +466,10 @@ func (r *registry) deleteEntry(ctx context.Context, id string) (bool, error) {
 }
 
 func (r *registry) deleteEntryIn(ctx context.Context, kv KV, id string) (bool, error) {
-	if err := r.lock(ctx); err != nil {
+	if err := r.entryWrite.take(ctx); err != nil {
 		return false, fmt.Errorf("delete entry %s: %w", id, err)
 	}
-	defer r.unlock()
+	defer r.entryWrite.end()
 	cur, err := kv.Get(ctx, entryPrefix+id)
 	if err != nil {
 		return false, fmt.Errorf("read entry %s: %w", id, err)

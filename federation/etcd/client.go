@@ -322,7 +322,7 @@ func (x *External) Client() *clientv3.Client { return x.client }
 
 // Store returns the cluster as a Store.
 func (x *External) Store() Store {
-	s := &noting{Store: newWire(x.client.ActiveConnection()), x: x}
+	s := &noting{Store: resending{newWire(x.client.ActiveConnection())}, x: x}
 	if x.prefix == "" {
 		return s
 	}

@@ -278,6 +278,13 @@ func (l *lab) kill(names ...string) {
 	}
 }
 
+// end is SIGTERM, and waits for the end.
+func (l *lab) end(name string) {
+	l.t.Helper()
+	l.signal(name, syscall.SIGTERM)
+	<-l.proc(name).done
+}
+
 func (l *lab) stopAll() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

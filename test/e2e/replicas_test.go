@@ -45,6 +45,24 @@ func (l *lab) leads(c, leader string, count int) {
 	})
 }
 
+// signing waits until a control plane says that there are so many replicas, and that all sign.
+func (l *lab) signing(c string, replicas int) {
+	l.t.Helper()
+	l.eventually(time.Minute, fmt.Sprintf("all of %d replicas sign", replicas), func() error {
+		rows, err := l.replicas(c)
+		signs := 0
+		for _, r := range rows {
+			if r.Signs {
+				signs++
+			}
+		}
+		if err == nil && (len(rows) != replicas || signs != replicas) {
+			err = fmt.Errorf("%+v", rows)
+		}
+		return err
+	})
+}
+
 // second writes the configuration of another replica of a cluster, with addresses of its own, and tells the cluster's proxies of it.
 func (l *lab) second(c *cluster, extra string) *cluster {
 	l.t.Helper()
@@ -254,24 +272,8 @@ func TestReplicasRotate(t *testing.T) {
 	lives := "identity x509Life: 4s\nidentity rootLife: 24s\n" + replicaTimers
 	l := newLab(t, lives, "west", "east")
 	west, two, etcd := l.replicated(lives)
-	signing := func(c string, replicas int) {
-		t.Helper()
-		l.eventually(30*time.Second, fmt.Sprintf("all of %d replicas sign", replicas), func() error {
-			rows, err := l.replicas(c)
-			signs := 0
-			for _, r := range rows {
-				if r.Signs {
-					signs++
-				}
-			}
-			if err == nil && (len(rows) != replicas || signs != replicas) {
-				err = fmt.Errorf("%+v", rows)
-			}
-			return err
-		})
-	}
 	l.join(two, etcd)
-	signing("west-2", 2)
+	l.signing("west-2", 2)
 
 	local := l.load("west", payments, 2)
 	l.kill("east/pay-a-app", "east/pay-b-app") // not their sidecars: a root waits half a minute for who has just gone
@@ -288,7 +290,7 @@ func TestReplicasRotate(t *testing.T) {
 		across.none(l, victim+" away for longer than a root lives, across clusters")
 		l.start(victim + "/hansed")
 		l.ready(victim+"/hansed", map[string]string{"west": west.Admin, "west-2": two.Admin}[victim])
-		signing("west-2", 2)
+		l.signing("west-2", 2)
 	}
 	local.stop()
 	across.stop()

@@ -16,6 +16,7 @@ import (
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
@@ -30,7 +31,7 @@ const (
 	defaultHistory = 15 * time.Minute
 	compactEvery   = time.Minute
 	startTimeout   = 30 * time.Second
-	lockTimeout    = 3 * time.Second // for a process before this one to end
+	lockTimeout    = 3 * time.Second // for a process before this one to end; startTimeout begins when it has
 	txnOps         = MaxOps + 8      // a batch, its checkpoint, its fence
 )
 
@@ -53,6 +54,7 @@ type Embedded struct {
 	stop   context.CancelFunc // of the compaction loop
 	done   chan struct{}      // closed when the compaction loop has ended
 	fail   *failure
+	lock   *fileutil.LockedFile // on lockName
 
 	closing sync.Once
 }
@@ -86,7 +88,7 @@ func (e *DataError) Hint() string {
 }
 
 // StartEmbedded starts an etcd and returns when it can be written to. A data directory that cannot be read is a *DataError.
-func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
+func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (_ *Embedded, err error) {
 	if cfg.QuotaBytes == 0 {
 		cfg.QuotaBytes = defaultQuota
 	}
@@ -94,10 +96,19 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 		cfg.History = defaultHistory
 	}
 	cfg.Log = orDiscard(cfg.Log).With("etcd", cfg.Name)
+	lock, err := lockDir(cfg.Dir)
+	if err != nil {
+		return nil, &DataError{cfg.Dir, err}
+	}
+	defer func() {
+		if err != nil {
+			_ = lock.Close()
+		}
+	}()
 	if err := checkDir(cfg.Dir, cfg.Log); err != nil {
 		return nil, &DataError{cfg.Dir, err}
 	}
-	e := &Embedded{cfg: cfg, done: make(chan struct{}), fail: &failure{c: make(chan struct{})}}
+	e := &Embedded{cfg: cfg, done: make(chan struct{}), fail: &failure{c: make(chan struct{})}, lock: lock}
 	started := make(chan error, 1)
 	go func() { // etcd panics or exits on what it cannot read; here both become an error
 		defer func() {
@@ -124,7 +135,7 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 	case <-e.fail.c:
 		return nil, &DataError{cfg.Dir, e.fail.err}
 	case <-timeout.C:
-		return nil, &DataError{cfg.Dir, fmt.Errorf("not started within %s; another process may hold its lock", startTimeout)}
+		return nil, &DataError{cfg.Dir, fmt.Errorf("not started within %s: the disk or this machine is too slow, or another program than hansed, such as etcdutl, has it open", startTimeout)}
 	}
 	select {
 	case <-e.etcd.Server.ReadyNotify():
@@ -152,11 +163,19 @@ func StartEmbedded(ctx context.Context, cfg EmbeddedConfig) (*Embedded, error) {
 // readyFile is written once a data directory has been served from. Without it a first start did not finish, and may be repeated.
 const readyFile = "hanse-etcd-ready"
 
-// checkDir makes the directory, mends its log, or refuses it. Of one of which a part is gone etcd would make a new start, and bury the rest.
-func checkDir(dir string, log *slog.Logger) error {
+// lockName is locked for as long as a process has the directory open: before anything in it is looked at, and before etcd takes locks of its own.
+const lockName = "hanse-etcd-lock"
+
+// lockDir makes the directory and locks it.
+func lockDir(dir string) (*fileutil.LockedFile, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
+		return nil, err
 	}
+	return lockFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, "directory "+dir)
+}
+
+// checkDir the log of a data directory, or refuses it. Of one of which a part is gone etcd would make a new start, and bury the rest.
+func checkDir(dir string, log *slog.Logger) error {
 	records := filepath.Join(dir, "member", "wal")
 	switch _, err := os.Stat(filepath.Join(dir, readyFile)); {
 	case errors.Is(err, fs.ErrNotExist):
@@ -266,6 +285,7 @@ func (e *Embedded) Wait(ctx context.Context) error {
 // Close stops the server and returns when its files are closed. Once is enough.
 func (e *Embedded) Close() error {
 	e.closing.Do(func() {
+		defer e.lock.Close() // etcd has locks of its own where it could not be closed
 		e.stop()
 		<-e.done
 		_ = e.client.Close() // says only that its context ended

@@ -45,7 +45,7 @@ func mendLog(dir string, applied uint64, log *slog.Logger) error {
 		return fmt.Errorf("log %s is damaged: it has no segment", dir)
 	}
 	last := segments[len(segments)-1]
-	lock, err := lockFile(last)
+	lock, err := lockFile(last, os.O_RDWR, "log "+last)
 	if err != nil {
 		return err
 	}
@@ -101,14 +101,14 @@ func logFiles(dir string) (segments, leftovers []string, err error) {
 }
 
 // lockFile waits a little for a process before this one to end.
-func lockFile(path string) (*fileutil.LockedFile, error) {
+func lockFile(path string, flags int, what string) (*fileutil.LockedFile, error) {
 	for deadline := time.Now().Add(lockTimeout); ; time.Sleep(20 * time.Millisecond) {
-		f, err := fileutil.TryLockFile(path, os.O_RDWR, 0o600)
+		f, err := fileutil.TryLockFile(path, flags, 0o600)
 		if errors.Is(err, fileutil.ErrLocked) {
 			if time.Now().Before(deadline) {
 				continue
 			}
-			return nil, fmt.Errorf("log %s is in use by another process", path)
+			return nil, fmt.Errorf("%s is in use by another process", what)
 		}
 		return f, err
 	}

@@ -169,7 +169,11 @@ func (c *Cluster) storage(ctx context.Context) admin.Check {
 		}
 		return nil
 	})
-	if err != nil || found == "" {
+	if err != nil {
+		return admin.Check{Name: "storage", Warn: true, Detail: "it is not known whether there is a default StorageClass, without which hansed would wait for its volume: " + err.Error(),
+			Remedy: "kubectl --context " + c.Context + " get storageclass; --set hansed.persistence.storageClass=NAME needs no default"}
+	}
+	if found == "" {
 		return admin.Check{Name: "storage", Warn: true, Detail: "there is no default StorageClass: hansed would wait for its volume",
 			Remedy: "--set hansed.persistence.storageClass=NAME, or for a trial --set hansed.persistence.enabled=false"}
 	}

@@ -76,7 +76,7 @@ func (s *server) FetchSecrets(ctx context.Context, req *discoveryv3.DiscoveryReq
 	return &discoveryv3.DiscoveryResponse{TypeUrl: secretType, Resources: secrets}, nil
 }
 
-// StreamSecrets answers each new wish, and again when a Secret of it has changed. It waits for the first SVID.
+// StreamSecrets answers each wish for more than before, and when a Secret of the wish has changed. It waits for the first SVID.
 func (s *server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecretsServer) error {
 	reqs, ended := make(chan *discoveryv3.DiscoveryRequest), make(chan error, 1)
 	go func() { // ends with the stream
@@ -95,6 +95,7 @@ func (s *server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecr
 	var (
 		node  *corev3.Node
 		asked bool
+		owed  bool // an answer: a name has been added
 		w     wish
 		last  []*anypb.Any
 		sent  int // versions and nonces of this stream
@@ -108,7 +109,8 @@ func (s *server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecr
 			if err != nil {
 				return err
 			}
-			if !slices.EqualFunc(secrets, last, func(a, b *anypb.Any) bool { return proto.Equal(a, b) }) {
+			same := slices.EqualFunc(secrets, last, func(a, b *anypb.Any) bool { return proto.Equal(a, b) })
+			if !same || owed {
 				sent++
 				version := strconv.Itoa(sent)
 				if err := stream.Send(&discoveryv3.DiscoveryResponse{TypeUrl: secretType, VersionInfo: version, Nonce: version, Resources: secrets}); err != nil {
@@ -116,6 +118,7 @@ func (s *server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecr
 				}
 				last = secrets
 			}
+			owed = false
 		}
 		select {
 		case <-changed:
@@ -142,6 +145,8 @@ func (s *server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecr
 			if !slices.Equal(next.names, w.names) {
 				s.strangers(next, node)
 			}
+			// Envoy has dropped what it did not name in between, also where that is the same Secrets: no name is everything to us, nothing to it.
+			owed = owed || slices.ContainsFunc(next.names, func(name string) bool { return !slices.Contains(w.names, name) })
 			w, asked = next, true
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -327,7 +328,20 @@ func TestStream(t *testing.T) {
 		if !strings.Contains(l.log.String(), "cannot load it") || !strings.Contains(l.log.String(), "node=e1") {
 			t.Errorf("log: %s", l.log)
 		}
-		e.ask(second.Nonce, "spiffe://east.test")
+
+		e.ask(second.Nonce) // unsubscribes from all
+		all := e.next()
+		everything := slices.Sorted(maps.Keys(secrets(t, all)))
+		e.ask(all.Nonce, everything...)
+		again := e.next()
+		if names(secrets(t, again)) != names(secrets(t, all)) || again.Nonce == all.Nonce {
+			t.Errorf("names were added, and the answer is the same: %v", again)
+		}
+		e.ask(again.Nonce, everything...)
+		if e.next() != nil {
+			t.Error("an acknowledgement is answered")
+		}
+		e.ask(again.Nonce, "spiffe://east.test")
 		third := e.next()
 		if names(secrets(t, third)) != "[spiffe://east.test]" {
 			t.Errorf("other names: %v", third)

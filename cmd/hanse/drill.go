@@ -322,8 +322,16 @@ func (f *drillFlags) spec(c *cli, cmd *cobra.Command, b admin.Backend) (admin.Dr
 		return spec, usage("--share 50%", "%q is not a share from 1%% to 100%%", f.share)
 	}
 	spec.Scope.Share = uint32(n)
-	if f.length <= 0 {
-		return spec, usage("--for 2m", "a drill cannot last %s", f.length)
+	if f.length < v1alpha1.MinDrill || f.length > v1alpha1.MaxDrill {
+		return spec, usage("--for 2m", "a drill cannot last %s: want %s to %s", f.length, v1alpha1.MinDrill, v1alpha1.MaxDrill)
+	}
+	if cmd.Flags().Changed("status") && (f.status < 400 || f.status > 599) {
+		return spec, usage("--status 503", "%d is not the status of an error, 400 to 599", f.status)
+	}
+	if cmd.Flags().Changed("abort-if") {
+		if _, err := drill.ParseGuard(f.abortIf); err != nil {
+			return spec, usage("--abort-if 'success<99%'", "%w", err)
+		}
 	}
 	if spec.Scope.Service != "" {
 		if spec.Scope.Service, err = service(cmd, b, spec.Scope.Service); err != nil {

@@ -100,7 +100,8 @@ func joinSources(l []source) (stream []byte, locate func(line int) (file string,
 	}
 }
 
-// decodeAll checks each source by itself. Its error is an *admin.Error with every fault.
+// decodeAll checks each source by itself. Its error is an *admin.Error with every fault. That there is nothing in all of them is one, as it is to
+// kubectl: a pipeline whose first part has failed would go on.
 func decodeAll(l []source) ([]objects.Object, error) {
 	var all []objects.Object
 	var faults []admin.Fault
@@ -113,6 +114,13 @@ func decodeAll(l []source) ([]objects.Object, error) {
 	}
 	if len(faults) > 0 {
 		return nil, &admin.Error{Message: counted(len(faults), "fault") + " in the configuration", Faults: faults, Hint: "correct them; nothing was applied. docs/configuration.md describes every kind"}
+	}
+	if len(all) == 0 {
+		var names []string
+		for _, s := range l {
+			names = append(names, s.name)
+		}
+		return nil, &admin.Error{Message: "there is no object in " + strings.Join(names, ", "), Hint: "is it the file that you mean, and has what writes it worked?"}
 	}
 	return all, nil
 }

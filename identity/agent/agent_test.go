@@ -863,7 +863,7 @@ func TestTaintedRoot(t *testing.T) {
 // The agent's own key and the workload's are of the chosen curve; those of before serve until they are renewed.
 func TestCurve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newServer(t, "west.demo", options{})
+		s := newServer(t, "west.demo", options{agentLife: 10 * time.Minute, ca: ca.Config{X509Life: 10 * time.Minute}})
 		s.start()
 		cfg := s.agentConfig(s.token(frontend))
 		curves := func(a *agent.Agent) string {
@@ -910,7 +910,7 @@ func TestCurve(t *testing.T) {
 			if got := curves(a); got != c.before {
 				t.Errorf("at the start: %s, want %s", got, c.before)
 			}
-			time.Sleep(24 * time.Hour) // an agent's SVID lives a day
+			time.Sleep(10 * time.Minute)
 			if got := curves(a); got != c.after {
 				t.Errorf("renewed: %s, want %s", got, c.after)
 			}

@@ -27,6 +27,7 @@ import (
 type world struct {
 	t          *testing.T
 	west, east *side
+	start      time.Time
 	cut        atomic.Bool // between the clusters: bundles and acknowledgements; calls go on
 
 	restarting atomic.Bool  // somebody is, and nothing is carried
@@ -35,17 +36,35 @@ type world struct {
 	mu      sync.Mutex
 	refused []refusal // guarded by mu
 	calls   int       // guarded by mu
+
+	verdicts map[string]verdict // by the caller's cluster; owned by live
 }
 
 // side is a cluster: the identity side of a hansed, and a workload with its agent.
 type side struct {
 	*server
+	setup
 	name, other       string
-	rootLife          time.Duration
 	clock, agentClock atomic.Int64 // nanoseconds that the hansed's and the agent's clock are ahead of the true time
 	cut               atomic.Bool  // between the agent and its hansed
 	agent             *agent.Agent
 	acked             atomic.Uint64 // of this trust domain's bundle, the sequence that the other cluster has said to have loaded
+}
+
+// verdict is what the verification of an SVID came to. It is the same as long as neither side has another SVID or bundle, and the verifier's
+// clock has passed no bound of a certificate.
+type verdict struct {
+	err         error
+	from, to    <-chan struct{} // Changed of the Sources
+	since, till time.Time       // by the verifier's clock
+}
+
+// setup is what is not as ever in a world.
+type setup struct {
+	rootLife  time.Duration
+	age       time.Duration          // of the first roots, when everything else begins
+	agentSVID time.Duration          // life of agents' own SVIDs; 0: a day
+	skew      func(west, east *side) // sets clocks before anything happens; may be nil
 }
 
 type refusal struct {
@@ -69,22 +88,24 @@ func (s *side) loaded(td spiffeid.TrustDomain) uint64 {
 	return seq
 }
 
-// newWorld starts two clusters of which each has to acknowledge the other's roots. skew sets clocks before anything happens; may be nil.
-func newWorld(t *testing.T, rootLife time.Duration, skew func(west, east *side)) *world {
+// newWorld starts two clusters of which each has to acknowledge the other's roots.
+func newWorld(t *testing.T, with setup) *world {
 	t.Helper()
-	w := &world{t: t, west: &side{}, east: &side{}}
-	if skew != nil {
-		skew(w.west, w.east)
+	w := &world{t: t, west: &side{}, east: &side{}, verdicts: map[string]verdict{}}
+	if with.skew != nil {
+		with.skew(w.west, w.east)
 	}
 	for _, s := range []*side{w.west, w.east} {
-		s.name, s.rootLife = "west", rootLife
+		s.setup, s.name = with, "west"
 		s.other = "east"
 		if s == w.east {
 			s.name, s.other = s.other, s.name
 		}
 		s.server = newServer(t, s.name+".demo", s.options())
-		s.start()
 	}
+	time.Sleep(with.age)
+	w.west.start()
+	w.east.start()
 	for _, p := range [][2]*side{{w.west, w.east}, {w.east, w.west}} {
 		from, to := p[0], p[1]
 		check(t, to.bundles.Relate(bundle.Relation{TrustDomain: from.td}))
@@ -104,13 +125,13 @@ func newWorld(t *testing.T, rootLife time.Duration, skew func(west, east *side))
 		s.agent, _ = runAgent(t, cfg)
 		wait(t, s.agent.Source())
 	}
-	start := time.Now()
-	run(t, func(ctx context.Context) error { return w.live(ctx, start) }, nil)
+	w.start = time.Now().Add(-with.age)
+	run(t, w.live, nil)
 	return w
 }
 
 func (s *side) options() options {
-	return options{now: s.now, ca: ca.Config{RootLife: s.rootLife, Acked: s.acknowledged}}
+	return options{now: s.now, agentLife: s.agentSVID, ca: ca.Config{RootLife: s.rootLife, Acked: s.acknowledged}}
 }
 
 // acknowledged is what a hansed asks before its next root signs: the other cluster, stock agents and its own workload.
@@ -129,25 +150,27 @@ const (
 	// pace is how often bundles and acknowledgements travel while the link stands. Workloads call each other every third time.
 	pace = 10 * time.Second
 	// syncInterval of agents is longer here than the default of 5 s, and no sidecar's xDS tells of new bundles before it is over.
-	syncInterval = 3 * time.Minute
+	syncInterval = 10 * time.Minute
 )
 
 // live carries bundles and acknowledgements, and lets the workloads call each other, until ctx ends.
-func (w *world) live(ctx context.Context, start time.Time) error {
+func (w *world) live(ctx context.Context) error {
 	tick := time.NewTicker(pace)
 	defer tick.Stop()
 	for i := 0; ; i++ {
 		for _, p := range [][2]*side{{w.west, w.east}, {w.east, w.west}} {
 			from, to := p[0], p[1]
 			if !w.cut.Load() && !w.restarting.Load() {
-				err := to.bundles.SetVouched(from.td, from.authority.Bundle(), "federation")
-				if err != nil && !errors.Is(err, bundle.ErrStale) {
-					return err
+				if to.bundles.Sequences()[from.td] != from.authority.Sequence() {
+					err := to.bundles.SetVouched(from.td, from.authority.Bundle(), "federation")
+					if err != nil && !errors.Is(err, bundle.ErrStale) {
+						return err
+					}
 				}
 				from.acked.Store(to.loaded(from.td))
 			}
 			if i%3 == 0 {
-				w.call(start, from, to)
+				w.call(from, to)
 			}
 		}
 		w.carried.Add(1)
@@ -160,17 +183,40 @@ func (w *world) live(ctx context.Context, start time.Time) error {
 }
 
 // call has to verify the SVID that from presents now, as its sidecar does, by its own clock.
-func (w *world) call(start time.Time, from, to *side) {
-	svid, err := from.agent.Source().GetX509SVID()
-	if err == nil {
-		_, err = identity.Verify(svid.Certificates, to.agent.Source(), to.agentNow())
+func (w *world) call(from, to *side) {
+	v, now := w.verdicts[from.name], to.agentNow()
+	if v.from != from.agent.Source().Changed() || v.to != to.agent.Source().Changed() || now.Before(v.since) || !now.Before(v.till) {
+		v = verify(from, to, now)
+		w.verdicts[from.name] = v
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.calls++
-	if err != nil {
-		w.refused = append(w.refused, refusal{time.Since(start).Round(time.Second), from.name, err})
+	if v.err != nil {
+		w.refused = append(w.refused, refusal{time.Since(w.start).Round(time.Second), from.name, v.err})
 	}
+}
+
+func verify(from, to *side, now time.Time) verdict {
+	v := verdict{from: from.agent.Source().Changed(), to: to.agent.Source().Changed(), since: now, till: now.Add(24 * time.Hour)}
+	svid, err := from.agent.Source().GetX509SVID()
+	if err != nil {
+		v.err = err
+		return v
+	}
+	certs := slices.Clone(svid.Certificates)
+	if b, err := to.agent.Source().GetX509BundleForTrustDomain(from.td); err == nil {
+		certs = append(certs, b.X509Authorities()...)
+	}
+	for _, c := range certs {
+		for _, bound := range []time.Time{c.NotBefore, c.NotAfter.Add(1)} {
+			if bound.After(now) && bound.Before(v.till) {
+				v.till = bound
+			}
+		}
+	}
+	_, v.err = identity.Verify(svid.Certificates, to.agent.Source(), now)
+	return v
 }
 
 // sofar returns what was refused since the last time that it was asked.
@@ -221,9 +267,9 @@ func (s *side) activeRoot() string {
 func TestPartition(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, 48*time.Hour, nil) // roots live 7 days by default, and then there is more time
+		w := newWorld(t, setup{rootLife: 48 * time.Hour, age: 22 * time.Hour, agentSVID: 6 * time.Hour}) // roots live 7 days by default, and then there is more time
 		west, east := w.west.activeRoot(), w.east.activeRoot()
-		time.Sleep(23 * time.Hour)
+		time.Sleep(time.Hour)
 		w.none("before")
 		sleepCut(&w.cut, 12*time.Hour)
 		w.none("12 hours of partition, with a root announced on each side")
@@ -234,7 +280,7 @@ func TestPartition(t *testing.T) {
 		if w.west.activeRoot() == west || w.east.activeRoot() == east {
 			t.Error("the new roots do not sign although they are known")
 		}
-		time.Sleep(25 * time.Hour) // agents' SVIDs live a day
+		time.Sleep(7 * time.Hour)
 		w.none("after the partition")
 		if slices.ContainsFunc(w.west.authority.Roots(), func(r ca.Root) bool { return r.KeyID == west }) {
 			t.Error("the old root is still there")
@@ -247,8 +293,8 @@ func TestPartition(t *testing.T) {
 func TestPartitionLongerThanPatience(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, 48*time.Hour, nil)
-		time.Sleep(23 * time.Hour)
+		w := newWorld(t, setup{rootLife: 48 * time.Hour, age: 22 * time.Hour})
+		time.Sleep(time.Hour)
 		sleepCut(&w.cut, 14*time.Hour)
 		time.Sleep(pace + syncInterval)
 		refused := w.sofar()
@@ -268,7 +314,7 @@ func TestPartitionLongerThanPatience(t *testing.T) {
 func TestAgentWithoutControlPlane(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, 7*24*time.Hour, nil)
+		w := newWorld(t, setup{rootLife: 7 * 24 * time.Hour})
 		time.Sleep(2 * time.Hour)
 		svid, err := w.west.agent.Source().GetX509SVID()
 		check(t, err)
@@ -312,18 +358,26 @@ func TestClockSkew(t *testing.T) {
 		"hansed ahead, other one behind":  func(west, east *side) { west.clock.Store(ten / 2); east.clock.Store(-ten / 2) },
 		"hansed ahead, its agents behind": func(west, _ *side) { west.clock.Store(ten / 2); west.agentClock.Store(-ten / 2) },
 	} {
+		t.Run(name+", at the start", func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, setup{rootLife: 4 * time.Hour, skew: skew})
+				time.Sleep(10 * time.Minute)
+				w.none("with wrong clocks, and SVIDs that are no older than their root")
+			})
+		})
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				w := newWorld(t, 8*time.Hour, skew)
+				w := newWorld(t, setup{rootLife: 4 * time.Hour, age: 75 * time.Minute, skew: skew})
 				west, east := w.west.activeRoot(), w.east.activeRoot()
-				time.Sleep(4*time.Hour - 5*time.Minute) // about now the next roots are announced
+				time.Sleep(40 * time.Minute) // about now the next roots are announced
 				w.restart(w.west)
 				w.cut.Store(true)
 				time.Sleep(20 * time.Minute)
 				w.restart(w.east)
 				w.cut.Store(false)
-				time.Sleep(5 * time.Hour)
+				time.Sleep(150 * time.Minute)
 				w.none("with wrong clocks")
 				if w.west.activeRoot() == west || w.east.activeRoot() == east {
 					t.Error("no root was rotated")
@@ -334,12 +388,12 @@ func TestClockSkew(t *testing.T) {
 	t.Run("a clock put right", func(t *testing.T) {
 		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
-			w := newWorld(t, 8*time.Hour, func(west, _ *side) { west.clock.Store(ten) })
-			time.Sleep(3 * time.Hour)
+			w := newWorld(t, setup{rootLife: 4 * time.Hour, skew: func(west, _ *side) { west.clock.Store(ten) }})
+			time.Sleep(90 * time.Minute)
 			w.west.clock.Store(0)
-			time.Sleep(time.Hour + time.Minute) // with the next root just made
+			time.Sleep(31 * time.Minute) // with the next root just made
 			w.west.clock.Store(-ten)
-			time.Sleep(3 * time.Hour)
+			time.Sleep(90 * time.Minute)
 			w.west.clock.Store(0)
 			time.Sleep(time.Hour)
 			w.none("while a clock jumped")
@@ -364,11 +418,11 @@ func TestClockSkewBound(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				w := newWorld(t, 7*24*time.Hour, nil)
+				w := newWorld(t, setup{rootLife: 7 * 24 * time.Hour})
 				time.Sleep(time.Hour) // an authority that has just been made has SVIDs that are no older than it is
 				w.none("before")
 				w.east.agentClock.Store(int64(c.skew))
-				time.Sleep(3 * time.Hour)
+				time.Sleep(2 * time.Hour)
 				if refused := w.sofar(); (len(refused) == 0) != c.ok {
 					t.Errorf("%d of %d calls refused: %+v", len(refused), w.calls, slices.Compact(refused[:min(len(refused), 1)]))
 				}
@@ -418,8 +472,8 @@ func TestDistrustOutlives(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				w := newWorld(t, 8*time.Hour, skew)
-				time.Sleep(time.Hour)
+				w := newWorld(t, setup{rootLife: 4 * time.Hour, skew: skew})
+				time.Sleep(30 * time.Minute)
 				w.none("before")
 				check(t, w.east.bundles.Distrust(w.west.td, ""))
 				time.Sleep(pace + syncInterval)
@@ -443,13 +497,13 @@ func TestDistrustOutlives(t *testing.T) {
 						t.Errorf("%s: of %d calls, half of them west's, %d were refused", during, calls, refused)
 					}
 				}
-				all(time.Hour, "distrusted")
+				all(30*time.Minute, "distrusted")
 				w.restart(w.east)
-				all(time.Hour, "after a restart")
+				all(30*time.Minute, "after a restart")
 				w.cut.Store(true)
-				all(3*time.Hour, "cut off, with a new root of west")
+				all(90*time.Minute, "cut off, with a new root of west")
 				w.cut.Store(false)
-				all(3*time.Hour, "with west's new bundle")
+				all(90*time.Minute, "with west's new bundle")
 				_, err := w.east.bundles.Trust(w.west.td, "")
 				check(t, err)
 				time.Sleep(pace + syncInterval)

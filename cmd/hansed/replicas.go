@@ -292,6 +292,10 @@ func (r *replicas) refuse() error {
 	if !ok {
 		return &admin.Error{Status: 503, Message: "no replica leads this cluster's control plane just now", Hint: "wait some seconds; if it lasts: does etcd answer?"}
 	}
+	if l.ID == r.self.ID && !l.Leading.IsZero() {
+		return &admin.Error{Status: 503, Message: fmt.Sprintf("this replica, %s, led this cluster's control plane, and does not any more: etcd has not answered in time", l.Name),
+			Hint: "does etcd answer? hansed's log says; then wait some seconds"}
+	}
 	if l.ID == r.self.ID {
 		return &admin.Error{Status: 503, Message: fmt.Sprintf("this replica, %s, has been elected, and does not lead yet: it reads what the leader before it wrote", l.Name),
 			Hint: "wait some seconds; if it lasts: does etcd answer? hansed's log says"}

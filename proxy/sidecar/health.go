@@ -29,8 +29,16 @@ func NewHealth(client *hop.Client, dial Dial) *Health {
 	return &Health{client: client, dial: dial, suspects: make(chan netip.AddrPort, 64)}
 }
 
-// Probe connects to an endpoint and waits for a PING's answer. An unreachable gateway is balance.ErrGateway.
+// Probe connects to an endpoint and waits for a PING's answer; of one without identity a connection is all that can be asked for. An unreachable
+// gateway is balance.ErrGateway.
 func (h *Health) Probe(ctx context.Context, e *proxy.Endpoint, gateway netip.AddrPort) error {
+	if e.Transport == proxy.TransportPlaintext && !gateway.IsValid() {
+		conn, err := h.dial(ctx, "tcp", e.Address.String())
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err
+	}
 	peer, err := peerOf(e)
 	if err != nil {
 		return err

@@ -387,6 +387,33 @@ func TestPlaintext(t *testing.T) {
 	}
 }
 
+// TestPlaintextComesBack: an endpoint without identity that was dead is found well again by a connection.
+func TestPlaintextComesBack(t *testing.T) {
+	n := start(t, proxytest.NewDomain(t, "west.test").Source("/ns/shop/sa/frontend"))
+	plain := func(id, zone string, ln net.Listener) *proxy.Endpoint {
+		return &proxy.Endpoint{ID: id, Address: netip.MustParseAddrPort(ln.Addr().String()), Transport: proxy.TransportPlaintext, Weight: 1,
+			Locality: proxy.Locality{Cluster: "west", Zone: zone}}
+	}
+	near, far := listen(t), listen(t)
+	e := plain("near", "a", near)
+	n.calls(proxy.HTTP, authority, []*proxy.Endpoint{e}, []*proxy.Endpoint{plain("far", "b", far)})
+	_ = near.Close()
+	other := &http.Server{Handler: says("far")}
+	defer other.Close()
+	go func() { _ = other.Serve(far) }()
+	if resp, got := get(t, n, "/"); got != "far" {
+		t.Fatalf("%s %q while near is away", resp.Status, got)
+	}
+	near, err := net.Listen("tcp", e.Address.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := &http.Server{Handler: says("near")}
+	defer back.Close()
+	go func() { _ = back.Serve(near) }()
+	eventually(t, "calls to near", func() bool { _, got := get(t, n, "/"); return got == "near" })
+}
+
 func roundTrip(c *hop.Client, peer hop.Peer, req *http.Request) (*http.Response, error) {
 	return proxytest.RoundTrip(func(ctx context.Context, r *message.Request, o message.Options) (message.ClientStream, error) {
 		return c.Open(ctx, peer, r, o)

@@ -34,6 +34,7 @@ type mesh struct {
 	cables    []*cable
 	tcp       string            // front's listener of the TCP service
 	addressed []*proxy.Endpoint // of pays
+	callers   *traffic
 }
 
 const (
@@ -160,12 +161,16 @@ func (m *mesh) stamps() string {
 	return "unix:" + ln.Addr().String()
 }
 
+// patience is how long an exchange may take before it is one that hangs. Nothing is measured by it.
+const patience = time.Minute
+
 // traffic goes on while something happens to the mesh.
 type traffic struct {
 	m       *mesh
 	over    chan struct{}
 	workers sync.WaitGroup
 	whole   atomic.Int64
+	turns   [12]atomic.Int64 // exchanges that have ended, of each caller
 
 	mu   sync.Mutex
 	lost map[string]int // guarded by mu: answers that did not come, or not whole, by what was asked and what was said
@@ -181,10 +186,11 @@ func (m *mesh) traffic() *traffic {
 	}}
 	m.t.Cleanup(h2.CloseIdleConnections)
 	for i := range 4 {
-		tr.workers.Go(func() { tr.http1(fmt.Sprintf("one-%d", i)) })
-		tr.workers.Go(func() { tr.http2(fmt.Sprintf("two-%d", i), h2) })
-		tr.workers.Go(func() { tr.raw(fmt.Sprintf("raw-%d", i)) })
+		tr.workers.Go(func() { tr.http1(fmt.Sprintf("one-%d", i), &tr.turns[3*i]) })
+		tr.workers.Go(func() { tr.http2(fmt.Sprintf("two-%d", i), h2, &tr.turns[3*i+1]) })
+		tr.workers.Go(func() { tr.raw(fmt.Sprintf("raw-%d", i), &tr.turns[3*i+2]) })
 	}
+	m.callers = tr
 	return tr
 }
 
@@ -192,6 +198,9 @@ func (m *mesh) traffic() *traffic {
 func (tr *traffic) end(lost ...string) {
 	t := tr.m.t
 	t.Helper()
+	for deadline := time.Now().Add(patience); tr.whole.Load() < 50 && time.Now().Before(deadline); { // a busy machine takes its time
+		time.Sleep(2 * time.Millisecond)
+	}
 	close(tr.over)
 	tr.workers.Wait()
 	tr.mu.Lock()
@@ -222,6 +231,18 @@ func (tr *traffic) lose(what string, err any) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	tr.lost[fmt.Sprintf("%s: %.200v", what, err)]++
+}
+
+// round waits until what every caller is at now has ended.
+func (tr *traffic) round() {
+	for i := range tr.turns {
+		from := tr.turns[i].Load()
+		for deadline := time.Now().Add(patience); tr.turns[i].Load() == from; time.Sleep(2 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				tr.m.t.Fatalf("caller %d is at one exchange for %s", i, patience)
+			}
+		}
+	}
 }
 
 // methods and sizes vary: the first two may be sent again, the third may not.
@@ -261,7 +282,7 @@ func (tr *traffic) judge(what, id string, wants int, resp *http.Response, err er
 	return true
 }
 
-func (tr *traffic) http1(name string) {
+func (tr *traffic) http1(name string, turns *atomic.Int64) {
 	var c net.Conn
 	var br *bufio.Reader
 	for i := 0; !tr.done(); i++ {
@@ -275,7 +296,7 @@ func (tr *traffic) http1(name string) {
 			}
 			br = bufio.NewReader(c)
 		}
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(patience))
 		head := fmt.Sprintf("%s /?id=%s&n=%d&sent=%d HTTP/1.1\r\nHost: payments.shop:8080\r\nContent-Length: %d\r\n\r\n", method, id, wants, sends, sends)
 		sent := make(chan struct{})
 		go func() {
@@ -284,6 +305,7 @@ func (tr *traffic) http1(name string) {
 		}()
 		resp, err := http.ReadResponse(br, &http.Request{Method: method})
 		whole := tr.judge("http/1.1 "+method, id, wants, resp, err)
+		turns.Add(1)
 		if !whole || resp.Close {
 			_ = c.Close()
 			<-sent
@@ -297,11 +319,11 @@ func (tr *traffic) http1(name string) {
 	}
 }
 
-func (tr *traffic) http2(name string, via *http.Transport) {
+func (tr *traffic) http2(name string, via *http.Transport, turns *atomic.Int64) {
 	for i := 0; !tr.done(); i++ {
 		id := fmt.Sprintf("%s-%d", name, i)
 		method, sends, wants := shape(i)
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		var body io.Reader
 		if sends > 0 {
 			body = io.NopCloser(bytes.NewReader(stamped(id, sends))) // net/http shall not send it again by itself
@@ -312,18 +334,20 @@ func (tr *traffic) http2(name string, via *http.Transport) {
 		}
 		resp, err := via.RoundTrip(req)
 		tr.judge("http/2 "+method, id, wants, resp, err)
+		turns.Add(1)
 		cancel()
 	}
 }
 
 // raw sends over TCP, closes its half, and wants all of it back, and the end after it.
-func (tr *traffic) raw(name string) {
+func (tr *traffic) raw(name string, turns *atomic.Int64) {
 	for i := 0; !tr.done(); i++ {
 		id := fmt.Sprintf("%s-%d", name, i)
 		_, _, size := shape(i)
 		want := append([]byte(id+"\n"), stamped(id, size)...)
 		want = append(want, "the end of "+id+"\n"...)
 		got, err := tr.once(want[:len(id)+1+size])
+		turns.Add(1)
 		switch {
 		case !bytes.HasPrefix(want, got):
 			tr.m.t.Errorf("%s got bytes of another: %.80q", id, got)
@@ -344,7 +368,7 @@ func (tr *traffic) once(send []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)

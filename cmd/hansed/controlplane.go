@@ -84,8 +84,8 @@ type controlPlane struct {
 	configured map[spiffeid.TrustDomain]bool   // relations that the catalog asked for; owned by reconcileTrust
 }
 
-// build opens the stores and joins the parts. Nothing runs yet; the caller closes p.stores.
-func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar, reg prometheus.Registerer) (_ *controlPlane, err error) {
+// build opens the stores and joins the parts. Nothing runs yet; the caller closes p.stores. ended: the etcd that was known is not there any more.
+func build(ctx context.Context, cfg *Config, ended bool, version string, log *slog.Logger, level *slog.LevelVar, reg prometheus.Registerer) (_ *controlPlane, err error) {
 	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
 	if err != nil {
 		return nil, err
@@ -97,7 +97,7 @@ func build(ctx context.Context, cfg *Config, version string, log *slog.Logger, l
 	if err := atomicfile.MakeDir(cfg.DataDir); err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.DataDir, err)
 	}
-	if p.stores, err = openStores(ctx, cfg, log); err != nil {
+	if p.stores, err = openStores(ctx, cfg, ended, log); err != nil {
 		return nil, err
 	}
 	defer func() {

@@ -33,6 +33,7 @@ type distrusts struct {
 	log       *slog.Logger
 
 	mu        sync.Mutex
+	restored  bool                       // guarded by mu; etcd was, from a backup: what the disk has counts
 	pending   map[string]bundle.Distrust // guarded by mu; by key: not in etcd yet
 	revision  int64                      // guarded by mu; of etcd, as applied
 	confirmed map[string]int64           // guarded by mu; by replica's ID: applied there, and at its proxies
@@ -47,7 +48,7 @@ type distrustMark struct {
 
 func newDistrusts(p *controlPlane) *distrusts {
 	d := &distrusts{kv: etcd.NewKV(p.stores.own, distrustPath), marks: etcd.NewKV(p.stores.own, replicasPath), id: p.replicas.self.ID, others: p.replicas.others,
-		bundles: p.bundles, log: p.log.With("part", "distrust"), pending: map[string]bundle.Distrust{}, confirmed: map[string]int64{}, retry: make(chan struct{}, 1)}
+		bundles: p.bundles, restored: p.stores.restored, log: p.log.With("part", "distrust"), pending: map[string]bundle.Distrust{}, confirmed: map[string]int64{}, retry: make(chan struct{}, 1)}
 	d.obeyed = func() bool {
 		behind, _ := p.xds.TrustBehind()
 		return len(behind) == 0 && p.sourceCurrent() && p.trustAnnounced()
@@ -240,7 +241,7 @@ func (d *distrusts) apply(ctx context.Context, all []etcd.KeyValue, rev int64) e
 		return err
 	}
 	d.mu.Lock()
-	if marked == 0 { // this replica is new to this etcd: what its disk has counts, rather once too often
+	if marked == 0 || d.restored { // this replica is new to this etcd: what its disk has counts, rather once too often
 		for _, x := range d.bundles.Distrusted() {
 			d.pending[distrustKey(x)] = x
 		}
@@ -276,7 +277,7 @@ func (d *distrusts) apply(ctx context.Context, all []etcd.KeyValue, rev int64) e
 		}
 	}
 	d.mu.Lock()
-	d.revision = rev
+	d.revision, d.restored = rev, false
 	d.mu.Unlock()
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/hanse-mesh/hanse/cmd/internal/daemon"
+	"github.com/hanse-mesh/hanse/federation/etcd"
 )
 
 const (
@@ -115,8 +116,20 @@ func run(ctx context.Context, cfg *Config) error {
 	ctx, stop := daemon.Signals(ctx, log)
 	defer stop()
 
+	for ended := false; ; ended = true {
+		err := live(ctx, cfg, ended, log, level)
+		if !errors.Is(err, etcd.ErrRestored) || ctx.Err() != nil {
+			return err
+		}
+		log.Warn("begins anew, with what etcd has now")
+	}
+}
+
+// live is one life of the control plane. It ends with ctx, or with an error; etcd.ErrRestored: all that it knew of etcd is void. ended: the life
+// before ended by that.
+func live(ctx context.Context, cfg *Config, ended bool, log *slog.Logger, level *slog.LevelVar) error {
 	reg := daemon.NewRegistry()
-	p, err := build(ctx, cfg, daemon.Version, log, level, reg)
+	p, err := build(ctx, cfg, ended, daemon.Version, log, level, reg)
 	if err != nil {
 		return err
 	}
@@ -142,7 +155,7 @@ func run(ctx context.Context, cfg *Config) error {
 	// Before anything ends, peers are told that the silence which follows is planned.
 	work, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
-	context.AfterFunc(ctx, func() {
+	defer context.AfterFunc(ctx, func() {
 		defer end()
 		if len(p.replicas.others()) > 0 {
 			return // another one leads at once
@@ -152,7 +165,7 @@ func run(ctx context.Context, cfg *Config) error {
 		if err := p.mesh.AnnounceRestart(tell, restartGrace); err != nil {
 			log.Warn("peers were not told of the planned restart; they wait as for a failure", "err", err)
 		}
-	})
+	})()
 	err = g.Run(work, log)
 	log.Info("hansed has ended")
 	return err

@@ -318,8 +318,11 @@ func (r *roots) obeying(ctx context.Context) {
 // obey does what is ordered, and says so; again: there is more to come.
 func (r *roots) obey(ctx context.Context) (again bool, err error) {
 	r.mu.Lock()
-	order, revoked, leave, was := r.rotation, r.revoked, r.leave, r.done
+	order, revoked, leave, was, lost := r.rotation, r.revoked, r.leave, r.done, r.lost
 	r.mu.Unlock()
+	if err := r.restore(ctx, lost); err != nil {
+		return true, err
+	}
 	done := obeyed{Rotation: was.Rotation, Root: was.Root}
 	if order.Number > done.Rotation {
 		root, err := r.authority.Rotate()

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -61,6 +62,7 @@ type roots struct {
 	life      time.Duration // the longest of what it signs
 	now       func() time.Time
 	log       *slog.Logger
+	disk      string                                       // file with revocations
 	authority *ca.Authority                                // set by enroll
 	resting   func(keyID string, sequence uint64) []string // agents that rest on a root, or have not loaded the bundle that tells them to leave it
 
@@ -77,6 +79,8 @@ type roots struct {
 	revoked  map[string]revocation  // guarded by mu; not changed in place; by authority
 	done     obeyed                 // guarded by mu; by this replica
 	said     obeyed                 // guarded by mu; what of it the others know
+	kept     map[string]revocation  // guarded by mu; not changed in place; by authority: what the disk has of revoked
+	lost     []revocation           // guarded by mu; of kept, what etcd does not have, or not any more
 
 	dirty chan struct{} // size 1: the leader looks again
 	told  chan struct{} // size 1: this replica looks what is ordered
@@ -84,7 +88,7 @@ type roots struct {
 
 func newRoots(p *controlPlane, leader etcd.Store) *roots {
 	life := max(24*time.Hour, p.cfg.Identity.X509Life.Duration) // an agent's SVID, a workload's
-	return &roots{td: p.td, store: p.stores.own, leader: leader, replicas: p.replicas, bundles: p.bundles, now: p.now,
+	return &roots{td: p.td, disk: filepath.Join(p.cfg.DataDir, "revoked.json"), store: p.stores.own, leader: leader, replicas: p.replicas, bundles: p.bundles, now: p.now,
 		life: min(life, p.cfg.Identity.RootLife.Duration), log: p.log.With("part", "roots"), records: map[string]rootsRecord{}, dirty: make(chan struct{}, 1), told: make(chan struct{}, 1)}
 }
 
@@ -99,6 +103,9 @@ func (r *roots) Until() time.Time {
 // is acknowledged. One whose root has left the bundle while others sign begins anew.
 func (r *roots) enroll(ctx context.Context, a *ca.Authority) error {
 	r.authority = a
+	if err := r.loadKept(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	own, err := a.Bundle().Marshal()
@@ -257,10 +264,14 @@ func (r *roots) take(all []etcd.KeyValue) error {
 		}
 	}
 	r.leave = leave
+	err := r.keep(revoked)
 	r.records, r.union, r.unionRev, r.rotation, r.revoked = records, u, rev, order, revoked
 	r.mu.Unlock()
 	kick(r.dirty)
 	kick(r.told)
+	if err != nil {
+		return err
+	}
 	if b == nil {
 		return nil // gone from etcd: the last good one stays, and the leader writes it again
 	}

@@ -52,7 +52,7 @@ func thereAre(all ...*signer) {
 // newSigner starts a replica.
 func newSigner(t *testing.T, store etcd.Store, dir, name string, now func() time.Time) *signer {
 	t.Helper()
-	cfg := &Config{Replica: name, Identity: Identity{X509Life: Duration{time.Hour}, RootLife: Duration{7 * 24 * time.Hour}}}
+	cfg := &Config{Replica: name, DataDir: dir, Identity: Identity{X509Life: Duration{time.Hour}, RootLife: Duration{7 * 24 * time.Hour}}}
 	id, err := replicaID(dir)
 	if err != nil {
 		t.Fatal(err)

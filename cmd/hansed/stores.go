@@ -4,8 +4,10 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -21,6 +23,7 @@ import (
 	"github.com/hanse-mesh/hanse/federation"
 	"github.com/hanse-mesh/hanse/federation/etcd"
 	"github.com/hanse-mesh/hanse/federation/peering"
+	"github.com/hanse-mesh/hanse/identity/atomicfile"
 	"github.com/hanse-mesh/hanse/identity/bundle"
 )
 
@@ -29,23 +32,31 @@ type stores struct {
 	own, imports etcd.Store
 	external     *etcd.External                       // nil: embedded
 	servers      func() (pb.KVServer, pb.WatchServer) // of own, for the guard
+	restored     bool                                 // external: it is not what it was when this hansed last read from it
 	close        []func() error
 	wait         []func(context.Context) error
 }
 
-func openStores(ctx context.Context, cfg *Config, log *slog.Logger) (*stores, error) {
+func openStores(ctx context.Context, cfg *Config, ended bool, log *slog.Logger) (*stores, error) {
 	s := &stores{}
 	if len(cfg.Etcd.Endpoints) > 0 {
+		path := filepath.Join(cfg.DataDir, "etcd-history.json")
+		was, err := readHistory(path)
+		if err != nil {
+			return nil, err
+		}
 		tlsConfig, roots, err := etcdTLS(cfg.Etcd)
 		if err != nil {
 			return nil, err
 		}
 		start, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
-		x, err := etcd.DialExternal(start, etcd.ExternalConfig{Endpoints: cfg.Etcd.Endpoints, TLS: tlsConfig, Roots: roots, Log: log.With("part", "etcd")})
+		x, err := etcd.DialExternal(start, etcd.ExternalConfig{Endpoints: cfg.Etcd.Endpoints, TLS: tlsConfig, Roots: roots, History: was, Ended: ended, Log: log.With("part", "etcd")})
 		if err != nil {
 			return nil, fmt.Errorf("external etcd: %w", err)
 		}
+		s.restored = x.Restored()
+		s.wait = append(s.wait, x.Watchdog, func(ctx context.Context) error { return keepHistory(ctx, path, x, log) })
 		s.external, s.own, s.imports, s.servers, s.close = x, x.Store(), x.Store(), x.Servers, []func() error{x.Close}
 		return s, nil
 	}
@@ -70,6 +81,49 @@ func openStores(ctx context.Context, cfg *Config, log *slog.Logger) (*stores, er
 	}
 	s.own, s.imports, s.servers = started[0].Store(), started[1].Store(), started[0].Servers
 	return s, nil
+}
+
+// readHistory is what this hansed knew of its external etcd when it ended; nothing, where it is new to it.
+func readHistory(path string) (h etcd.History, err error) {
+	b, err := atomicfile.Read(path, 1<<20)
+	if errors.Is(err, fs.ErrNotExist) {
+		return h, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &h)
+	}
+	if err != nil {
+		return h, fmt.Errorf("%s: %w (remove it, and this hansed does not see whether etcd was restored from a backup meanwhile)", path, err)
+	}
+	return h, nil
+}
+
+func writeHistory(path string, h etcd.History) error {
+	b, err := json.Marshal(h)
+	if err == nil {
+		err = atomicfile.Write(path, b)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+// keepHistoryEvery bounds what this hansed forgets of etcd's history when it is killed.
+const keepHistoryEvery = 10 * time.Second
+
+// keepHistory stores what is known of etcd's history until ctx ends. It begins when what to do where that is over has been done.
+func keepHistory(ctx context.Context, path string, x *etcd.External, log *slog.Logger) error {
+	for stored := int64(-1); ctx.Err() == nil; pause(ctx, keepHistoryEvery) {
+		if h := x.History(); h.Revision > stored {
+			if err := writeHistory(path, h); err != nil {
+				log.Error("what is known of etcd's history is not stored; tried again", "err", err)
+				continue
+			}
+			stored = h.Revision
+		}
+	}
+	return nil
 }
 
 // etcdTLS reads the client's certificate and the CA at each handshake: whoever renews the files need not restart hansed. roots is nil without a CA.

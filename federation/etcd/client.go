@@ -246,7 +246,10 @@ type ExternalConfig struct {
 	// Roots are asked for at each handshake, instead of TLS.RootCAs; may be nil. For endpoints with TLS only.
 	Roots  func() (*x509.CertPool, error)
 	Prefix string // put before every key; the Guard needs it empty
-	Log    *slog.Logger
+	// History is what was known of this etcd before; zero if nothing was. Ended: an External before this one found that it is over.
+	History History
+	Ended   bool
+	Log     *slog.Logger
 }
 
 // External is an external etcd cluster.
@@ -254,7 +257,11 @@ type External struct {
 	client *clientv3.Client
 	prefix string
 	log    *slog.Logger
+	wire   Store
 	away   atomic.Bool
+
+	past        past
+	wasRestored bool // since what ExternalConfig.History says
 }
 
 // DialExternal connects to an external etcd cluster and returns when it has answered, or when ctx ends.
@@ -271,8 +278,9 @@ func DialExternal(ctx context.Context, cfg ExternalConfig) (*External, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
 	}
-	x := &External{client: c, prefix: cfg.Prefix, log: orDiscard(cfg.Log)}
-	if _, _, err := x.Store().Get(ctx, "hanse", 0); err != nil {
+	x := &External{client: c, prefix: cfg.Prefix, log: orDiscard(cfg.Log), wire: resending{newWire(c.ActiveConnection())}}
+	x.past.restored = make(chan struct{})
+	if x.wasRestored, err = x.adopt(ctx, cfg.History, cfg.Ended); err != nil {
 		_ = c.Close()
 		return nil, fmt.Errorf("read from etcd at %s: %w", strings.Join(cfg.Endpoints, ","), err)
 	}
@@ -322,7 +330,7 @@ func (x *External) Client() *clientv3.Client { return x.client }
 
 // Store returns the cluster as a Store.
 func (x *External) Store() Store {
-	s := &noting{Store: resending{newWire(x.client.ActiveConnection())}, x: x}
+	s := &noting{Store: x.wire, x: x}
 	if x.prefix == "" {
 		return s
 	}
@@ -331,6 +339,9 @@ func (x *External) Store() Store {
 
 // note says once that the cluster is away, and once that it is there again, for all who read from it or write to it.
 func (x *External) note(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() == nil && !errors.Is(err, ErrRestored) {
+		x.distrust()
+	}
 	if status.Code(err) == codes.Unavailable || errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil { // the call's own end
 		if !x.away.Swap(true) {
 			x.log.Warn("etcd is away; what was read from it stays in force, and all is tried again", "error", err)
@@ -350,21 +361,45 @@ type noting struct {
 }
 
 func (n *noting) Get(ctx context.Context, key string, revision int64) (*KeyValue, Header, error) {
+	was, err := n.x.begin(ctx)
+	if err != nil {
+		return nil, Header{}, n.x.note(ctx, err)
+	}
 	kv, h, err := n.Store.Get(ctx, key, revision)
+	if err == nil {
+		err = n.x.answered(was, h)
+	}
 	return kv, h, n.x.note(ctx, err)
 }
 
 func (n *noting) List(ctx context.Context, prefix string, revision int64, each func(KeyValue) error) (Header, error) {
+	was, err := n.x.begin(ctx)
+	if err != nil {
+		return Header{}, n.x.note(ctx, err)
+	}
 	h, err := n.Store.List(ctx, prefix, revision, each)
+	if err == nil && revision == 0 {
+		err = n.x.answered(was, h)
+	}
 	return h, n.x.note(ctx, err)
 }
 
 func (n *noting) Txn(ctx context.Context, compares []Compare, ops []Op) (bool, Header, error) {
+	was, err := n.x.begin(ctx)
+	if err != nil {
+		return false, Header{}, n.x.note(ctx, err)
+	}
 	ok, h, err := n.Store.Txn(ctx, compares, ops)
+	if err == nil && !ok { // of one that was sent again, the revision may be of what was done before
+		err = n.x.answered(was, h)
+	}
 	return ok, h, n.x.note(ctx, err)
 }
 
 func (n *noting) Watch(ctx context.Context, prefix string, from int64) (Watcher, error) {
+	if _, err := n.x.begin(ctx); err != nil {
+		return nil, n.x.note(ctx, err)
+	}
 	w, err := n.Store.Watch(ctx, prefix, from)
 	if err != nil {
 		return nil, n.x.note(ctx, err)
@@ -380,6 +415,9 @@ type notingWatcher struct {
 
 func (w *notingWatcher) Recv() (*WatchResponse, error) {
 	r, err := w.Watcher.Recv()
+	if err == nil {
+		err = w.x.arrived(r.Header)
+	}
 	if err != nil {
 		return nil, w.x.note(w.ctx, err)
 	}

@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"os"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/etcdutl/v3/snapshot"
 	_ "go.etcd.io/etcd/server/v3/etcdmain" // of the program that buildEtcd builds: what that needs stays in go.mod
 	"go.uber.org/zap"
 )
@@ -203,6 +205,33 @@ func (e *etcdCluster) replace(lost, by *etcdMember, stay ...*etcdMember) *etcdMe
 	e.start(m, "existing", append(stay, m)...)
 	e.healthy(m)
 	return m
+}
+
+// save is etcdctl snapshot save.
+func (e *etcdCluster) save(path string, from *etcdMember) {
+	e.l.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	r, err := e.stock(from).Snapshot(ctx)
+	if err != nil {
+		e.l.t.Fatal(err)
+	}
+	defer r.Close()
+	b, err := io.ReadAll(r)
+	if err != nil {
+		e.l.t.Fatal(err)
+	}
+	e.l.save(path, string(b))
+}
+
+// restore is etcdutl snapshot restore for one member of a cluster of these.
+func (e *etcdCluster) restore(path string, m *etcdMember, of ...*etcdMember) {
+	e.l.t.Helper()
+	err := snapshot.NewV3(zap.NewNop()).Restore(snapshot.RestoreConfig{SnapshotPath: path, Name: m.name, OutputDataDir: m.dir,
+		PeerURLs: []string{m.peer()}, InitialCluster: initial(of...), InitialClusterToken: e.token})
+	if err != nil {
+		e.l.t.Fatal(err)
+	}
 }
 
 // pki makes a CA, a certificate for whatever serves in this lab's network, and one for clients.

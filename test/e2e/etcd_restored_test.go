@@ -47,7 +47,6 @@ func TestEtcdRestored(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 	l.must("west", "", "trust", "distrust", "east.test", "--yes")
-	is = l.newRoot("west", "two", "")
 	near.none(l, "before")
 
 	for _, x := range m {

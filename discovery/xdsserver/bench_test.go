@@ -164,3 +164,40 @@ func BenchmarkEndpointChange(b *testing.B) {
 	b.ReportMetric(float64(received.Load())/float64(b.N), "pushes/op")
 	b.ReportMetric(float64(bytes.Load())/float64(b.N), "B-pushed/op")
 }
+
+// BenchmarkRollCall is what a control plane does each second to say which bundles all its proxies have loaded, with 10,000 of them connected.
+func BenchmarkRollCall(b *testing.B) {
+	h := start(b)
+	trust := map[string]uint64{"west.demo": 3, "east.demo": 5, "north.demo": 1}
+	h.SetTrust(trust, 1, nil)
+	h.mu.Lock()
+	for i := range 10000 {
+		ss := &session{since: time.Now(), acked: trust, ackedRev: 1, ackedGen: 1}
+		ss.client.hanse, ss.viewer.ID, ss.viewer.SPIFFEID = true, fmt.Sprintf("shop/frontend-%08x", i*2654435761), frontend
+		h.sessions[ss] = struct{}{}
+	}
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		clear(h.sessions)
+		h.mu.Unlock()
+	}()
+	b.Run("acked", func(b *testing.B) {
+		for b.Loop() {
+			h.TrustAcked(trust)
+		}
+	})
+	b.Run("roster", func(b *testing.B) {
+		for b.Loop() {
+			if n := len(h.Roster()); n != 10000 {
+				b.Fatalf("%d proxies", n)
+			}
+		}
+	})
+	b.Run("moves", func(b *testing.B) {
+		for b.Loop() {
+			h.Expect(nil)
+			h.Moved(nil)
+		}
+	})
+}

@@ -67,6 +67,8 @@ type Server struct {
 	pending      *discovery.Clusterset                    // guarded by mu; nil: none
 	pendingSince time.Time                                // guarded by mu
 	sessions     map[*session]struct{}                    // guarded by mu
+	comings      uint64                                   // guarded by mu; grows as streams say who they are and end, and as proxies are expected and are not
+	roster       roster                                   // guarded by mu
 	reporters    map[*reporter]struct{}                   // guarded by mu
 	trust        map[string]uint64                        // guarded by mu; nil until SetTrust. Never changed in place
 	trustRev     uint64                                   // guarded by mu; goes with trust

@@ -258,8 +258,10 @@ func TestExpected(t *testing.T) {
 	until := begin.Add(time.Hour + ProxyBack)
 	check("with a view", held, Lacking{"a", until}, Lacking{"b", until}, Lacking{"c", until})
 
+	var conn *grpc.ClientConn
 	connect := func(id string) (ack func()) {
-		c := h.delta(h.dial(h.own, frontend), node(id, "hanse-proxy", nil))
+		conn = h.dial(h.own, frontend)
+		c := h.delta(conn, node(id, "hanse-proxy", nil))
 		c.subscribe(xdsgen.TrustType, "trust")
 		resp := c.next()
 		return func() {
@@ -289,10 +291,18 @@ func TestExpected(t *testing.T) {
 
 	h.Expect([]string{"a"})
 	check("a proxy that is here is not expected", all)
+	if got := h.Roster(); !slices.Equal(got, []string{"a"}) { // kept for those that ask while nobody comes
+		t.Errorf("the roster is %v", got)
+	}
 	ack = connect("new")
 	check("one that was never here loads", held, Lacking{ID: "new"})
 	ack()
 	check("it has", all)
+	if got := h.Roster(); !slices.Equal(got, []string{"a", "new"}) {
+		t.Errorf("the roster is %v", got)
+	}
+	_ = conn.Close()
+	eventually(t, func() bool { return slices.Equal(h.Roster(), []string{"a"}) })
 }
 
 func TestAcknowledgements(t *testing.T) {

@@ -58,6 +58,7 @@ type session struct {
 	status   map[string]*TypeStatus // guarded by mu
 	acked    map[string]uint64      // guarded by mu; trust sequences that the client has loaded
 	ackedRev uint64                 // guarded by mu; goes with acked
+	ackedGen uint64                 // guarded by mu; the Server's trustGen that acked is of
 }
 
 // key is one subscribed resource.
@@ -97,6 +98,7 @@ type response struct {
 	nonce, version string
 	trust          map[string]uint64
 	trustRev       uint64
+	trustOf        uint64
 }
 
 func (s *Server) open(ctx context.Context, protocol string) (context.Context, *session, error) {
@@ -129,6 +131,7 @@ func (ss *session) close(protocol string) {
 	ss.end(nil)
 	ss.s.mu.Lock()
 	delete(ss.s.sessions, ss)
+	ss.s.comings++
 	ss.s.mu.Unlock()
 	ss.s.metrics.streams.WithLabelValues(protocol).Dec()
 	if t := ss.types[xdsgen.EndpointType]; t != nil {
@@ -154,6 +157,9 @@ func (ss *session) begin(node *corev3.Node) {
 	ss.mu.Lock()
 	ss.viewer, ss.client = v, c
 	ss.mu.Unlock()
+	ss.s.mu.Lock()
+	ss.s.comings++
+	ss.s.mu.Unlock()
 	_, ss.seq = ss.s.cache.current()
 	ss.s.log.Debug("xds stream opened", "proxy", v.ID, "spiffe_id", v.SPIFFEID, "kind", v.Kind, "agent", c.agent)
 }
@@ -344,7 +350,7 @@ func (ss *session) sent(typeURL string, t *subscriptions, version string, bytes,
 	r := response{nonce: nonce, version: version}
 	if typeURL == xdsgen.TrustType {
 		ss.s.mu.Lock()
-		r.trust, r.trustRev = ss.s.trust, ss.s.trustRev
+		r.trust, r.trustRev, r.trustOf = ss.s.trust, ss.s.trustRev, ss.s.trustGen
 		ss.s.mu.Unlock()
 	}
 	if len(t.outstanding) == maxOutstanding {
@@ -374,7 +380,7 @@ func (ss *session) answered(typeURL, nonce string, t *subscriptions, detail *rpc
 	if detail == nil {
 		st.Acked, st.AckedAt, st.NACK = r.version, now, ""
 		if r.trust != nil {
-			ss.acked, ss.ackedRev = r.trust, r.trustRev
+			ss.acked, ss.ackedRev, ss.ackedGen = r.trust, r.trustRev, r.trustOf
 		}
 	} else {
 		st.NACK, st.NACKAt = detail.GetMessage(), now

@@ -40,10 +40,15 @@ type TypeStatus struct {
 	NACKAt  time.Time
 }
 
+// streams are all that are open. It is called with mu held.
+func (s *Server) streams() []*session {
+	return slices.AppendSeq(make([]*session, 0, len(s.sessions)), maps.Keys(s.sessions))
+}
+
 // Proxies lists the connected clients by ID.
 func (s *Server) Proxies() []ProxyStatus {
 	s.mu.Lock()
-	sessions := slices.Collect(maps.Keys(s.sessions))
+	sessions := s.streams()
 	s.mu.Unlock()
 	out := make([]ProxyStatus, 0, len(sessions))
 	for _, ss := range sessions {
@@ -67,6 +72,9 @@ func (s *Server) Proxies() []ProxyStatus {
 // Expect names proxies that were connected to this control plane before it was started anew, or to a replica that is gone. Until one of them
 // is back and has acknowledged, or Moved says where it is, or ProxyBack has passed (from the first view on), it counts as not knowing what is new.
 func (s *Server) Expect(ids []string) {
+	if len(ids) == 0 {
+		return
+	}
 	var until time.Time // not before anybody can connect
 	s.mu.Lock()
 	if s.serving {
@@ -75,7 +83,8 @@ func (s *Server) Expect(ids []string) {
 	for _, id := range ids {
 		s.expected[id] = until
 	}
-	sessions := slices.Collect(maps.Keys(s.sessions))
+	s.comings++
+	sessions := s.streams()
 	s.mu.Unlock()
 	var here []string
 	for _, ss := range sessions {
@@ -93,7 +102,10 @@ func (s *Server) Moved(ids []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, id := range ids {
-		delete(s.expected, id)
+		if _, ok := s.expected[id]; ok {
+			delete(s.expected, id)
+			s.comings++
+		}
 	}
 }
 
@@ -110,15 +122,30 @@ func (s *Server) serves() {
 // absent are those that are expected now, and until when. It is called with mu held.
 func (s *Server) absent() map[string]time.Time {
 	now := s.now()
+	n := len(s.expected)
 	maps.DeleteFunc(s.expected, func(_ string, until time.Time) bool { return !until.IsZero() && !now.Before(until) })
+	if len(s.expected) < n {
+		s.comings++
+	}
 	return maps.Clone(s.expected)
 }
 
-// Roster names the Hanse proxies that are connected or expected: what is to be handed to Expect after the next start.
+// roster is the last that was made.
+type roster struct {
+	names []string // nil: none was
+	of    uint64   // the Server's comings
+}
+
+// Roster names the Hanse proxies that are connected or expected: what is to be handed to Expect after the next start. It is sorted, and must
+// not be changed.
 func (s *Server) Roster() []string {
 	s.mu.Lock()
-	ids := s.absent()
-	sessions := slices.Collect(maps.Keys(s.sessions))
+	ids, of := s.absent(), s.comings
+	if r := s.roster; r.names != nil && r.of == of {
+		s.mu.Unlock()
+		return r.names
+	}
+	sessions := s.streams()
 	s.mu.Unlock()
 	for _, ss := range sessions {
 		ss.mu.Lock()
@@ -127,7 +154,12 @@ func (s *Server) Roster() []string {
 		}
 		ss.mu.Unlock()
 	}
-	return slices.Sorted(maps.Keys(ids))
+	names := slices.AppendSeq(make([]string, 0, len(ids)), maps.Keys(ids))
+	slices.Sort(names)
+	s.mu.Lock()
+	s.roster = roster{names, of}
+	s.mu.Unlock()
+	return names
 }
 
 // TrustBehind names the Hanse proxies, connected or expected, that have not acknowledged the trust that was announced last, and says how many have.
@@ -135,7 +167,7 @@ func (s *Server) TrustBehind() (behind []string, current int) {
 	s.mu.Lock()
 	trust, revision := s.trust, s.trustRev
 	behind = slices.Collect(maps.Keys(s.absent()))
-	sessions := slices.Collect(maps.Keys(s.sessions))
+	sessions := s.streams()
 	s.mu.Unlock()
 	for _, ss := range sessions {
 		ss.mu.Lock()
@@ -174,7 +206,7 @@ func (s *Server) TrustLacking(td string, sequence uint64, before map[string]uint
 	if before[td] < sequence {
 		lacking = s.absent()
 	}
-	sessions := slices.Collect(maps.Keys(s.sessions))
+	sessions := s.streams()
 	s.mu.Unlock()
 	now := s.now()
 	for _, ss := range sessions {
@@ -200,8 +232,8 @@ func (s *Server) TrustLacking(td string, sequence uint64, before map[string]uint
 // counted: their agent is.
 func (s *Server) TrustAcked(before map[string]uint64) map[string]uint64 {
 	s.mu.Lock()
-	lowest, waits := maps.Clone(s.trust), len(s.absent()) > 0
-	sessions := slices.Collect(maps.Keys(s.sessions))
+	lowest, gen, waits := maps.Clone(s.trust), s.trustGen, len(s.absent()) > 0
+	sessions := s.streams()
 	s.mu.Unlock()
 	if lowest == nil { // nothing is announced yet
 		return maps.Clone(before)
@@ -209,10 +241,10 @@ func (s *Server) TrustAcked(before map[string]uint64) map[string]uint64 {
 	now := s.now()
 	for _, ss := range sessions {
 		ss.mu.Lock()
-		acked, hanse := ss.acked, ss.client.hanse
+		acked, ackedGen, hanse := ss.acked, ss.ackedGen, ss.client.hanse
 		ss.mu.Unlock()
 		switch {
-		case !hanse:
+		case !hanse, acked != nil && ackedGen == gen: // all that is announced
 		case acked == nil && now.Sub(ss.since) <= trustGrace:
 			waits = true
 		default:

@@ -29,6 +29,7 @@ const (
 	frameBytes = 8       // of a record's length, in front of it
 	sector     = 512     // what a disk writes whole or not at all
 	maxSegment = 1 << 28 // etcd starts a new one after 64 MB
+	maxState   = 64      // a HardState is three numbers
 	brokenExt  = ".broken"
 )
 
@@ -305,13 +306,14 @@ func tornWrite(tail []byte, written int, off int64, crc uint32, index uint64) er
 		return nil
 	}
 	h, n, ok := readHead(tail[frameBytes:])
-	if !ok {
-		if frameBytes+n >= written {
-			return nil // it stopped in there
-		}
-		if next := sector - int(off%sector); zero(tail[:min(next, len(tail))]) {
-			return unsynced(tail, next, off, index)
-		}
+	next := sector - int(off%sector)
+	switch legible := frameBytes + n; {
+	case !ok && legible >= written:
+		return nil // it stopped in there
+	case zero(tail[:min(next, len(tail))]), // the sector that it begins in was never written
+		(next < legible || !ok && next == legible) && zero(tail[next:min(next+sector, len(tail))]): // or that which its head goes on in
+		return unsynced(tail, next, off, index)
+	case !ok:
 		return errors.New("it is no record, and more follows")
 	}
 	end := frameBytes + h.end
@@ -343,7 +345,7 @@ func tornWrite(tail []byte, written int, off int64, crc uint32, index uint64) er
 func unsynced(tail []byte, from int, off int64, index uint64) error {
 	for at, h := range wholeRecords(tail, from) {
 		var state raftpb.HardState
-		if h.typ == wal.StateType && proto.Unmarshal(tail[at+frameBytes+h.data:at+frameBytes+h.end], &state) == nil && state.GetCommit() > index {
+		if h.typ == wal.StateType && h.end-h.data <= maxState && proto.Unmarshal(tail[at+frameBytes+h.data:at+frameBytes+h.end], &state) == nil && state.GetCommit() > index {
 			return fmt.Errorf("sectors are missing, and the record at byte %d says that entry %d, which was in them or follows them, had been acknowledged", off+int64(at), state.GetCommit())
 		}
 	}
@@ -360,21 +362,19 @@ func lacksSector(tail []byte, end int, off int64) bool {
 	return false
 }
 
-// wholeRecords yields where in tail, from a place on, something has the form of a record: what went into its checksum is unknown there.
+// wholeRecords yields where in tail, from a place on, something has the form of a record: what went into its checksum is unknown there. It looks
+// within records, too: what has the form of one may be part of somebody's value, and reach beyond true records.
 func wholeRecords(tail []byte, from int) iter.Seq2[int, head] {
 	return func(yield func(int, head) bool) {
-		for at := from; at+frameBytes < len(tail); {
+		for at := from; at+frameBytes < len(tail); at += 8 { // so are records aligned
 			size, pad, ok := frame(tail[at:])
 			if next := at + frameBytes + size + pad; ok && next <= len(tail) {
 				if h, _, ok := readHead(tail[at+frameBytes:]); ok && h.end == size && zero(tail[next-pad:next]) {
 					if !yield(at, h) {
 						return
 					}
-					at = next
-					continue
 				}
 			}
-			at += 8 // so are records aligned
 		}
 	}
 }

@@ -336,6 +336,63 @@ func TestTornByPower(t *testing.T) {
 	}
 }
 
+// TestTornByPowerAnywhere is that with the batch at each place that it may have in its first sector: a record's length and head may end with a
+// sector, and go on in one that is missing. Once the batch was acknowledged, the same is damage, also if one of its values looks like a record
+// that reaches over all that follows.
+func TestTornByPowerAnywhere(t *testing.T) {
+	size := wal.SegmentSizeBytes
+	wal.SegmentSizeBytes = 16 << 10 // not parallel: nobody else writes logs now
+	defer func() { wal.SegmentSizeBytes = size }()
+	write := func(t *testing.T, bodies ...[]byte) (segment []byte, at []int64) {
+		t.Helper()
+		dir := filepath.Join(t.TempDir(), "wal")
+		w, err := wal.Create(zap.NewNop(), dir, []byte("member"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		index := uint64(0)
+		for _, b := range bodies { // each is a batch: its entry, and a state
+			save(t, w, &index, b)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(onlySegment(t, dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b, offsets(b)
+	}
+	for pad := 0; pad < sector; pad += 8 {
+		last := noise(1500)
+		segment, at := write(t, noise(100+pad), last)
+		before, end := at[len(at)-3], at[len(at)-1]
+		missing := func(f func(off int64, b []byte)) {
+			for off := before / sector * sector; off < end; off += sector {
+				b := slices.Clone(segment)
+				clear(b[max(off, before):min(off+sector, end)])
+				f(off, b)
+			}
+		}
+		missing(func(off int64, b []byte) {
+			if s, err := scan(b); err != nil || s.index < 1 || s.end < before {
+				t.Errorf("a batch at %d, never synced, sector at %d is missing: entry %d, cut at %d, %v", before, off, s.index, s.end, err)
+			}
+		})
+		in := 700 - (bytes.Index(segment, last)+700)%8 // where a record may begin
+		head := []byte{0x08, byte(wal.EntryType), 0x10, 1, 0x1a}
+		head = binary.AppendUvarint(head, 4000-7)
+		copy(last[in:], append(binary.LittleEndian.AppendUint64(nil, 4000), head...))
+		segment, at = write(t, noise(100+pad), last, noise(300))
+		before, end = at[len(at)-5], at[len(at)-3]
+		missing(func(off int64, b []byte) {
+			if s, err := scan(b); err == nil && s.index < 2 {
+				t.Errorf("a batch at %d, acknowledged, sector at %d is missing: cut at %d", before, off, s.end)
+			}
+		})
+	}
+}
+
 // TestDamagedSegments damages one that is not the last, and what etcd leaves of a segment that it was about to begin.
 func TestDamagedSegments(t *testing.T) {
 	size := wal.SegmentSizeBytes

@@ -90,7 +90,7 @@ func command() *cobra.Command {
 	cmd.Flags().StringSliceVar(&endpoints, "etcd-endpoints", nil, "use this external etcd instead of the embedded one; several hansed over one etcd are replicas, of which one leads")
 	cmd.Flags().StringVar(&replica, "replica", "", "name of this hansed among those of its cluster; default the host's name")
 	cmd.Flags().StringSliceVar(&advertise, "advertise", nil, "host:port at which other clusters and other replicas reach this hansed's federation port; default what the file says")
-	cmd.AddCommand(connectCommand())
+	cmd.AddCommand(connectCommand(), copyCommand())
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	return cmd
 }

@@ -256,12 +256,12 @@ func (m *sharedMemory) save(ctx context.Context, state *objects.State) error {
 	var ops []etcd.Op
 	for k, t := range state.Created() {
 		if _, ok := known[k]; !ok {
-			ops = append(ops, etcd.Op{Key: createdPath + k.Kind + "/" + k.Namespace + "/" + k.Name, Value: []byte(t.UTC().Format(time.RFC3339))})
+			ops = append(ops, etcd.Op{Key: createdKey(k), Value: []byte(t.UTC().Format(time.RFC3339))})
 		}
 	}
 	for k := range known {
 		if _, ok := state.Created()[k]; !ok {
-			ops = append(ops, etcd.Op{Key: createdPath + k.Kind + "/" + k.Namespace + "/" + k.Name, Delete: true})
+			ops = append(ops, etcd.Op{Key: createdKey(k), Delete: true})
 		}
 	}
 	for part := range slices.Chunk(ops, etcd.MaxOps) {

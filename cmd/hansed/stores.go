@@ -45,15 +45,15 @@ func openStores(ctx context.Context, cfg *Config, ended bool, log *slog.Logger) 
 		if err != nil {
 			return nil, err
 		}
-		tlsConfig, roots, err := etcdTLS(cfg.Etcd)
-		if err != nil {
-			return nil, err
-		}
-		start, cancel := context.WithTimeout(ctx, 30*time.Second)
-		defer cancel()
-		x, err := etcd.DialExternal(start, etcd.ExternalConfig{Endpoints: cfg.Etcd.Endpoints, TLS: tlsConfig, Roots: roots, History: was, Ended: ended, Log: log.With("part", "etcd")})
+		x, err := dialExternal(ctx, cfg, was, ended, log)
 		if err != nil {
 			return nil, fmt.Errorf("external etcd: %w", err)
+		}
+		if v, _, err := etcd.NewKV(x.Store(), "").Get(ctx, copyKey); err != nil || v != nil {
+			if err == nil {
+				err = errors.New("external etcd: a copy into it was not finished: run hansed copy again")
+			}
+			return nil, errors.Join(err, x.Close())
 		}
 		s.restored = x.Restored()
 		s.wait = append(s.wait, x.Watchdog, func(ctx context.Context) error { return keepHistory(ctx, path, x, log) })
@@ -81,6 +81,16 @@ func openStores(ctx context.Context, cfg *Config, ended bool, log *slog.Logger) 
 	}
 	s.own, s.imports, s.servers = started[0].Store(), started[1].Store(), started[0].Servers
 	return s, nil
+}
+
+func dialExternal(ctx context.Context, cfg *Config, was etcd.History, ended bool, log *slog.Logger) (*etcd.External, error) {
+	tlsConfig, roots, err := etcdTLS(cfg.Etcd)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	return etcd.DialExternal(ctx, etcd.ExternalConfig{Endpoints: cfg.Etcd.Endpoints, TLS: tlsConfig, Roots: roots, History: was, Ended: ended, Log: log.With("part", "etcd")})
 }
 
 // readHistory is what this hansed knew of its external etcd when it ended; nothing, where it is new to it.

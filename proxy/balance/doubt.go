@@ -152,7 +152,8 @@ func (m *candidate) gatewaysDoubtful(now int64) bool {
 	return len(m.gateways) > 0
 }
 
-// scouts are a few of each place, asked while somebody is in doubt: before a call that waits for him is given up, it is known where it may go.
+// scouts are a few of each place, asked while somebody is in doubt: before a call that waits for him is given up, it is known where it may go. He is
+// asked too, so that his end is noticed where no call begins or ends with it: those of long streams and tunnels do not tell.
 func (b *Balancer) scouts() (out []probe) {
 	now := b.clock()
 	for _, c := range *b.clusters.Load() {
@@ -171,8 +172,14 @@ func (b *Balancer) scouts() (out []probe) {
 				first := int(scale(b.rand(), uint64(len(set.members))))
 				for k := range set.members {
 					m := set.members[(first+k)%len(set.members)]
-					if known[m.endpoint.Locality] < scouts && m.available() && !m.host.doubt.on(now) && !m.host.heardWithin(askAgain, now) {
+					doubtful := m.host.doubt.on(now)
+					if !m.available() || !doubtful && (known[m.endpoint.Locality] >= scouts || m.host.heardWithin(askAgain, now)) {
+						continue
+					}
+					if !doubtful {
 						known[m.endpoint.Locality]++
+					}
+					if m.host.asked.CompareAndSwap(false, true) {
 						out = append(out, b.check(c, m, true))
 					}
 				}

@@ -117,7 +117,7 @@ func TestRetryAfterSilenceLeavesThePlace(t *testing.T) {
 	}
 }
 
-// TestOneSilentEndpointMovesNobody: its neighbours answer, and so take its calls, retries too.
+// TestOneSilentEndpointMovesNobody: its neighbours answer, and so take its calls, retries too. It is found dead without a call.
 func TestOneSilentEndpointMovesNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := running(t, Config{Probe: newWorld("a2", "a3", "b1").probe})
@@ -132,8 +132,11 @@ func TestOneSilentEndpointMovesNobody(t *testing.T) {
 			t.Errorf("retries: %v", got)
 		}
 		time.Sleep(doubtFor)
-		if e, _ := b.Explain(service); e.Levels[0].Health != 100 || len(b.Events(time.Time{})) > 0 {
-			t.Errorf("a doubt has killed somebody: %+v, events %v", e.Levels, b.Events(time.Time{}))
+		e, _ := b.Explain(service)
+		for _, s := range slices.Concat(e.Levels[0].Endpoints, e.Levels[1].Endpoints) {
+			if (s.Health == proxy.Dead) != (s.ID == "a1") { // no call has told
+				t.Errorf("%s is %s: %s", s.ID, s.Health, s.Reason)
+			}
 		}
 	})
 }
@@ -161,14 +164,14 @@ func TestSilentClusterIsLeftAtOnce(t *testing.T) {
 			}
 		}
 		time.Sleep(2 * doubtFor)
-		for id := range drawSilent(t, b, "a1") {
+		for id := range drawSilent(t, b) {
 			if id != "c1" {
 				t.Errorf("%s was forgotten to be silent", id)
 			}
 		}
 		e, _ := b.Explain(service)
 		for _, s := range e.Levels[0].Endpoints {
-			if (s.Health == proxy.Dead) != (s.ID == "a2") { // a1's own connection tells
+			if s.Health != proxy.Dead {
 				t.Errorf("%s is %s: %s", s.ID, s.Health, s.Reason)
 			}
 		}
@@ -196,8 +199,8 @@ func TestScoutsAreFew(t *testing.T) {
 		}
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		if n := len(w.seen); n != 2*scouts {
-			t.Errorf("%d of 40 were asked, want %d", n, 2*scouts)
+		if n := len(w.seen); n < 2*scouts || n > 2*scouts+1 { // and aa
+			t.Errorf("%d of 40 were asked, want %d", n, 2*scouts+1)
 		}
 	})
 }

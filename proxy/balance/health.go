@@ -76,6 +76,7 @@ type host struct {
 	uneasy  atomic.Bool // a success must take the lock: something is to be forgiven
 	doubt   doubt
 	heard   atomic.Int64 // clock: the last answer to a check; 0: none
+	asked   atomic.Bool  // a scout is under way
 
 	dead     backoff     // its failures are guarded by cluster.mu
 	refusing atomic.Bool // dead because it refuses requests, of which a probe knows nothing

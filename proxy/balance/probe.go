@@ -163,6 +163,9 @@ func (p *probe) run(ctx context.Context) {
 		defer slow.Stop()
 	}
 	err := b.probe(limited, p.m.endpoint, p.through)
+	if p.scout {
+		p.m.host.asked.Store(false)
+	}
 	now := b.clock()
 	switch {
 	case ctx.Err() != nil: // it says nothing about the endpoint

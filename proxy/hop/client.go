@@ -574,6 +574,9 @@ func (c *Client) Ping(ctx context.Context, peer Peer) error {
 	}
 	defer cc.release()
 	if err := cc.session.Ping(ctx); err != nil {
+		if cause := cc.cause.Load(); cause != nil {
+			err = *cause
+		}
 		return &Error{Peer: peer.SPIFFEID, Address: peer.Address, Gateway: cc.key.gateway, Stage: StageStream, Err: err}
 	}
 	return nil

@@ -202,7 +202,7 @@ func killed(t *testing.T, m *mesh) {
 		c.cut()
 		time.Sleep(100 * time.Millisecond)
 		c.mend()
-		m.callers.round() // on a busy machine, so that no call is hurt more often than it may be sent again
+		m.callers.round() // so that no call is hurt more often than it may be sent again
 	}
 }
 
@@ -213,6 +213,7 @@ func goAway(t *testing.T, m *mesh) {
 		time.Sleep(200 * time.Millisecond)
 		m.pays[i%2].faults()
 		time.Sleep(100 * time.Millisecond)
+		m.callers.round()
 	}
 }
 

@@ -130,6 +130,9 @@ func (a *avoid) relax() bool {
 	return true
 }
 
+// onlyTried reports whether all reasons are dropped but that somebody was tried.
+func (a *avoid) onlyTried() bool { return !a.unheard && !a.silent && a.now == 0 && len(a.tried) > 0 }
+
 func (a *avoid) has(m *candidate) bool {
 	switch {
 	case a == nil:

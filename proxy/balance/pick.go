@@ -213,10 +213,29 @@ func (s *state) choose(c *cluster, now int64, r1, r2 uint64, info *PickInfo) *ca
 				return m
 			}
 		}
+		if a.onlyTried() {
+			if m := s.refusing(a.tried); m != nil {
+				return m
+			}
+		}
 		if !a.relax() {
 			return nil
 		}
 	}
+}
+
+// refusing is somebody not tried who took no requests a while ago, as one that drains does. He may take them again, and says at once if not; those
+// who are left have just failed.
+func (s *state) refusing(tried []string) *candidate {
+	for i := range s.levels {
+		for j := range s.levels[i].all {
+			m := &s.levels[i].all[j]
+			if m.host.refusing.Load() && m.host.dead.down.Load() && !m.endpoint.Draining && !m.endpoint.Unhealthy && !m.gatewaysDown() && !slices.Contains(tried, m.endpoint.ID) {
+				return m
+			}
+		}
+	}
+	return nil
 }
 
 func (l *level) choose(c *cluster, policy string, r1, r2, hash uint64, a *avoid) *candidate {

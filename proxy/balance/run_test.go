@@ -166,6 +166,27 @@ func TestDrainingIsNoticedByRequests(t *testing.T) {
 	})
 }
 
+// TestTwoThatDrainInTurn: one takes requests again, and nobody has noticed yet, when the other begins to refuse them.
+func TestTwoThatDrainInTurn(t *testing.T) {
+	b, _ := newTest(t, Config{})
+	b.Update(table(clusterOf(endpoints("a", "a1", "a2"))))
+	for range refusals {
+		p := mustPick(t, b, PickInfo{Only: "a1"})
+		p.Done(Result{Outcome: Refused})
+	}
+	p := mustPick(t, b, PickInfo{})
+	if p.Endpoint.ID != "a2" {
+		t.Fatalf("%s was picked", p.Endpoint.ID)
+	}
+	again := mustPick(t, b, PickInfo{Exclude: []string{"a2"}})
+	if again.Endpoint.ID != "a1" {
+		t.Errorf("after a2, %s was picked", again.Endpoint.ID)
+	}
+	again.Connected()
+	again.Done(Result{Status: 200})
+	p.Done(Result{Outcome: Refused, Retried: true})
+}
+
 func TestTheGoneAreBounded(t *testing.T) {
 	b, _ := newTest(t, Config{})
 	for i := range 2 * maxGone {

@@ -235,9 +235,12 @@ func (tr *traffic) lose(what string, err any) {
 
 // round waits until what every caller is at now has ended.
 func (tr *traffic) round() {
-	for i := range tr.turns {
-		from := tr.turns[i].Load()
-		for deadline := time.Now().Add(patience); tr.turns[i].Load() == from; time.Sleep(2 * time.Millisecond) {
+	var from [len(tr.turns)]int64
+	for i := range from {
+		from[i] = tr.turns[i].Load()
+	}
+	for i := range from {
+		for deadline := time.Now().Add(patience); tr.turns[i].Load() == from[i]; time.Sleep(2 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				tr.m.t.Fatalf("caller %d is at one exchange for %s", i, patience)
 			}

@@ -156,6 +156,10 @@ func TestEtcdCAIsReadAnew(t *testing.T) {
 // emptyKV has nothing.
 type emptyKV struct{ pb.UnimplementedKVServer }
 
+func (emptyKV) Txn(context.Context, *pb.TxnRequest) (*pb.TxnResponse, error) {
+	return &pb.TxnResponse{Header: &pb.ResponseHeader{}, Succeeded: true}, nil
+}
+
 func (emptyKV) Range(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
 	return &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 1}}, nil
 }

@@ -751,7 +751,7 @@ func TestFilesAreConsistent(t *testing.T) {
 	a, _ := runAgent(t, cfg)
 	wait(t, a.Source())
 	seen := map[string]bool{}
-	for deadline := time.Now().Add(10 * time.Second); len(seen) < 3 && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(2 * time.Minute); len(seen) < 3 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		set, err := os.Readlink(filepath.Join(cfg.FilesDir, "..data"))
 		if err != nil {
 			continue // not written yet

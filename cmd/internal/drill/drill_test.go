@@ -124,13 +124,17 @@ func TestGuard(t *testing.T) {
 	if err != nil || g.MinSuccess != 0.995 || g.MaxP99 != 200*time.Millisecond {
 		t.Fatalf("ParseGuard = %+v, %v", g, err)
 	}
-	var few, good, bad, slow Totals
+	var few, one, good, bad, slow Totals
 	few.add(Sample{Errors: 5})
+	one.add(Sample{OK: 40, Errors: 1})
 	good.add(Sample{OK: 1000, Errors: 40, Retried: 40, P99: 100 * time.Millisecond})
 	bad.add(Sample{OK: 980, Errors: 20})
 	slow.add(Sample{OK: 1000, P99: time.Second})
 	if why := g.Tripped(few); why != "" {
 		t.Errorf("5 calls are too few to judge: %s", why)
+	}
+	if why := g.Tripped(one); why != "" {
+		t.Errorf("one failed call says nothing: %s", why)
 	}
 	if why := g.Tripped(good); why != "" {
 		t.Errorf("retried calls did not fail: %s", why)

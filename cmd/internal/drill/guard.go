@@ -48,7 +48,7 @@ func (g Guard) Tripped(t Totals) string {
 	if t.Calls() < guardMinimum {
 		return ""
 	}
-	if s := t.Success(); g.MinSuccess > 0 && s < g.MinSuccess {
+	if s := t.Success(); g.MinSuccess > 0 && s < g.MinSuccess && t.Failed() > 1 { // one call says nothing: its answer may have been under way
 		return fmt.Sprintf("success %.2f%% < %g%% over %s (%d of %d calls failed)", 100*s, 100*g.MinSuccess, guardWindow, t.Failed(), t.Calls())
 	}
 	if g.MaxP99 > 0 && t.P99() > g.MaxP99 {

@@ -172,7 +172,7 @@ func TestTwoClusters(t *testing.T) {
 	s.step("failover drill", func() {
 		load := west.load()
 		out := s.hanse("--context", "west", "drill", "run", "--blackhole", "--service", "shop/payments", "--for", "15s", "--yes", "-o", "json")
-		s.holdsDrill(out)
+		s.holdsDrill(out, load.brokeOff())
 		load.mustHaveServed(100)
 	})
 	s.step("leave", func() {

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"slices"
+	"strings"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -30,7 +33,9 @@ func (r resending) Txn(ctx context.Context, compares []Compare, ops []Op) (bool,
 	for first := true; ; first = false {
 		ok, h, err := r.attempt(ctx, patience, compares, ops)
 		if err == nil && !ok && !first {
-			return r.done(ctx, ops, h)
+			if ok, h, err = r.done(ctx, ops, h); status.Code(err) != codes.Unavailable {
+				return ok, h, err
+			}
 		}
 		switch refused := status.Code(err) == codes.Unavailable; {
 		case err == nil, ctx.Err() != nil, !refused && !errors.Is(err, context.DeadlineExceeded), refused && time.Since(began) > resendFor:
@@ -43,6 +48,24 @@ func (r resending) Txn(ctx context.Context, compares []Compare, ops []Op) (bool,
 			patience *= 2
 		}
 	}
+}
+
+// Get reads again where the answer is that etcd has another leader now: it is there, and the stock client would ask it again.
+func (r resending) Get(ctx context.Context, key string, revision int64) (*KeyValue, Header, error) {
+	for began := time.Now(); ; {
+		kv, h, err := r.Store.Get(ctx, key, revision)
+		if !leaderChanged(err) || time.Since(began) > resendFor || !sleep(ctx, 50*time.Millisecond) {
+			return kv, h, err
+		}
+	}
+}
+
+func leaderChanged(err error) bool {
+	s, ok := status.FromError(err)
+	return err != nil && ok && s.Code() == codes.Unavailable &&
+		slices.ContainsFunc([]error{rpctypes.ErrGRPCLeaderChanged, rpctypes.ErrGRPCTimeoutDueToLeaderFail}, func(x error) bool {
+			return strings.Contains(s.Message(), status.Convert(x).Message())
+		})
 }
 
 func (r resending) attempt(ctx context.Context, patience time.Duration, compares []Compare, ops []Op) (bool, Header, error) {

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -20,6 +21,14 @@ type losing struct {
 	lose   atomic.Int64
 	hang   atomic.Bool // instead of breaking
 	before func()
+	change atomic.Int64 // so many Ranges are told that the leader has changed
+}
+
+func (s *losing) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+	if s.change.Add(-1) >= 0 {
+		return nil, rpctypes.ErrGRPCLeaderChanged
+	}
+	return s.KVServer.Range(ctx, r)
 }
 
 func (s *losing) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
@@ -81,6 +90,18 @@ func TestExternalLostAnswers(t *testing.T) {
 	lost.lose.Store(1)
 	if ok, err := store.PutIfAbsent(t.Context(), "b", []byte("yours")); err != nil || ok {
 		t.Errorf("a write that was refused, and its answer lost: %v %v", ok, err)
+	}
+
+	// etcd elects another leader while it is asked whether a write was done, and while it is read.
+	lost.lose.Store(1)
+	lost.before = func() { lost.change.Store(2) }
+	if ok, err := store.PutIfAbsent(t.Context(), "d", []byte("mine")); err != nil || !ok {
+		t.Errorf("a first write whose answer was lost by an election: %v %v", ok, err)
+	}
+	lost.before = nil
+	lost.change.Store(2)
+	if v, _, err := store.Get(t.Context(), "d"); err != nil || string(v) != "mine" {
+		t.Errorf("read during an election: %q %v", v, err)
 	}
 
 	// It does not break, and never comes.

@@ -35,8 +35,8 @@ func (r *roots) loadKept() error {
 	return nil
 }
 
-// keep adds to revoked, which is what etcd has, what it does not have any more, and stores all. The caller holds mu.
-func (r *roots) keep(revoked map[string]revocation) error {
+// add adds to revoked, which is what etcd has, what the disk has and etcd has not any more. The caller holds mu.
+func (r *roots) add(revoked map[string]revocation) {
 	r.lost = nil
 	for authority, old := range r.kept {
 		now, ok := revoked[authority]
@@ -47,12 +47,19 @@ func (r *roots) keep(revoked map[string]revocation) error {
 		revoked[authority] = old
 		r.lost = append(r.lost, old)
 	}
+}
+
+// keep stores what add has made. It is called without mu, for which whoever signs waits; kept changes here only.
+func (r *roots) keep(revoked map[string]revocation) error {
 	next := maps.Clone(revoked)
 	maps.DeleteFunc(next, func(_ string, v revocation) bool { return v.Ends.IsZero() }) // damaged
 	same := func(a, b revocation) bool {
 		return a.Authority == b.Authority && a.Revoked == b.Revoked && a.Force == b.Force
 	}
-	if maps.EqualFunc(next, r.kept, same) {
+	r.mu.Lock()
+	kept := r.kept
+	r.mu.Unlock()
+	if maps.EqualFunc(next, kept, same) {
 		return nil
 	}
 	b, err := json.Marshal(next)
@@ -62,7 +69,9 @@ func (r *roots) keep(revoked map[string]revocation) error {
 	if err != nil {
 		return fmt.Errorf("write %s: %w", r.disk, err)
 	}
+	r.mu.Lock()
 	r.kept = next
+	r.mu.Unlock()
 	return nil
 }
 

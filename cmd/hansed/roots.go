@@ -264,12 +264,12 @@ func (r *roots) take(all []etcd.KeyValue) error {
 		}
 	}
 	r.leave = leave
-	err := r.keep(revoked)
+	r.add(revoked)
 	r.records, r.union, r.unionRev, r.rotation, r.revoked = records, u, rev, order, revoked
 	r.mu.Unlock()
 	kick(r.dirty)
 	kick(r.told)
-	if err != nil {
+	if err := r.keep(revoked); err != nil {
 		return err
 	}
 	if b == nil {

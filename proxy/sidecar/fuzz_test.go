@@ -64,30 +64,20 @@ func (r *recorder) listen(t testing.TB) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
+	accept(t, ln, func(c net.Conn) {
+		for br := bufio.NewReader(c); ; {
+			s, err := readAs(br)
 			if err != nil {
 				return
 			}
-			go func() {
-				defer c.Close()
-				for br := bufio.NewReader(c); ; {
-					s, err := readAs(br)
-					if err != nil {
-						return
-					}
-					r.mu.Lock()
-					r.got = append(r.got, s)
-					r.mu.Unlock()
-					if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"); err != nil {
-						return
-					}
-				}
-			}()
+			r.mu.Lock()
+			r.got = append(r.got, s)
+			r.mu.Unlock()
+			if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"); err != nil {
+				return
+			}
 		}
-	}()
+	})
 	return "unix:" + ln.Addr().String()
 }
 

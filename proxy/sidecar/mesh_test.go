@@ -106,6 +106,23 @@ func listen(t testing.TB) net.Listener {
 	return ln
 }
 
+// accept has serve work on each connection, which ends with it, until the test ends.
+func accept(t testing.TB, ln net.Listener, serve func(net.Conn)) {
+	t.Cleanup(func() { _ = ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				serve(c)
+			}()
+		}
+	}()
+}
+
 func run(t testing.TB, f func(context.Context) error) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())

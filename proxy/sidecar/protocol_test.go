@@ -294,41 +294,31 @@ func h2app(t *testing.T, answer func(fr *http2.Framer, stream uint32)) (address 
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = ln.Close() })
-	go func() {
+	accept(t, ln, func(c net.Conn) {
+		if _, err := io.ReadFull(c, make([]byte, len(http2.ClientPreface))); err != nil {
+			return
+		}
+		fr := http2.NewFramer(c, c)
+		_ = fr.WriteSettings()
 		for {
-			c, err := ln.Accept()
+			f, err := fr.ReadFrame()
 			if err != nil {
 				return
 			}
-			go func() {
-				defer c.Close()
-				if _, err := io.ReadFull(c, make([]byte, len(http2.ClientPreface))); err != nil {
-					return
+			switch f := f.(type) {
+			case *http2.SettingsFrame:
+				if !f.IsAck() {
+					_ = fr.WriteSettingsAck()
 				}
-				fr := http2.NewFramer(c, c)
-				_ = fr.WriteSettings()
-				for {
-					f, err := fr.ReadFrame()
-					if err != nil {
-						return
-					}
-					switch f := f.(type) {
-					case *http2.SettingsFrame:
-						if !f.IsAck() {
-							_ = fr.WriteSettingsAck()
-						}
-					case *http2.PingFrame:
-						if !f.IsAck() {
-							_ = fr.WritePing(true, f.Data)
-						}
-					case *http2.HeadersFrame:
-						answer(fr, f.StreamID)
-					}
+			case *http2.PingFrame:
+				if !f.IsAck() {
+					_ = fr.WritePing(true, f.Data)
 				}
-			}()
+			case *http2.HeadersFrame:
+				answer(fr, f.StreamID)
+			}
 		}
-	}()
+	})
 	return "unix:" + path
 }
 
@@ -406,21 +396,11 @@ func TestUpgradeIsAuthorised(t *testing.T) {
 // tcpApp gives back what it got, after the client's end.
 func tcpApp(t *testing.T) string {
 	ln := listen(t)
-	t.Cleanup(func() { _ = ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				_, _ = io.WriteString(c, "hello\n")
-				b, _ := io.ReadAll(c)
-				_, _ = c.Write(b)
-			}()
-		}
-	}()
+	accept(t, ln, func(c net.Conn) {
+		_, _ = io.WriteString(c, "hello\n")
+		b, _ := io.ReadAll(c)
+		_, _ = c.Write(b)
+	})
 	return ln.Addr().String()
 }
 

@@ -136,28 +136,18 @@ func (m *mesh) stamps() string {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	m.t.Cleanup(func() { _ = ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				br := bufio.NewReader(c)
-				id, err := br.ReadString('\n')
-				if err != nil {
-					return
-				}
-				_, _ = io.WriteString(c, id) // and now the rest, as it comes
-				if _, err := io.Copy(c, br); err != nil {
-					return
-				}
-				_, _ = io.WriteString(c, "the end of "+id)
-			}()
+	accept(m.t, ln, func(c net.Conn) {
+		br := bufio.NewReader(c)
+		id, err := br.ReadString('\n')
+		if err != nil {
+			return
 		}
-	}()
+		_, _ = io.WriteString(c, id) // and now the rest, as it comes
+		if _, err := io.Copy(c, br); err != nil {
+			return
+		}
+		_, _ = io.WriteString(c, "the end of "+id)
+	})
 	return "unix:" + ln.Addr().String()
 }
 

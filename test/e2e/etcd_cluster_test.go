@@ -76,6 +76,24 @@ func (l *lab) etcdOfThree(c *cluster, hansed ...*cluster) *etcdCluster {
 	return e
 }
 
+// overThree starts a lab's cluster west as two hansed over an etcd of three members, and waits until both sign.
+func (l *lab) overThree(timers string) (west, two *cluster, etcd *etcdCluster) {
+	l.t.Helper()
+	west = l.cluster("west")
+	two = l.second(west, timers)
+	etcd = l.etcdOfThree(west, west, two)
+	for _, x := range etcd.members {
+		etcd.start(x, "new", etcd.members...)
+	}
+	etcd.healthy(etcd.members...)
+	l.args["west/hansed"] = []string{"--replica", "one"}
+	l.up()
+	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--replica", "two")
+	l.ready("west-2/hansed", two.Admin)
+	l.signing("west-2", 2)
+	return west, two, etcd
+}
+
 // plan adds a member that has never run, with a name, an address and a folder that no other had.
 func (e *etcdCluster) plan() *etcdMember {
 	n := len(e.members) + 1

@@ -14,19 +14,8 @@ func TestEtcdMembers(t *testing.T) {
 	t.Parallel()
 	const timers = "timers: {suspect: 3s, recover: 2s, probe: 1s}\n" // a candidate's lease as in production: it outlives an election of etcd's
 	l := newLab(t, timers, "west", "east")
-	west := l.cluster("west")
-	two := l.second(west, timers)
-	etcd := l.etcdOfThree(west, west, two)
+	west, two, etcd := l.overThree(timers)
 	m := etcd.members
-	for _, x := range m {
-		etcd.start(x, "new", m...)
-	}
-	etcd.healthy(m...)
-	l.args["west/hansed"] = []string{"--replica", "one"}
-	l.up()
-	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--replica", "two")
-	l.ready("west-2/hansed", two.Admin)
-	l.signing("west-2", 2)
 	l.green()
 	before := map[string][]endpoint{"west": l.state("west"), "west-2": l.state("west"), "east": l.state("east")}
 	if len(before["west"]) != 4 || len(before["east"]) != 4 {

@@ -15,19 +15,8 @@ func TestEtcdRestored(t *testing.T) {
 	t.Parallel()
 	const timers = "timers: {suspect: 3s, recover: 2s, probe: 1s}\n"
 	l := newLab(t, timers, "west", "east")
-	west := l.cluster("west")
-	two := l.second(west, timers)
-	etcd := l.etcdOfThree(west, west, two)
+	_, _, etcd := l.overThree(timers)
 	m := etcd.members
-	for _, x := range m {
-		etcd.start(x, "new", m...)
-	}
-	etcd.healthy(m...)
-	l.args["west/hansed"] = []string{"--replica", "one"}
-	l.up()
-	l.start("west-2/hansed", "hansed", "--config", filepath.Join(two.Dir, "hansed.yaml"), "--replica", "two")
-	l.ready("west-2/hansed", two.Admin)
-	l.signing("west-2", 2)
 	is := l.newRoot("west", "one", "")
 	l.must("west", "", "trust", "rotate")
 	l.newRoot("west", "one", is)
